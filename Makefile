@@ -1,0 +1,38 @@
+# make demo, make test, make lint, make bench. Each makes .venv and installs what is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test lint bench clean
+
+# Two minutes or so: PyTorch comes with its CUDA libraries. The versions are those of requirements.lock.
+$(INSTALLED): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'error: $(PYTHON) is older than 3.11; call make PYTHON=/path/to/python3.11'; exit 1; }
+	@echo 'Installing into .venv (once; some minutes)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+# Train on digits, measure, draw: about ten minutes on two cores.
+demo: $(INSTALLED)
+	$(BIN)/python main.py fit --config configs/digits/ddpm.yaml
+	$(BIN)/python main.py test --config configs/digits/ddpm.yaml --ckpt_path last
+	$(BIN)/python main.py predict --config configs/digits/ddpm.yaml --ckpt_path last
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/sampling_speed.py
+	$(BIN)/python benchmarks/training_speed.py
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""Backbones: plain modules `forward(z, t, label=None)` that know nothing of diffusion."""
