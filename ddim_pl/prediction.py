@@ -1,0 +1,145 @@
+"""What the network predicts, and how its errors are weighted.
+
+A network output `F` estimates `a x + b eps`: eps-prediction has the row `(a, b) = (0, 1)`,
+x-prediction `(1, 0)`, v-prediction `(-sigma_t, alpha_t)` (Salimans & Ho 2022, appendix D).
+Together with `z = alpha x + sigma eps` the row gives both `x` and `eps`: with `d = alpha b - sigma
+a`,
+
+    x = (b z - sigma F) / d        eps = (alpha F - a z) / d.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ddim_pl.schedules import Level, expand
+
+PredictionType = Literal["eps", "x", "v"]
+LossWeight = Literal["snr", "truncated_snr", "snr_plus_one", "min_snr", "uniform"]
+
+
+class Prediction(NamedTuple):
+    """Estimates of the clean image `x` and of the standardised noise `eps`, each `(B, ...)`."""
+
+    x: Tensor
+    eps: Tensor
+
+
+def row(kind: PredictionType, level: Level) -> tuple[Tensor, Tensor]:
+    """Coefficients `(a, b)` of the predicted combination `a x + b eps` at a level.
+
+    Raises:
+        ValueError: If `kind` is none of "eps", "x", "v".
+    """
+    zero, one = torch.zeros_like(level.alpha), torch.ones_like(level.alpha)
+    match kind:
+        case "eps":
+            return zero, one
+        case "x":
+            return one, zero
+        case "v":
+            return -level.sigma, level.alpha
+    raise ValueError(f"prediction must be one of {get_args(PredictionType)}, got {kind!r}")
+
+
+def target(kind: PredictionType, level: Level, x: Tensor, eps: Tensor) -> Tensor:
+    """Regression target `a x + b eps` of shape `(B, ...)`."""
+    a, b = row(kind, level)
+    return expand(a, x) * x + expand(b, x) * eps
+
+
+def decode(kind: PredictionType, level: Level, z: Tensor, output: Tensor) -> Prediction:
+    """Read a network output as estimates of `x` and `eps`.
+
+    Args:
+        kind: What the network predicts.
+        level: Scales of `z`, shape `()` or `(B,)`.
+        z: Noisy states, `(B, ...)`.
+        output: Network output, `(B, ...)`.
+
+    Returns:
+        Estimates that satisfy `z = alpha x + sigma eps`.
+    """
+    if kind == "x":  # the general form is 0 / 0 at a level without noise
+        return Prediction(output, eps_from_x(level, z, output))
+    a, b = row(kind, level)
+    d = level.alpha * b - level.sigma * a
+    x = expand(b / d, z) * z - expand(level.sigma / d, z) * output
+    eps = expand(level.alpha / d, z) * output - expand(a / d, z) * z
+    return Prediction(x, eps)
+
+
+def eps_from_x(level: Level, z: Tensor, x: Tensor) -> Tensor:
+    """Noise `(z - alpha x) / sigma` that explains a state `z` by the clean image `x`.
+
+    At a level without noise it cannot be known, and is 0, its mean.
+    """
+    inverse = torch.where(level.sigma > 0, 1 / level.sigma, 0)
+    return (z - expand(level.alpha, z) * x) * expand(inverse, z)
+
+
+def x_error_weight(weight: LossWeight, level: Level, *, gamma: float = 5.0) -> Tensor:
+    """Weight of `||x - x_hat||^2` at a level.
+
+    Args:
+        weight: "snr" (the simple eps loss of Ho et al. 2020), "truncated_snr" `max(SNR, 1)` and
+            "snr_plus_one" (the v loss; both Salimans & Ho 2022, section 4), "min_snr"
+            `min(SNR, gamma)` (Hang et al. 2023) or "uniform" (1).
+        level: Scales, shape `()` or `(B,)`.
+        gamma: Bound of "min_snr".
+
+    Returns:
+        Float64 weights of the level's shape.
+
+    Raises:
+        ValueError: If the weight is unknown.
+    """
+    match weight:
+        case "snr":
+            return level.snr
+        case "truncated_snr":
+            return level.snr.clamp(min=1)
+        case "snr_plus_one":
+            return level.snr + 1
+        case "min_snr":
+            return level.snr.clamp(max=gamma)
+        case "uniform":
+            return torch.ones_like(level.alpha)
+    raise ValueError(f"loss_weight must be one of {get_args(LossWeight)}, got {weight!r}")
+
+
+def output_error_weight(
+    kind: PredictionType, weight: LossWeight, level: Level, *, gamma: float = 5.0
+) -> Tensor:
+    """Weight of the squared error of the network output that equals `weight` on the error of `x`.
+
+    By `x = (b z - sigma F) / d` an error of the output counts `(sigma / d)^2` times in `x`. The
+    product is formed analytically where it is simple, so that eps-prediction with "snr" and
+    v-prediction with "snr_plus_one" give exactly 1 at every level, even where the SNR is infinite.
+
+    Returns:
+        Float64 weights of the level's shape.
+    """
+    if (kind, weight) in {("eps", "snr"), ("v", "snr_plus_one"), ("x", "uniform")}:
+        return torch.ones_like(level.alpha)
+    a, b = row(kind, level)
+    factor = (level.sigma / (level.alpha * b - level.sigma * a)) ** 2
+    return x_error_weight(weight, level, gamma=gamma) * factor
+
+
+def check_loss_weight(kind: PredictionType, weight: LossWeight) -> None:
+    """Refuse pairs of prediction and weight that are unknown or cannot be trained.
+
+    Raises:
+        ValueError: If a name is unknown, or if eps-prediction meets a weight of the x error that
+            does not vanish with the SNR: recovering x from eps divides by alpha, which is almost
+            0 at the last level, and the loss diverges there (Salimans & Ho 2022, section 4).
+    """
+    half = Level(*torch.full((2,), 0.5, dtype=torch.float64).sqrt().unbind())
+    output_error_weight(kind, weight, half)
+    if kind == "eps" and weight in ("truncated_snr", "snr_plus_one", "uniform"):
+        raise ValueError(
+            f"loss_weight={weight!r} diverges at the last level for prediction='eps': use "
+            "loss_weight='snr' or 'min_snr', or prediction 'x' or 'v'"
+        )

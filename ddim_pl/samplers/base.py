@@ -1,0 +1,115 @@
+"""What all samplers share: the call, the trajectory and the progress bar."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ddim_pl.denoiser import Denoise
+from ddim_pl.noise import Generators
+
+
+class State(NamedTuple):
+    """Where a trajectory stands after a step.
+
+    Attributes:
+        t: Level of the state, float64 scalar.
+        z: The state, `(B, ...)`.
+        x: Estimate of the clean image that the step was made with, `(B, ...)`.
+    """
+
+    t: Tensor
+    z: Tensor
+    x: Tensor
+
+
+class Sampler(ABC):
+    """A way from noise to image. Subclasses are frozen dataclasses that implement `steps`.
+
+    A sampler holds hyperparameters only: no network, no device, no state between calls.
+    """
+
+    @abstractmethod
+    def steps(
+        self, denoiser: Denoise, z: Tensor, levels: Tensor, generator: Generators | None
+    ) -> Iterator[State]:
+        """Yield the state after each step; arguments as for `__call__`, already checked."""
+
+    @final
+    def trajectory(
+        self,
+        denoiser: Denoise,
+        z: Tensor,
+        levels: Tensor,
+        *,
+        generator: Generators | None = None,
+        progress: bool = False,
+    ) -> Iterator[State]:
+        """Yield the state after each step, with gradients if they are enabled where it is used.
+
+        Args:
+            denoiser: Estimates of the clean image and the noise.
+            z: Start states at level `levels[0]`, `(B, ...)`.
+            levels: Levels to visit, `(S + 1,)`, see `ddim_pl.timesteps`.
+            generator: One generator, or one for each image, for stochastic steps.
+            progress: Show a progress bar.
+
+        Raises:
+            ValueError: If the levels are not a vector that falls within the schedule.
+        """
+        levels = self._check_levels(denoiser, levels)
+        states = self.steps(denoiser, z, levels, generator)
+        yield from tqdm(
+            states,
+            total=len(levels) - 1,
+            desc=type(self).__name__,
+            disable=not progress,
+            leave=False,
+        )
+
+    @final
+    @torch.no_grad()
+    def __call__(
+        self,
+        denoiser: Denoise,
+        z: Tensor,
+        levels: Tensor,
+        *,
+        generator: Generators | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Go from level `levels[0]` to `levels[-1]` and return the last state, without gradients.
+
+        Arguments and errors are those of `trajectory`.
+
+        Returns:
+            States at the last level, `(B, ...)`: images, if that level is 0.
+        """
+        for state in self.trajectory(denoiser, z, levels, generator=generator, progress=progress):
+            z = state.z
+        return z
+
+    def _check_levels(self, denoiser: Denoise, levels: Tensor) -> Tensor:
+        levels = torch.as_tensor(levels, dtype=torch.float64, device="cpu")
+        num_levels = denoiser.schedule.num_levels
+        if levels.ndim != 1 or len(levels) < 2:
+            raise ValueError(
+                f"levels must be a vector of at least 2, got shape {tuple(levels.shape)}"
+            )
+        if not (levels.diff() < 0).all() and not self._may_rise(levels):
+            raise ValueError(
+                f"levels must decrease strictly for {self}, got {levels.tolist()}: only a "
+                "deterministic sampler goes from data to noise"
+            )
+        if levels.min() < 0 or levels.max() > num_levels:
+            raise ValueError(
+                f"levels must lie in [0, {num_levels}], got [{levels.min():g}, {levels.max():g}]"
+            )
+        return levels
+
+    def _may_rise(self, levels: Tensor) -> bool:
+        """Whether this sampler can encode, that is, take rising levels."""
+        return False

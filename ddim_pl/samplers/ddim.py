@@ -1,0 +1,47 @@
+"""Denoising diffusion implicit models (Song et al. 2021)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor
+
+from ddim_pl.denoiser import Denoise
+from ddim_pl.noise import Generators, randn
+from ddim_pl.samplers.base import Sampler, State
+from ddim_pl.transitions import ddim_step
+
+
+@dataclass(frozen=True)
+class DDIM(Sampler):
+    """DDIM with any amount of noise (Song et al. 2021, eq. 12 and 16).
+
+    Args:
+        eta: 0 is deterministic, 1 has the law of DDPM's ancestral sampling with small variance.
+            The paper's "sigma-hat" is `DDPM(variance="large")`.
+
+    Raises:
+        ValueError: If `eta` lies outside [0, 1].
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], got {self.eta}: 0 is DDIM, 1 is DDPM")
+
+    def steps(
+        self, denoiser: Denoise, z: Tensor, levels: Tensor, generator: Generators | None
+    ) -> Iterator[State]:
+        """Yield the state after each step; with `eta = 0` the levels may rise (encoding)."""
+        for t, s in pairwise(levels):
+            prediction = denoiser(z, t)
+            # The last step to clean data of a discrete schedule has no noise: sigma_0 = 0.
+            noise = randn(z.shape, generator, z) if self.eta > 0 else None
+            z = ddim_step(
+                prediction, denoiser.schedule(t), denoiser.schedule(s), eta=self.eta, noise=noise
+            )
+            yield State(s, z, prediction.x)
+
+    def _may_rise(self, levels: Tensor) -> bool:
+        return self.eta == 0 and bool((levels.diff() > 0).all())

@@ -1,0 +1,216 @@
+"""Noise schedules: how much signal and how much noise a level holds.
+
+A state at level `t` is `z_t = alpha_t x + sigma_t eps` with `alpha_t^2 + sigma_t^2 = 1`. Level 0
+is clean data, level `T = num_levels` is (almost) pure noise, and every real number between is
+allowed. A schedule maps `t` to `(alpha_t, sigma_t)`; it knows no network and no grid of steps.
+
+Levels are float64 and usually live on the CPU: a schedule is a few dozen flops, and a
+zero-dimensional CPU tensor scales a tensor on any device without a synchronisation.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+class Level(NamedTuple):
+    """Signal and noise scales `alpha`, `sigma`: float64 tensors of one shape, `()` or `(B,)`."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+    @property
+    def log_snr(self) -> Tensor:
+        """Log signal-to-noise ratio `lambda = 2 log(alpha / sigma)`; infinite where sigma is 0."""
+        return 2 * (self.alpha.log() - self.sigma.log())
+
+    @property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio `alpha^2 / sigma^2`."""
+        return (self.alpha / self.sigma) ** 2
+
+
+def expand(coefficient: Tensor, like: Tensor) -> Tensor:
+    """Make a float64 coefficient of shape `()` or `(B,)` multiply a batch `(B, ...)`.
+
+    A scalar stays as it is: PyTorch lets it scale a tensor of any dtype and device. One value per
+    sample is cast to the batch's dtype and device and gets trailing axes of length 1.
+    """
+    if coefficient.ndim == 0:
+        return coefficient
+    return to_device(coefficient.to(like.dtype), like).reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def to_device(values: Tensor, like: Tensor) -> Tensor:
+    """Move a few numbers to the device of `like` without waiting for the work queued there."""
+    return values.to(like.device, non_blocking=like.is_cuda)
+
+
+class NoiseSchedule(ABC):
+    """A variance-preserving schedule over the real levels `[0, num_levels]`.
+
+    Subclasses are frozen dataclasses with a field `num_levels`; they implement `log_alpha_sigma`.
+    """
+
+    num_levels: int
+
+    @abstractmethod
+    def log_alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `(log alpha_t, log sigma_t)` for float64 levels `t` in [0, num_levels]."""
+
+    def __call__(self, t: Tensor | float) -> Level:
+        """Scales at level `t`.
+
+        Args:
+            t: Levels in [0, num_levels], any shape.
+
+        Returns:
+            Float64 scales of the shape of `t`.
+
+        Raises:
+            ValueError: If a level lies outside [0, num_levels].
+        """
+        t = torch.as_tensor(t, dtype=torch.float64)
+        # On another device the check would wait for the work queued there.
+        if t.device.type == "cpu" and not ((t >= 0) & (t <= self.num_levels)).all():
+            raise ValueError(
+                f"t must lie in [0, {self.num_levels}], got values in "
+                f"[{t.min().item():g}, {t.max().item():g}]: rescale the levels to this schedule"
+            )
+        log_alpha, log_sigma = self.log_alpha_sigma(t)
+        return Level(log_alpha.exp(), log_sigma.exp())
+
+
+def _check_num_levels(num_levels: int) -> None:
+    if num_levels < 1:
+        raise ValueError(f"num_levels must be at least 1, got {num_levels}: 1000 is usual")
+
+
+class DiscreteSchedule(NoiseSchedule):
+    """A schedule given by variances `beta_1 ... beta_T` (Ho et al. 2020).
+
+    `abar_t = prod_{i <= t} (1 - beta_i)` at the integers, `abar_0 = 1` exactly; between them
+    `log abar` is linear, that is, noise enters at a constant rate within a step.
+    """
+
+    @abstractmethod
+    def betas(self) -> Tensor:
+        """Variances `beta_1 ... beta_T`, float64 of shape `(num_levels,)`."""
+
+    @cached_property
+    def _log_abar(self) -> Tensor:
+        return torch.cat(
+            [torch.zeros(1, dtype=torch.float64), torch.log1p(-self.betas()).cumsum(0)]
+        )
+
+    def log_alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Interpolate `log abar` linearly between the integer levels."""
+        table = self._log_abar.to(t.device)
+        lower = t.floor().long().clamp(max=self.num_levels - 1)
+        log_abar = torch.lerp(table[lower], table[lower + 1], t - lower)
+        # 1 - abar by expm1: the first levels hold 1e-4 of noise, which 1 - exp() would round.
+        return log_abar / 2, torch.log(-torch.expm1(log_abar)) / 2
+
+
+def _check_betas(beta_start: float, beta_end: float) -> None:
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(
+            f"beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1, got "
+            f"{beta_start} and {beta_end}: DDPM uses 1e-4 and 0.02 with 1000 levels"
+        )
+
+
+@dataclass(frozen=True)
+class LinearSchedule(DiscreteSchedule):
+    """Variances growing linearly from `beta_start` to `beta_end` (Ho et al. 2020, section 4)."""
+
+    num_levels: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+    def __post_init__(self) -> None:
+        _check_num_levels(self.num_levels)
+        _check_betas(self.beta_start, self.beta_end)
+
+    def betas(self) -> Tensor:
+        """Evenly spaced variances."""
+        return torch.linspace(self.beta_start, self.beta_end, self.num_levels, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class ScaledLinearSchedule(DiscreteSchedule):
+    """Standard deviations growing linearly (latent diffusion, Rombach et al. 2022)."""
+
+    num_levels: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+
+    def __post_init__(self) -> None:
+        _check_num_levels(self.num_levels)
+        _check_betas(self.beta_start, self.beta_end)
+
+    def betas(self) -> Tensor:
+        """Squares of evenly spaced standard deviations."""
+        start, end = math.sqrt(self.beta_start), math.sqrt(self.beta_end)
+        return torch.linspace(start, end, self.num_levels, dtype=torch.float64) ** 2
+
+
+@dataclass(frozen=True)
+class ImprovedCosineSchedule(DiscreteSchedule):
+    """Squared-cosine `abar` with clipped variances (Nichol & Dhariwal 2021, eq. 17)."""
+
+    num_levels: int = 1000
+    offset: float = 0.008
+    max_beta: float = 0.999
+
+    def __post_init__(self) -> None:
+        _check_num_levels(self.num_levels)
+        if self.offset < 0:
+            raise ValueError(
+                f"offset must not be negative, got {self.offset}: the paper has 0.008"
+            )
+        if not 0 < self.max_beta < 1:
+            raise ValueError(
+                f"max_beta must lie in (0, 1), got {self.max_beta}: the paper has 0.999"
+            )
+
+    def betas(self) -> Tensor:
+        """Ratios of successive squared cosines, clipped at `max_beta`."""
+        u = torch.linspace(0, 1, self.num_levels + 1, dtype=torch.float64)
+        abar = torch.cos((u + self.offset) / (1 + self.offset) * math.pi / 2) ** 2
+        return (1 - abar[1:] / abar[:-1]).clamp(max=self.max_beta)
+
+
+@dataclass(frozen=True)
+class CosineLogSNRSchedule(NoiseSchedule):
+    """Continuous cosine schedule with a bounded log-SNR (Salimans & Ho 2022, section 4).
+
+    `lambda(u) = -2 log tan(a u + b)` with `u = t / T`, so that `lambda` falls from `log_snr_max`
+    at level 0 to `log_snr_min` at level T. Level 0 keeps a trace of noise, `sigma_0 = 4.5e-5` at
+    20.
+    """
+
+    num_levels: int = 1000
+    log_snr_min: float = -20.0
+    log_snr_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        _check_num_levels(self.num_levels)
+        if not self.log_snr_min < self.log_snr_max:
+            raise ValueError(
+                f"log_snr_min must be below log_snr_max, got {self.log_snr_min} and "
+                f"{self.log_snr_max}: the paper has -20 and 20"
+            )
+
+    def log_alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluate the closed form; `alpha^2 = sigmoid(lambda)`, `sigma^2 = sigmoid(-lambda)`."""
+        b = math.atan(math.exp(-self.log_snr_max / 2))
+        a = math.atan(math.exp(-self.log_snr_min / 2)) - b
+        log_snr = -2 * torch.log(torch.tan(a * t / self.num_levels + b))
+        return logsigmoid(log_snr) / 2, logsigmoid(-log_snr) / 2

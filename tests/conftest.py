@@ -1,0 +1,34 @@
+"""Denoisers that are exact, and hence tests of everything else."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from exact import ExactGaussian, ExactMixture
+
+from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
+
+
+@pytest.fixture
+def gaussian() -> ExactGaussian:
+    """Images `(3, 4, 4)` whose dimensions are Gaussian, each with its own mean and deviation."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.rand(3, 4, 4, generator=generator, dtype=torch.float64) - 0.5
+    std = 0.1 + torch.rand(3, 4, 4, generator=generator, dtype=torch.float64)
+    return ExactGaussian(LinearSchedule(), mean, std)
+
+
+@pytest.fixture
+def mixture() -> ExactMixture:
+    """Two overlapping modes, under the schedule whose states are smooth in the level."""
+    return ExactMixture(CosineLogSNRSchedule())
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread, for thousands of tiny operations: two that wait for each other on a busy
+    machine make them thirty times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

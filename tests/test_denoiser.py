@@ -1,0 +1,231 @@
+"""The denoiser: what the network is fed, clipping, labels; and the tests' exact denoisers."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+import torch
+from exact import ExactGaussian, ExactMixture
+from torch import Tensor, nn
+
+from ddim_pl.denoiser import Denoise, Denoiser, TimeInput
+from ddim_pl.prediction import PredictionType
+from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, expand
+from ddim_pl.transitions import q_sample
+
+KINDS = get_args(PredictionType)
+
+
+class Recorder(nn.Module):
+    """Returns `scale * z` and remembers its arguments."""
+
+    def __init__(self, scale: float = 2.0) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+        self.seen: list[tuple[Tensor, ...]] = []
+
+    def forward(self, z: Tensor, t: Tensor, *label: Tensor) -> Tensor:
+        self.seen.append((z, t, *label))
+        return self.scale * z
+
+
+def batch(count: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    t = 1 + 999 * torch.rand(count, generator=generator, dtype=torch.float64)
+    return torch.randn(count, 3, 4, 4, generator=generator), t
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_estimates_explain_the_state_also_after_clipping(kind: PredictionType, clip: bool) -> None:
+    """Float32: 6e-8 of terms up to alpha x = 3, so 1e-5 is a wide bound."""
+    z, t = batch(100)
+    t[:2] = torch.tensor([1.0, 1000.0])
+    schedule = LinearSchedule()
+    x, eps = Denoiser(Recorder(), schedule, kind, clip=clip)(z, t)
+    assert x.dtype == eps.dtype == z.dtype
+    torch.testing.assert_close(q_sample(x, eps, schedule(t)), z, rtol=0, atol=1e-5)
+    assert (x.abs().max() <= 1) == clip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clipping_leaves_estimates_inside_the_range_alone(kind: PredictionType) -> None:
+    z, t = batch()
+    denoisers = [Denoiser(Recorder(0.5), LinearSchedule(), kind, clip=c) for c in (True, False)]
+    clipped, free = (denoiser(z.double(), t) for denoiser in denoisers)
+    inside = free.x.abs() <= 1
+    assert inside.any()
+    assert not inside.all()
+    torch.testing.assert_close(clipped.x, free.x.clamp(-1, 1), rtol=0, atol=0)
+    torch.testing.assert_close(clipped.eps[inside], free.eps[inside], rtol=1e-9, atol=1e-9)
+
+
+def test_one_level_for_all_is_that_level_for_each() -> None:
+    z, t = batch()
+    denoiser = Denoiser(Recorder(), LinearSchedule())
+    for one, each in zip(denoiser(z, t[0]), denoiser(z, t[:1].expand(len(z))), strict=True):
+        torch.testing.assert_close(one, each)
+    for number, tensor in zip(denoiser(z, 500), denoiser(z, torch.tensor(500.0)), strict=True):
+        assert torch.equal(number, tensor)
+
+
+@pytest.mark.parametrize("time_input", get_args(TimeInput))
+def test_the_network_gets_one_float32_time_per_image(time_input: TimeInput) -> None:
+    z, t = batch()
+    network = Recorder()
+    denoiser = Denoiser(network, LinearSchedule(), time_input=time_input)
+    denoiser(z, t)
+    denoiser(z, t[2])
+    for _, time in network.seen:
+        assert time.shape == (len(z),)
+        assert time.dtype == torch.float32
+    assert (network.seen[1][1] == network.seen[0][1][2]).all()
+
+
+def test_a_ddpm_network_gets_the_index_below_the_level() -> None:
+    denoiser = Denoiser(Recorder(), LinearSchedule())
+    t = torch.tensor([0, 0.5, 1, 1.5, 1000], dtype=torch.float64)
+    assert denoiser.network_time(t).tolist() == [0, 0, 0, 0.5, 999]
+
+
+def test_a_log_snr_network_gets_the_angle_of_the_level() -> None:
+    """Of a right angle in thousandths; under the cosine schedule it is linear in the level."""
+    t = torch.linspace(0, 1000, 101, dtype=torch.float64)
+    time = Denoiser(Recorder(), CosineLogSNRSchedule(), time_input="log_snr").network_time(t)
+    end = 2000 / math.pi * math.atan(math.exp(-10))
+    assert time[50].item() == pytest.approx(500, abs=1e-9)
+    torch.testing.assert_close(
+        time, torch.linspace(end, 1000 - end, 101, dtype=torch.float64), rtol=0, atol=1e-9
+    )
+    # The discrete schedule has no noise at level 0: the log-SNR is bounded.
+    linear = Denoiser(Recorder(), LinearSchedule(), time_input="log_snr").network_time(t)
+    assert linear[0].item() == pytest.approx(end, abs=1e-12)
+    assert (linear.diff() > 0).all()
+
+
+def test_labels_reach_the_network_only_when_given() -> None:
+    z, t = batch()
+    network, label = Recorder(), torch.arange(6)
+    plain = Denoiser(network, LinearSchedule(), clip=False)
+    labelled = plain.condition(label)
+    plain(z, t)
+    labelled(z, t)
+    labelled.condition(None)(z, t)
+    assert [len(seen) for seen in network.seen] == [2, 3, 2]
+    assert network.seen[1][2] is label
+    assert plain.label is None
+    assert labelled.network is network
+    assert not labelled.clip
+
+
+def test_estimates_are_differentiable_in_the_network_and_the_state() -> None:
+    z, t = batch()
+    network = Recorder()
+    Denoiser(network, LinearSchedule(), clip=False)(z.requires_grad_(), t).x.sum().backward()
+    assert z.grad is not None
+    assert network.scale.grad is not None
+
+
+def test_half_precision_output_is_read_in_the_dtype_of_the_state() -> None:
+    class Half(nn.Module):
+        def forward(self, z: Tensor, t: Tensor) -> Tensor:
+            return z.bfloat16()
+
+    z, t = batch()
+    assert Denoiser(Half(), LinearSchedule())(z, t).x.dtype == torch.float32
+
+
+@pytest.mark.parametrize("field", ["prediction", "time_input"])
+def test_unknown_names_list_the_known_ones(field: str) -> None:
+    with pytest.raises(ValueError, match=rf"{field} must be one of \(.*'nonsense'"):
+        Denoiser(Recorder(), LinearSchedule(), **{field: "nonsense"})
+
+
+def test_a_denoiser_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Denoiser(Recorder(), LinearSchedule()).clip = False
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_level_0_gives_numbers_or_an_error(kind: PredictionType, clip: bool) -> None:
+    """`sigma_0 = 0` leaves the noise of x-prediction, or of a clipped image, undetermined."""
+    z, _ = batch()
+    try:
+        prediction = Denoiser(Recorder(), LinearSchedule(), kind, clip=clip)(z, 0.0)
+    except ValueError:
+        return
+    finite = [estimate.isfinite().all().item() for estimate in prediction]
+    assert finite == [True, True]
+
+
+# The exact denoisers, on which the tests of the samplers rest
+
+
+def gaussian_log_density(denoiser: ExactGaussian) -> Callable[[Tensor, Tensor], Tensor]:
+    def log_density(z: Tensor, t: Tensor) -> Tensor:
+        mean, std = denoiser.marginal(t, z)
+        return -(((z - mean) / std) ** 2) / 2
+
+    return log_density
+
+
+def mixture_log_density(denoiser: ExactMixture) -> Callable[[Tensor, Tensor], Tensor]:
+    def log_density(z: Tensor, t: Tensor) -> Tensor:
+        level = denoiser.schedule(t)
+        alpha, sigma = expand(level.alpha, z), expand(level.sigma, z)
+        density = torch.zeros_like(z)
+        for w, m, s in zip(denoiser.weights, denoiser.means, denoiser.stds, strict=True):
+            std = (alpha**2 * s**2 + sigma**2).sqrt()
+            density = density + w / std * torch.exp(-(((z - alpha * m) / std) ** 2) / 2)
+        return density.log()
+
+    return log_density
+
+
+@pytest.mark.parametrize("one_level", [True, False])
+@pytest.mark.parametrize("name", ["gaussian", "mixture"])
+def test_exact_denoisers_are_the_score_of_their_marginal(
+    name: str, one_level: bool, gaussian: ExactGaussian, mixture: ExactMixture
+) -> None:
+    """`eps = -sigma d/dz log p_t(z)` (Tweedie), and `z = alpha x + sigma eps`."""
+    denoiser = gaussian if name == "gaussian" else mixture
+    log_density = (
+        gaussian_log_density(gaussian) if name == "gaussian" else mixture_log_density(mixture)
+    )
+    z, t = batch()
+    t = t[0] if one_level else t
+    z = z.double().requires_grad_()
+    x, eps = denoiser(z, t)
+    level = denoiser.schedule(t)
+    (score,) = torch.autograd.grad(log_density(z, t).sum(), z)
+    torch.testing.assert_close(eps, -expand(level.sigma, z) * score, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(q_sample(x, eps, level), z, rtol=1e-12, atol=1e-12)
+    assert denoiser(z.float(), t).x.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["gaussian", "mixture"])
+def test_exact_flows_solve_the_probability_flow_equation(
+    name: str, gaussian: ExactGaussian, mixture: ExactMixture
+) -> None:
+    """`d(z / alpha) / d(sigma / alpha) = eps`, by central differences of 1e-3 levels, to 1e-5."""
+    denoiser: ExactGaussian | ExactMixture = gaussian if name == "gaussian" else mixture
+    z = batch()[0].double()
+    for t in (150.5, 500.5, 850.5):
+        y, r = [], []
+        for s in (t - 1e-3, t + 1e-3):
+            level = denoiser.schedule(s)
+            y.append(denoiser.flow(z, t, s) / level.alpha)
+            r.append(level.sigma / level.alpha)
+        slope = (y[1] - y[0]) / (r[1] - r[0])
+        eps = denoiser(z, torch.tensor(t)).eps
+        torch.testing.assert_close(slope, eps, rtol=0, atol=1e-5)
+        back = denoiser.flow(denoiser.flow(z, t, 3.0), 3.0, t)
+        torch.testing.assert_close(back, z, rtol=0, atol=1e-5)
+
+
+def test_exact_denoisers_fit_the_protocol(gaussian: ExactGaussian, mixture: ExactMixture) -> None:
+    denoisers: list[Denoise] = [gaussian, mixture, Denoiser(Recorder(), LinearSchedule())]
+    assert all(denoiser.schedule.num_levels == 1000 for denoiser in denoisers)

@@ -1,0 +1,115 @@
+"""What every sampler of the package must be: found by walking the package, never by a list."""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from exact import ExactGaussian
+
+import ddim_pl.samplers
+from ddim_pl import timesteps
+from ddim_pl.noise import latents
+from ddim_pl.samplers import DDIM, DDPM, Sampler
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def samplers() -> Iterator[type[Sampler]]:
+    """Every concrete Sampler that a module of `ddim_pl.samplers` defines."""
+    for module in pkgutil.iter_modules(ddim_pl.samplers.__path__):
+        found = importlib.import_module(f"ddim_pl.samplers.{module.name}")
+        for _, kind in inspect.getmembers(found, inspect.isclass):
+            concrete = issubclass(kind, Sampler) and not inspect.isabstract(kind)
+            if concrete and kind.__module__ == found.__name__:
+                yield kind
+
+
+SAMPLERS = list(samplers())
+every_sampler = pytest.mark.parametrize("kind", SAMPLERS)
+SHAPE = (3, 4, 4)
+
+
+def images(kind: type[Sampler], denoiser: ExactGaussian, indices: range) -> torch.Tensor:
+    z, generators = latents(0, indices, SHAPE)
+    return kind()(denoiser, z, timesteps.linear(1000, 5), generator=generators)
+
+
+def test_the_walk_finds_the_samplers() -> None:
+    assert {DDIM, DDPM} <= set(SAMPLERS)
+
+
+@every_sampler
+def test_a_sampler_is_a_frozen_dataclass_of_plain_numbers_and_names(kind: type[Sampler]) -> None:
+    sampler = kind()
+    assert dataclasses.is_dataclass(kind)
+    for field in dataclasses.fields(kind):
+        value = getattr(sampler, field.name)
+        assert value is None or isinstance(value, bool | int | float | str | tuple | Sampler)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(sampler, field.name, value)
+    assert set(vars(sampler)) == {field.name for field in dataclasses.fields(kind)}
+    assert kind() == sampler
+    assert hash(kind()) == hash(sampler)
+
+
+@every_sampler
+def test_a_sampler_leaves_the_call_to_the_base(kind: type[Sampler]) -> None:
+    assert kind.__call__ is Sampler.__call__
+    assert kind.trajectory is Sampler.trajectory
+
+
+@every_sampler
+def test_a_sampler_and_its_module_say_what_they_do(kind: type[Sampler]) -> None:
+    assert kind.__doc__
+    assert not kind.__doc__.startswith(f"{kind.__name__}(")  # the signature dataclass fills in
+    assert inspect.getmodule(kind).__doc__
+
+
+@every_sampler
+def test_a_sampler_reproduces_its_images_under_the_same_generators(
+    kind: type[Sampler], gaussian: ExactGaussian
+) -> None:
+    before = torch.get_rng_state()
+    first, again = (images(kind, gaussian, range(4)) for _ in range(2))
+    assert first.isfinite().all()
+    assert torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), before)  # no global random state
+
+
+@every_sampler
+def test_an_image_does_not_depend_on_its_batch(
+    kind: type[Sampler], gaussian: ExactGaussian
+) -> None:
+    """To float32 rounding; test_ddim.py has the first samplers to the bit."""
+    together = images(kind, gaussian, range(4))
+    alone = torch.cat([images(kind, gaussian, range(i, i + 1)) for i in range(4)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@every_sampler
+def test_a_sampler_holds_nothing_between_calls(
+    kind: type[Sampler], gaussian: ExactGaussian
+) -> None:
+    sampler = kind()
+    levels = timesteps.linear(1000, 5)
+    z, generators = latents(0, range(4), SHAPE)
+    sampler(gaussian, z, levels, generator=generators)
+    z, generators = latents(0, range(2), SHAPE)
+    used = sampler(gaussian, z, levels, generator=generators)
+    assert torch.equal(used, images(kind, gaussian, range(2)))
+
+
+@every_sampler
+def test_a_call_leaves_its_arguments_as_they_were(
+    kind: type[Sampler], gaussian: ExactGaussian
+) -> None:
+    z, generators = latents(0, range(2), SHAPE)
+    levels = timesteps.linear(1000, 5)
+    kept = z.clone(), levels.clone()
+    kind()(gaussian, z, levels, generator=generators)
+    assert torch.equal(z, kept[0])
+    assert torch.equal(levels, kept[1])
