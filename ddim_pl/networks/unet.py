@@ -1,0 +1,413 @@
+"""The U-Net of DDPM (Ho et al. 2020) and its FiLM variant (Salimans & Ho 2022).
+
+The image goes down through levels of residual blocks, each half the size of the one above, and up
+again. Every tensor of the way down, resampled ones included, is kept, and the last one kept joins
+the next block on the way up:
+
+    h_0 = conv(z),  h_{k+1} = block_k(h_k, e),  g = block([g, h_k], e) with k falling.
+
+The embedding `e = silu(W_2 silu(W_1 sinusoid(t)) + table[label])` enters every block; attention
+follows the blocks at some resolutions. What number `t` is (an index, a function of the log-SNR)
+is the caller's affair.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["UNet"]
+
+# Every GroupNorm's, as in the code of both papers; torch's default is 1e-5.
+_EPS = 1e-6
+
+
+class UNet(nn.Module):
+    """U-Net with a time embedding and, if asked, a class embedding.
+
+    The defaults are the CIFAR-10 network of Ho et al. (2020, appendix B). That of Salimans & Ho
+    (2022) is `channels=256, multipliers=(1, 1, 1), num_blocks=3, attention=(8, 16), dropout=0.2,
+    scale_shift=True, resample="block"`.
+
+    Args:
+        image_size: Height and width of the images; a multiple of `2 ** (len(multipliers) - 1)`.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output; as many as `in_channels` if None.
+        channels: Unit of width, and width of the sinusoid; even, at least 4.
+        multipliers: Width of each level in units of `channels`, from the finest level down.
+        num_blocks: Residual blocks of a level on the way down; the way up has one more.
+        attention: Resolutions with attention after every block. The middle always has one.
+        num_heads: Attention heads; divides the width of every level.
+        dropout: Probability in [0, 1) of dropping an activation, once in every residual block.
+        num_classes: Number of classes; None for a network without labels.
+        scale_shift: The embedding scales and shifts a block's second norm (FiLM; Salimans & Ho),
+            rather than being added before it (Ho et al.).
+        resample: "conv" resamples with a convolution (Ho et al.); "block" within a residual
+            block, by average pooling and nearest neighbours (Salimans & Ho).
+        groups: Groups of every GroupNorm; divides the width of every level.
+
+    Attributes:
+        init_args: The constructor's arguments as plain data, for a checkpoint to hold.
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit the others.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 32,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        *,
+        channels: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        num_blocks: int = 2,
+        attention: Sequence[int] = (16,),
+        num_heads: int = 1,
+        dropout: float = 0.1,
+        num_classes: int | None = None,
+        scale_shift: bool = False,
+        resample: Literal["conv", "block"] = "conv",
+        groups: int = 32,
+    ) -> None:
+        super().__init__()
+        self.init_args: dict[str, Any] = {
+            "image_size": image_size,
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "channels": channels,
+            "multipliers": list(multipliers),
+            "num_blocks": num_blocks,
+            "attention": list(attention),
+            "num_heads": num_heads,
+            "dropout": dropout,
+            "num_classes": num_classes,
+            "scale_shift": scale_shift,
+            "resample": resample,
+            "groups": groups,
+        }
+        _check_ranges(self.init_args)
+        _check_resolutions(image_size, multipliers, attention)
+        _check_widths(channels, multipliers, num_heads=num_heads, groups=groups)
+        self.image_size: Final = image_size
+        self.in_channels: Final = in_channels
+        self.out_channels: Final = in_channels if out_channels is None else out_channels
+        self.num_classes: Final = num_classes
+
+        in_block = resample == "block"
+        emb_width = 4 * channels
+        block = partial(
+            ResidualBlock,
+            emb_width=emb_width,
+            dropout=dropout,
+            scale_shift=scale_shift,
+            groups=groups,
+        )
+        attend = partial(SelfAttention, num_heads=num_heads, groups=groups)
+
+        def stage(in_width: int, width: int, resolution: int) -> Stage:
+            attends = resolution in attention
+            return Stage(block(in_width, width), attend(width) if attends else nn.Identity())
+
+        def halve(width: int) -> nn.Module:
+            return block(width, width, nn.AvgPool2d(2)) if in_block else Downsample(width)
+
+        def double(width: int) -> nn.Module:
+            return (
+                block(width, width, nn.Upsample(scale_factor=2)) if in_block else Upsample(width)
+            )
+
+        self.time_in = nn.Linear(channels, emb_width)
+        self.time_out = nn.Linear(emb_width, emb_width)
+        self.class_table = nn.Embedding(num_classes, emb_width) if num_classes else None
+
+        widths = [channels * multiplier for multiplier in multipliers]
+        resolutions = [image_size >> level for level in range(len(widths))]
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        kept = [channels]
+        self.down = nn.ModuleList()
+        for width, resolution in zip(widths, resolutions, strict=True):
+            if resolution < image_size:
+                self.down.append(halve(kept[-1]))
+                kept.append(kept[-1])
+            for _ in range(num_blocks):
+                self.down.append(stage(kept[-1], width, resolution))
+                kept.append(width)
+
+        width = widths[-1]
+        self.middle = nn.ModuleList(
+            [Stage(block(width, width), attend(width)), block(width, width)]
+        )
+
+        self.up = nn.ModuleList()
+        below = width
+        for width, resolution in zip(reversed(widths), reversed(resolutions), strict=True):
+            for _ in range(num_blocks + 1):
+                self.up.append(stage(below + kept.pop(), width, resolution))
+                below = width
+            if resolution < image_size:
+                self.up.append(double(width))
+
+        self.norm_out = nn.GroupNorm(groups, below, eps=_EPS)
+        self.conv_out = nn.Conv2d(below, self.out_channels, 3, padding=1)
+        self.apply(_initialise)
+
+    def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Map a batch of images, each with its time, to images of the same size.
+
+        Args:
+            z: Images, (B, in_channels, image_size, image_size).
+            t: Times, (B,), in about [0, 1000].
+            label: Classes in 0..num_classes - 1, (B,) int64; exactly if the network has classes.
+
+        Returns:
+            (B, out_channels, image_size, image_size).
+
+        Raises:
+            ValueError: If a shape is wrong, or a label is missing or unexpected.
+        """
+        self._check_inputs(z, t, label)
+        emb = sinusoidal_embedding(t, self.time_in.in_features).to(self.time_in.weight.dtype)
+        emb = self.time_out(F.silu(self.time_in(emb)))
+        if self.class_table is not None:
+            emb = emb + self.class_table(label)
+        emb = F.silu(emb)  # once here, rather than before the projection of every block
+
+        kept = [self.conv_in(z)]
+        for step in self.down:
+            kept.append(step(kept[-1], emb))
+        h = kept[-1]
+        for step in self.middle:
+            h = step(h, emb)
+        for step in self.up:
+            if isinstance(step, Stage):  # a resampling step joins nothing
+                h = torch.cat([h, kept.pop()], dim=1)
+            h = step(h, emb)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    def _check_inputs(self, z: Tensor, t: Tensor, label: Tensor | None) -> None:
+        """Check shapes only: values would cost a synchronisation with the device."""
+        expected = (self.in_channels, self.image_size, self.image_size)
+        if z.ndim != 4 or z.shape[1:] != expected:
+            raise ValueError(f"z has shape {tuple(z.shape)}; this network takes (B, *{expected}).")
+        if (label is None) != (self.num_classes is None):
+            raise ValueError(
+                f"label is {'missing' if label is None else 'given'} but the network has "
+                f"num_classes={self.num_classes}; labels and classes go together."
+            )
+        for name, given in (("t", t), ("label", label)):
+            if given is not None and given.shape != z.shape[:1]:
+                raise ValueError(
+                    f"{name} has shape {tuple(given.shape)}; give one per image, ({z.shape[0]},)."
+                )
+
+
+class Stage(nn.Module):
+    """A residual block, then attention or nothing."""
+
+    def __init__(self, block: "ResidualBlock", attention: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.attention = attention
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        """Map (B, C, H, W) and the embedding (B, E) to (B, C', H, W)."""
+        return self.attention(self.block(h, emb))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions beside a shortcut; the embedding enters between them.
+
+    With `resample`, both the hidden state and the shortcut are resampled before the first
+    convolution (Salimans & Ho 2022, after BigGAN).
+    """
+
+    def __init__(
+        self,
+        in_width: int,
+        width: int,
+        resample: nn.Module | None = None,
+        *,
+        emb_width: int,
+        dropout: float,
+        scale_shift: bool,
+        groups: int,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = nn.GroupNorm(groups, in_width, eps=_EPS)
+        self.resample = nn.Identity() if resample is None else resample
+        self.conv1 = nn.Conv2d(in_width, width, 3, padding=1)
+        self.emb_proj = nn.Linear(emb_width, 2 * width if scale_shift else width)
+        self.norm2 = nn.GroupNorm(groups, width, eps=_EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.shortcut = nn.Identity() if in_width == width else nn.Conv2d(in_width, width, 1)
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        """Map (B, C, H, W) and the embedding (B, E) to (B, C', H', W')."""
+        residual = self.conv1(self.resample(F.silu(self.norm1(h))))
+        projected = self.emb_proj(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = projected.chunk(2, dim=1)
+            residual = self.norm2(residual) * (1 + scale) + shift
+        else:
+            residual = self.norm2(residual + projected)
+        residual = self.conv2(self.dropout(F.silu(residual)))
+        return self.shortcut(self.resample(h)) + residual
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over the pixels, added to its input."""
+
+    def __init__(self, width: int, *, num_heads: int, groups: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.GroupNorm(groups, width, eps=_EPS)
+        # The paper's 1x1 convolutions, as linear maps of pixels: the fused kernels want each
+        # pixel's channels side by side in memory.
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W)."""
+        pixels = self.norm(h).flatten(2).transpose(1, 2)  # (B, HW, C)
+        q, k, v = (
+            part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, HW, C / heads)
+            for part in self.qkv(pixels).chunk(3, dim=2)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return h + self.proj(mixed).transpose(1, 2).unflatten(2, h.shape[2:])
+
+
+class Downsample(nn.Module):
+    """Halve height and width with a strided convolution (Ho et al. 2020)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H / 2, W / 2); the embedding is not used."""
+        # TensorFlow's "same" padding, which the paper's weights assume: right and bottom only.
+        return self.conv(F.pad(h, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double height and width by nearest neighbours, then convolve (Ho et al. 2020)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, 2 H, 2 W); the embedding is not used."""
+        return self.conv(F.interpolate(h, scale_factor=2))
+
+
+def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
+    """Embed times as `width / 2` sines, then as many cosines (Ho et al. 2020, their code).
+
+    The frequencies fall from 1 to 1/10000. In float32 at least: bfloat16 cannot tell 999 from
+    1000.
+
+    Args:
+        t: Times, (B,).
+        width: Even, at least 4.
+
+    Returns:
+        (B, width), float32 or, for float64 times, float64.
+
+    Example:
+        >>> sinusoidal_embedding(torch.tensor([0.0]), 4)
+        tensor([[0., 0., 1., 1.]])
+    """
+    half = width // 2
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    exponents = torch.arange(half, dtype=dtype, device=t.device) / (half - 1)
+    angles = t.to(dtype)[:, None] * torch.exp(-math.log(10000) * exponents)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Initialise as the code of Ho et al. (2020) does; for `Module.apply`, children come first.
+
+    Weights are uniform with variance 1 / fan_avg (Xavier) and biases zero. The last layer of
+    every residual branch and of the network is zero, so that all blocks start as the identity
+    (their scale of 1e-10, read as zero, as Salimans & Ho's code does). The class table, which
+    they lack, keeps torch's unit normal.
+    """
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, ResidualBlock):
+        nn.init.zeros_(module.conv2.weight)
+    elif isinstance(module, SelfAttention):
+        for weight in module.qkv.weight.chunk(3):  # three layers in one: their own fans
+            nn.init.xavier_uniform_(weight)
+        nn.init.zeros_(module.proj.weight)
+    elif isinstance(module, UNet):
+        nn.init.zeros_(module.conv_out.weight)
+
+
+def _check_ranges(args: dict[str, Any]) -> None:
+    """Check every argument that has a range of its own."""
+    counts = ("image_size", "in_channels", "out_channels", "num_blocks", "num_heads")
+    for name in (*counts, "num_classes", "groups"):
+        if args[name] is not None and args[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {args[name]}.")
+    if args["channels"] < 4 or args["channels"] % 2:
+        raise ValueError(
+            f"channels must be even and at least 4, got {args['channels']}: the time embedding "
+            "has as many sines as cosines."
+        )
+    if not args["multipliers"] or min(args["multipliers"]) < 1:
+        raise ValueError(
+            f"multipliers must be one or more positive integers, got {args['multipliers']}: "
+            "give one per level, such as [1, 2, 2, 2]."
+        )
+    if not 0 <= args["dropout"] < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {args['dropout']}; 0 turns it off.")
+    if args["resample"] not in ("conv", "block"):
+        raise ValueError(f'resample must be "conv" or "block", got {args["resample"]!r}.')
+
+
+def _check_resolutions(
+    image_size: int, multipliers: Sequence[int], attention: Sequence[int]
+) -> None:
+    """Check that the image can be halved between levels, and that attention has its levels."""
+    levels = len(multipliers)
+    factor = 2 ** (levels - 1)
+    if image_size % factor:
+        most = (image_size & -image_size).bit_length()  # 1 + how often 2 divides it
+        raise ValueError(
+            f"image_size must be a multiple of {factor} for {levels} multipliers, got "
+            f"{image_size}: use {factor * math.ceil(image_size / factor)}, or at most {most} "
+            "multipliers."
+        )
+    resolutions = [image_size >> level for level in range(levels)]
+    absent = [resolution for resolution in attention if resolution not in resolutions]
+    if absent:
+        raise ValueError(
+            f"attention names the resolutions {absent}, which the network does not have: choose "
+            f"from {resolutions}."
+        )
+
+
+def _check_widths(
+    channels: int, multipliers: Sequence[int], *, num_heads: int, groups: int
+) -> None:
+    """Check that norms and heads divide the width of every level."""
+    widths = [channels * multiplier for multiplier in (1, *multipliers)]
+    for name, count in (("groups", groups), ("num_heads", num_heads)):
+        bad = [width for width in widths if width % count]
+        if bad:
+            raise ValueError(
+                f"{name} must divide the width of every level, got {count} and {bad[0]}: choose "
+                f"a divisor of {math.gcd(*widths)}."
+            )
