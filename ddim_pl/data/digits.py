@@ -1,0 +1,76 @@
+"""Scikit-learn's digits: 1,797 scans of 8x8 pixels that need no download."""
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from ddim_pl.data.base import ImageDataModule, TensorImages
+
+NUM_CLASSES = 10
+
+
+def digits_arrays() -> tuple[Tensor, Tensor]:
+    """Return all digits: uint8 images (1797, 1, 8, 8) over 0 to 255, int64 labels (1797,)."""
+    scans, labels = load_digits(return_X_y=True)
+    # A scan counts the inked pixels of 4x4 blocks, so it takes the 17 values 0 to 16.
+    images = np.round(scans.reshape(-1, 1, 8, 8) * 255 / 16).astype(np.uint8)
+    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+
+
+def digits_split() -> tuple[Tensor, Tensor]:
+    """Return the indices, ascending, of 1,437 training and 360 held-out digits.
+
+    The split is fixed and keeps the shares of the classes. The data module and the feature
+    extractor of `ddim_pl.metrics.digits` hold out the same images.
+    """
+    _, labels = digits_arrays()
+    train, heldout = train_test_split(
+        np.arange(len(labels)), test_size=360, random_state=0, stratify=labels.numpy()
+    )
+    return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(heldout))
+
+
+class DigitsDataModule(ImageDataModule):
+    """Digits as uint8 images (1, 8, 8) of 10 classes, never flipped: mirrored, they are no digits.
+
+    Args:
+        batch_size: Images per device and step, at least 1.
+        holdout: False trains and validates on all 1,797 images, as is usual where a Fréchet
+            distance is measured against the training images. True trains on the 1,437 training
+            images of `digits_split` and validates on the 360 others.
+        seed: Seed of the order of the training images, at least 0.
+        num_workers: Processes which prepare batches; 0 is fastest for images held in memory.
+        steps_per_epoch: Training batches per epoch; the whole batches of one pass if None.
+        num_predict: Number of images to make when predicting, over all devices.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        *,
+        holdout: bool = False,
+        seed: int = 0,
+        num_workers: int = 0,
+        steps_per_epoch: int | None = None,
+        num_predict: int = 64,
+    ) -> None:
+        super().__init__(
+            batch_size,
+            flip=False,
+            seed=seed,
+            num_workers=num_workers,
+            steps_per_epoch=steps_per_epoch,
+            num_predict=num_predict,
+        )
+        self.holdout = holdout
+
+    def load(self, train: bool) -> TensorImages:
+        """Return all digits, or with `holdout` one side of `digits_split`."""
+        images, labels = digits_arrays()
+        if self.holdout:
+            train_indices, heldout_indices = digits_split()
+            chosen = train_indices if train else heldout_indices
+            images, labels = images[chosen], labels[chosen]
+        return TensorImages(images, labels, NUM_CLASSES)

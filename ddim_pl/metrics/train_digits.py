@@ -1,0 +1,104 @@
+"""Train the digits feature extractor: `python -m ddim_pl.metrics.train_digits`.
+
+It sees the 1,437 training images of `ddim_pl.data.digits.digits_split`, shifted by up to one pixel
+and a little noisy, and is judged on the 360 held out. About a minute on two cores; the same seed
+gives the same weights on one machine.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+from torch.nn import functional as F
+
+from ddim_pl.data.digits import digits_arrays, digits_split
+from ddim_pl.metrics.digits import WEIGHTS, DigitsClassifier, DigitsFeatures
+
+NUM_STEPS = 3000
+BATCH_SIZE = 128
+LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 0.05
+# Standard deviation, on images in [-1, 1]. More noise would teach the features to overlook what
+# noise a poor sampler leaves in its images.
+NOISE = 0.04
+LABEL_SMOOTHING = 0.05
+
+
+def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return images (B, C, H, W), each moved by up to one pixel along both axes, on 0."""
+    batch, _, height, width = images.shape
+    dy, dx = torch.randint(0, 3, (2, batch, 1), generator=generator)
+    padded = F.pad(images, (1, 1, 1, 1))
+    rows = torch.arange(height) + dy
+    columns = torch.arange(width) + dx
+    return padded[
+        torch.arange(batch)[:, None, None, None],
+        torch.arange(images.shape[1])[None, :, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
+
+
+def train(seed: int = 0, num_steps: int = NUM_STEPS) -> DigitsClassifier:
+    """Return a classifier trained on the training digits for `num_steps` batches."""
+    generator = torch.Generator().manual_seed(seed)
+    images, labels = digits_arrays()
+    train_indices, _ = digits_split()
+    # The initial weights come from torch's global state, which is put back afterwards.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = DigitsClassifier()
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY
+    )
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=max(num_steps, 2), pct_start=0.1
+    )
+    for _ in range(num_steps):
+        picks = torch.randint(len(train_indices), (BATCH_SIZE,), generator=generator)
+        chosen = train_indices[picks]
+        x = shifted(images[chosen], generator).float() / 127.5 - 1
+        x = x + NOISE * torch.randn(x.shape, generator=generator)
+        loss = F.cross_entropy(network(x), labels[chosen], label_smoothing=LABEL_SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    return network
+
+
+def save(network: DigitsClassifier, path: Path) -> None:
+    """Write the weights as safetensors; a reader finds the old file or the new, never a part."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(to_bytes(network.state_dict()))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def heldout_accuracy(extractor: DigitsFeatures) -> float:
+    """Return the share of the held-out digits which the extractor's logits classify rightly."""
+    images, labels = digits_arrays()
+    _, heldout = digits_split()
+    right = extractor.logits(images[heldout]).argmax(1) == labels[heldout]
+    return right.double().mean().item()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, save, and print the held-out accuracy of what was saved."""
+    parser = argparse.ArgumentParser(description="Train the feature extractor of 8x8 digits.")
+    parser.add_argument("--output", type=Path, default=WEIGHTS, help="the safetensors file")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="batches to train on")
+    options = parser.parse_args(arguments)
+    save(train(options.seed, options.steps), options.output)
+    accuracy = heldout_accuracy(DigitsFeatures(options.output))
+    print(f"{options.output}: held-out accuracy {accuracy:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddim_pl.data import image_folder
+from ddim_pl.data.image_folder import ImageFolderDataModule, decode
+
+SIZE = 8
+
+
+def write(path: Path, mode: str = "RGB", size: tuple[int, int] = (SIZE, SIZE)) -> np.ndarray:
+    """Write a random image whose content depends on its name, and return its pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(list(path.name.encode()))
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    pixels = rng.integers(0, 256, (size[1], size[0], bands), dtype=np.uint8)
+    Image.fromarray(pixels if bands > 1 else pixels[..., 0]).save(path)
+    return pixels.transpose(2, 0, 1)
+
+
+def folder(root: Path, **arguments: Any) -> ImageFolderDataModule:
+    data = ImageFolderDataModule(str(root), SIZE, **arguments)
+    data.setup("fit")
+    return data
+
+
+@pytest.fixture(params=["in memory", "from files"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "from files":
+        monkeypatch.setattr(image_folder, "MEMORY_LIMIT", 0)
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("resize", [True, False])
+def test_first_level_subfolders_are_classes(tmp_path: Path, resize: bool) -> None:
+    expected = [
+        write(tmp_path / "cat" / "1.png"),
+        write(tmp_path / "cat" / "deep" / "er" / "2.png"),
+        write(tmp_path / "dog" / "0.bmp"),
+    ]
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "cat" / "._1.png").write_text("what macOS leaves")
+    data = folder(tmp_path, resize=resize)
+    everything = torch.arange(3)
+    # An image of the right size is left as it is, also by a resize.
+    torch.testing.assert_close(
+        data.train_set.images(everything), torch.from_numpy(np.stack(expected))
+    )
+    assert data.train_set.labels(everything).tolist() == [0, 0, 1]
+    assert (data.shape, data.num_classes, data.num_reference) == ((3, SIZE, SIZE), 2, 3)
+    assert not data.flip
+    assert data.val_set is data.train_set
+
+
+@pytest.mark.usefixtures("memory")
+def test_an_image_beside_the_subfolders_makes_a_single_class(tmp_path: Path) -> None:
+    write(tmp_path / "cat" / "1.png")
+    write(tmp_path / "0.png")
+    data = folder(tmp_path)
+    assert data.num_classes == 1
+    assert data.train_set.labels(torch.arange(2)).tolist() == [0, 0]
+
+
+@pytest.mark.usefixtures("memory")
+def test_gray_and_colour_become_what_channels_asks_for(tmp_path: Path) -> None:
+    gray = write(tmp_path / "0.png", "L")
+    write(tmp_path / "1.png", "RGB")
+    both = torch.arange(2)
+    images = folder(tmp_path).train_set.images(both)
+    assert images.shape == (2, 3, SIZE, SIZE)
+    torch.testing.assert_close(images[0], torch.from_numpy(gray).expand(3, -1, -1))
+    images = folder(tmp_path, channels=1).train_set.images(both)
+    assert images.shape == (2, 1, SIZE, SIZE)
+    torch.testing.assert_close(images[0], torch.from_numpy(gray))
+
+
+def test_resizing_scales_the_shorter_side_and_keeps_the_centre(tmp_path: Path) -> None:
+    write(tmp_path / "0.png", size=(24, 16))
+    write(tmp_path / "1.png", size=(16, 24))
+    wide, tall = folder(tmp_path).train_set.images(torch.arange(2))
+    for image, name, size in ((wide, "0.png", (12, 8)), (tall, "1.png", (8, 12))):
+        with Image.open(tmp_path / name) as file:
+            whole = torch.from_numpy(np.array(file.resize(size, Image.Resampling.LANCZOS)))
+        top, left = (size[1] - SIZE) // 2, (size[0] - SIZE) // 2
+        expected = whole[top : top + SIZE, left : left + SIZE].permute(2, 0, 1)
+        torch.testing.assert_close(image, expected, rtol=0, atol=1)
+
+
+def test_transparent_pixels_turn_white_and_photographs_upright(tmp_path: Path) -> None:
+    Image.new("RGBA", (SIZE, SIZE), (9, 9, 9, 0)).save(tmp_path / "clear.png")
+    assert (decode(tmp_path / "clear.png", SIZE, 3, resize=True) == 255).all()
+    pixels = np.zeros((SIZE, SIZE), dtype=np.uint8)
+    pixels[0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # taken upside down
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    turned = decode(tmp_path / "turned.png", SIZE, 1, resize=False)
+    torch.testing.assert_close(turned[0], torch.from_numpy(pixels[::-1].copy()))
+
+
+def test_val_root_has_the_classes_of_root(tmp_path: Path) -> None:
+    for path in ("train/cat/0.png", "train/dog/0.png", "val/dog/1.png", "odd/cow/2.png"):
+        write(tmp_path / path)
+    data = folder(tmp_path / "train", val_root=str(tmp_path / "val"))
+    assert len(data.val_set) == 1
+    assert data.val_set.num_classes == 2
+    assert data.val_set.labels(torch.arange(1)).tolist() == [1]
+    with pytest.raises(ValueError, match=r"cow.*move it to one of the subfolders cat, dog"):
+        folder(tmp_path / "train", val_root=str(tmp_path / "odd"))
+
+
+@pytest.mark.usefixtures("memory")
+def test_workers_decode_what_the_main_process_decodes(tmp_path: Path) -> None:
+    for number in range(5):
+        write(tmp_path / f"{number}.png", size=(11, 9))
+    alone = folder(tmp_path, batch_size=2)
+    helped = folder(tmp_path, batch_size=2, num_workers=1)
+    for one, two in zip(alone.train_dataloader(), helped.train_dataloader(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("damage", ["no image at all", "truncated"])
+def test_a_broken_file_is_named_at_setup(tmp_path: Path, damage: str) -> None:
+    write(tmp_path / "0.png")
+    write(tmp_path / "broken.png")
+    data = (tmp_path / "broken.png").read_bytes()
+    content = data[: len(data) // 2] if damage == "truncated" else b"no image at all"
+    (tmp_path / "broken.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read .*; replace or remove it"):
+        folder(tmp_path)
+
+
+@pytest.mark.usefixtures("memory")
+def test_sixteen_bits_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((SIZE, SIZE), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=r"deep\.png .*more than 8 bits"):
+        folder(tmp_path)
+
+
+@pytest.mark.usefixtures("memory")
+def test_without_resize_the_first_odd_size_is_named(tmp_path: Path) -> None:
+    for name, size in (("0", (SIZE, SIZE)), ("1", (9, SIZE)), ("2", (7, 7))):
+        write(tmp_path / f"{name}.png", size=size)
+    with pytest.raises(ValueError, match=r"1\.png has 9x8 pixels.*`resize: true`"):
+        folder(tmp_path, resize=False)
+
+
+def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere' is not a folder"):
+        folder(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty' holds no image"):
+        folder(tmp_path / "empty")
+
+
+def test_arguments_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="image_size is 0; it must be at least 1"):
+        ImageFolderDataModule("anywhere", 0)
+    channels: Any = 2
+    with pytest.raises(ValueError, match="channels is 2; it must be 1"):
+        ImageFolderDataModule("anywhere", 8, channels=channels)
+    with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1"):
+        ImageFolderDataModule("anywhere", 8, batch_size=0)
