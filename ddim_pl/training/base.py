@@ -1,0 +1,269 @@
+"""What every training method shares: a network, its average, and how to sample it."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any, Self, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.parsing import collect_init_args
+from lightning.pytorch.utilities.types import OptimizerConfig, OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, LRScheduler
+
+from ddim_pl.denoiser import Denoiser, TimeInput
+from ddim_pl.noise import StepGenerators, derive_seed, latents, step_generators
+from ddim_pl.prediction import PredictionType
+from ddim_pl.samplers import DDIM, Sampler
+from ddim_pl.schedules import LinearSchedule, NoiseSchedule
+from ddim_pl.timesteps import make_levels
+from ddim_pl.training.averaging import exponential_average
+from ddim_pl.training.hyperparameters import INSTANTIATOR, NotPlainError, describe
+
+OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
+LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
+Batch = tuple[Tensor, Tensor]
+
+
+class DiffusionModule(L.LightningModule, ABC):
+    """A network in training, the average of its weights, and the sampler that judges it.
+
+    Validation, test, prediction and `sample` use the average. Subclasses implement `loss`.
+
+    Args:
+        network: Module `forward(z, t)`; with `num_classes` set on it, `forward(z, t, label)`.
+        schedule: Noise schedule; by default that of DDPM, linear with 1000 levels.
+        prediction: What the network predicts: "eps", "x" or "v".
+        time_input: What the network is fed for a level, see `Denoiser`.
+        image_shape: `(C, H, W)` of an image; by default read off the network.
+        clip: Clip estimates of the clean image to [-1, 1] when sampling.
+        sampler: Sampler for evaluation; by default DDIM with eta = 0.
+        timesteps: Name of a strategy in `ddim_pl.timesteps`, or the levels themselves.
+        num_steps: Steps of the sampler; not used when `timesteps` is a list.
+        optimizer: Makes the optimiser from the parameters; by default Adam with rate 2e-4.
+        lr_scheduler: Makes a learning-rate schedule, stepped once per update.
+        warmup_steps: Updates over which the rate grows linearly from 0; multiplies `lr_scheduler`.
+        ema_decay: Decay of the weights' average, see `exponential_average`.
+        compile: Compile the network with `torch.compile`.
+        seed: Seed of all noise in training and of the sampled images.
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit another.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule | None = None,
+        *,
+        prediction: PredictionType = "eps",
+        time_input: TimeInput = "index",
+        image_shape: tuple[int, int, int] | None = None,
+        clip: bool = True,
+        sampler: Sampler | None = None,
+        timesteps: str | list[float] = "trailing",
+        num_steps: int = 50,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 0,
+        ema_decay: float = 0.9999,
+        compile: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._record_arguments()
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        self.schedule = schedule or LinearSchedule()
+        self.sampler = sampler or DDIM()
+        self.timesteps = timesteps
+        self.num_steps = num_steps
+        _ = self.levels  # a wrong strategy or number of steps shows now, not after hours
+        self.image_shape = _image_shape(network, image_shape)
+        self.network = network
+        self.average = exponential_average(network, ema_decay)
+        self.prediction = prediction
+        self.time_input = time_input
+        self.clip = clip
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.warmup_steps = warmup_steps
+        self.compile_network = compile
+        self.seed = seed
+        _ = self.denoiser  # so do a wrong prediction or time input
+
+    # ---- what the method is -------------------------------------------------------------------
+
+    @abstractmethod
+    def loss(self, denoiser: Denoiser, x: Tensor, generators: StepGenerators) -> Tensor:
+        """Loss of each image, `(B,)`.
+
+        Args:
+            denoiser: The network to judge, in training or averaged.
+            x: Images in [-1, 1], `(B, C, H, W)`.
+            generators: Sources of all noise.
+        """
+
+    # ---- how to sample it ---------------------------------------------------------------------
+
+    @property
+    def levels(self) -> Tensor:
+        """Levels that the sampler visits, `(S + 1,)`."""
+        return make_levels(self.timesteps, self.schedule.num_levels, self.num_steps)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The averaged network as a denoiser: the one to sample from."""
+        return self._denoiser(self.average.module)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes the network is conditioned on, if any."""
+        return getattr(self.network, "num_classes", None)
+
+    def _denoiser(self, network: nn.Module) -> Denoiser:
+        return Denoiser(network, self.schedule, self.prediction, self.clip, self.time_input)
+
+    @torch.no_grad()
+    def sample(
+        self, indices: Iterable[int], *, label: Tensor | None = None, progress: bool = False
+    ) -> Tensor:
+        """Draw images with the averaged network and this module's sampler.
+
+        Image `i` is a function of the seed and `i` alone, up to rounding: it does not depend on
+        the batch or the device it is drawn in.
+
+        Args:
+            indices: Which images, B numbers.
+            label: Classes `(B,)`; by default class `i mod num_classes`, so that all are drawn
+                alike.
+            progress: Show a progress bar over the steps.
+
+        Returns:
+            Images `(B, C, H, W)`, float32 about [-1, 1].
+        """
+        indices = [int(i) for i in indices]
+        z, generators = latents(self.seed, indices, self.image_shape)
+        denoiser = self.denoiser
+        if self.num_classes is not None:
+            if label is None:
+                label = torch.tensor(indices) % self.num_classes
+            denoiser = denoiser.condition(label.to(self.device))
+        return self.sampler(
+            denoiser, z.to(self.device), self.levels, generator=generators, progress=progress
+        )
+
+    # ---- Lightning ----------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the network's mode; the average, which is only evaluated, stays without dropout."""
+        super().train(mode)
+        self.average.eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        """Compile the networks in place, so that checkpoints keep their names."""
+        if self.compile_network:
+            self.network.compile()
+            self.average.module.compile()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss of the batch."""
+        # With accumulated gradients several batches share one global step.
+        part = batch_idx % self.trainer.accumulate_grad_batches
+        words = (self.seed, self.global_step, part, self.global_rank)
+        seed = derive_seed(*words)
+        # Dropout draws from the global generator; seeding it makes a resumed run exact.
+        torch.manual_seed(seed)
+        loss = self._mean_loss(self.network, batch, seed)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Update the weights, then their average."""
+        super().optimizer_step(*args, **kwargs)
+        self.average.update_parameters(self.network)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the averaged network's loss, with the same noise every time."""
+        self._log_loss("val/loss", batch, batch_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the averaged network's loss, with the same noise every time."""
+        self._log_loss("test/loss", batch, batch_idx)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Draw the images whose indices `(B,)` the batch holds."""
+        return self.sample(batch.tolist())
+
+    def configure_optimizers(self) -> OptimizerConfig | OptimizerLRSchedulerConfig:
+        """Optimiser over the network in training; the schedule steps once per update."""
+        make = self.optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=2e-4))
+        optimizer = make(self.network.parameters())
+        schedules: list[LRScheduler] = []
+        if self.warmup_steps:
+            first = 1 / (self.warmup_steps + 1)
+            schedules.append(LinearLR(optimizer, first, total_iters=self.warmup_steps))
+        if self.lr_scheduler:
+            schedules.append(self.lr_scheduler(optimizer))
+        if not schedules:
+            return {"optimizer": optimizer}
+        schedule = schedules[0] if len(schedules) == 1 else ChainedScheduler(schedules, optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    # ---- parts --------------------------------------------------------------------------------
+
+    def _mean_loss(self, network: nn.Module, batch: Batch, seed: int) -> Tensor:
+        x, label = batch
+        denoiser = self._denoiser(network)
+        if self.num_classes is not None:
+            denoiser = denoiser.condition(label)
+        return self.loss(denoiser, x, step_generators(seed, x.device)).mean()
+
+    def _log_loss(self, name: str, batch: Batch, batch_idx: int) -> None:
+        seed = derive_seed(self.seed, batch_idx, self.global_rank)
+        loss = self._mean_loss(self.average.module, batch, seed)
+        self.log(name, loss, sync_dist=True, batch_size=len(batch[0]), prog_bar=True)
+
+    def _record_arguments(self) -> None:
+        """Store the constructor's arguments as plain data, where Lightning puts them in files."""
+        frame = cast(FrameType, cast(FrameType, inspect.currentframe()).f_back)
+        arguments: dict[str, Any] = {}
+        for of_class in collect_init_args(frame, [], classes=(DiffusionModule,)):
+            arguments |= of_class
+        plain: dict[str, Any] = {}
+        for name, value in arguments.items():
+            try:
+                plain[name] = describe(value)
+            except NotPlainError as error:
+                # A command line passes factories that it can describe itself, see cli.py.
+                if not callable(value) or isinstance(value, nn.Module):
+                    rank_zero_warn(
+                        f"{name} is not stored in checkpoints ({error}): pass it again to "
+                        f"load_from_checkpoint(path, {name}=...)"
+                    )
+        self.save_hyperparameters({**plain, "_instantiator": INSTANTIATOR}, logger=False)
+
+
+def _image_shape(network: nn.Module, shape: Iterable[int] | None) -> tuple[int, int, int]:
+    if shape is None:
+        if not (hasattr(network, "in_channels") and hasattr(network, "image_size")):
+            raise ValueError(
+                f"image_shape must be given: {type(network).__name__} has no attributes "
+                "in_channels and image_size to read it from"
+            )
+        channels, side = cast(int, network.in_channels), cast(int, network.image_size)
+        shape = (channels, side, side)
+    shape = tuple(shape)
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"image_shape must be (channels, height, width), got {shape}")
+    return shape

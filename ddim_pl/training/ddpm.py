@@ -1,0 +1,120 @@
+"""Denoising diffusion training (Ho et al. 2020).
+
+The network learns to undo noise: `z_t = alpha_t x + sigma_t eps` at a random level `t`, loss
+`w(t) ||x - x_hat(z_t, t)||^2`. With eps-prediction and `w = SNR` that is `||eps - eps_hat||^2`.
+"""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ddim_pl.denoiser import Denoiser
+from ddim_pl.noise import StepGenerators, randn
+from ddim_pl.prediction import LossWeight, check_loss_weight, output_error_weight, target
+from ddim_pl.schedules import DiscreteSchedule, NoiseSchedule
+from ddim_pl.training.base import DiffusionModule
+from ddim_pl.transitions import q_sample
+
+LevelSampling = Literal["uniform", "antithetic"]
+
+
+def draw_levels(
+    schedule: NoiseSchedule, count: int, method: LevelSampling, generator: torch.Generator
+) -> Tensor:
+    """Random levels, `(count,)` float64: 1..T of a discrete schedule, (0, T] of a continuous one.
+
+    Args:
+        schedule: Noise schedule.
+        count: Number of levels.
+        method: "uniform" draws them independently; "antithetic" pairs each level u with its mirror
+            image 1 - u, which evens out the batch (the DDIM authors' code does so).
+        generator: Source of randomness, on the CPU.
+    """
+    half = count if method == "uniform" else (count + 1) // 2
+    u = torch.rand(half, generator=generator, dtype=torch.float64)
+    if method == "antithetic":
+        u = torch.cat([u, 1 - u])[:count]
+    t = (1 - u) * schedule.num_levels  # u in [0, 1) gives (0, T]
+    if isinstance(schedule, DiscreteSchedule):
+        return t.ceil().clamp(min=1)
+    # The mirror image of u = 0 is level 0, which holds nothing to learn.
+    return t.clamp(min=torch.finfo(torch.float32).eps * schedule.num_levels)
+
+
+def denoising_loss(
+    denoiser: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    *,
+    weight: LossWeight,
+    gamma: float = 5.0,
+) -> Tensor:
+    """Weighted squared error of the denoiser, per image and averaged over its dimensions.
+
+    Args:
+        denoiser: Network to judge.
+        x: Clean images, `(B, ...)`.
+        t: Levels, `(B,)`.
+        eps: Standardised noise, `(B, ...)`.
+        weight: Weight on the error of x, see `ddim_pl.prediction.x_error_weight`.
+        gamma: Bound of "min_snr".
+
+    Returns:
+        Losses, `(B,)`.
+    """
+    level = denoiser.schedule(t)
+    output = denoiser.output(q_sample(x, eps, level), t)
+    error = output - target(denoiser.prediction, level, x, eps)
+    weights = output_error_weight(denoiser.prediction, weight, level, gamma=gamma)
+    return weights.to(x) * error.square().flatten(1).mean(1)
+
+
+class DDPM(DiffusionModule):
+    """Train a diffusion teacher.
+
+    Args:
+        network: As in `DiffusionModule`.
+        schedule: As in `DiffusionModule`.
+        loss_weight: Weight on the squared error of x: "snr" (with eps-prediction the simple loss
+        of
+            DDPM), "truncated_snr", "snr_plus_one" (with v-prediction the plain v loss), "min_snr",
+            "uniform".
+        min_snr_gamma: Bound of "min_snr".
+        level_sampling: "uniform" or "antithetic", see `draw_levels`.
+        **kwargs: Arguments of `DiffusionModule`.
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit another.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule | None = None,
+        *,
+        loss_weight: LossWeight = "snr",
+        min_snr_gamma: float = 5.0,
+        level_sampling: LevelSampling = "uniform",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(network, schedule, **kwargs)
+        check_loss_weight(self.prediction, loss_weight)
+        if min_snr_gamma <= 0:
+            raise ValueError(f"min_snr_gamma must be positive, got {min_snr_gamma}: 5 is usual")
+        if level_sampling not in get_args(LevelSampling):
+            raise ValueError(
+                f"level_sampling must be one of {get_args(LevelSampling)}, got {level_sampling!r}"
+            )
+        self.loss_weight = loss_weight
+        self.min_snr_gamma = min_snr_gamma
+        self.level_sampling = level_sampling
+
+    def loss(self, denoiser: Denoiser, x: Tensor, generators: StepGenerators) -> Tensor:
+        """Denoising loss of each image at a random level, `(B,)`."""
+        t = draw_levels(self.schedule, len(x), self.level_sampling, generators.host)
+        eps = randn(x.shape, generators.device, x)
+        return denoising_loss(
+            denoiser, x, t, eps, weight=self.loss_weight, gamma=self.min_snr_gamma
+        )
