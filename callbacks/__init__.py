@@ -1,0 +1,7 @@
+"""Lightning callbacks, one per file."""
+
+from callbacks.fid import FrechetDistance
+from callbacks.image_writer import ImageWriter
+from callbacks.sample_grid import SampleGrid
+
+__all__ = ["FrechetDistance", "ImageWriter", "SampleGrid"]

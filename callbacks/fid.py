@@ -1,0 +1,164 @@
+"""Fréchet distance between drawn and real images, during training and in `test`."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm.auto import tqdm
+
+from ddim_pl.data.base import ImageDataModule
+from ddim_pl.images import to_uint8
+from ddim_pl.metrics.inception import InceptionFeatures
+from ddim_pl.training import DiffusionModule
+
+T = TypeVar("T")
+
+
+class FeatureExtractor(Protocol):
+    """A frozen module from uint8 images `(B, C, H, W)` to features `(B, num_features)`."""
+
+    name: str
+    num_features: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features of the images, float32."""
+
+
+class FrechetDistance(L.Callback):
+    """Draw images with the averaged weights and measure how far they are from the real ones.
+
+    Logs "fid" for Inception features and "<name>_fd" for any other extractor, since the numbers of
+    two extractors cannot be compared. The work is shared over ranks; exactly `num_samples` images
+    are drawn, the same ones every time; the real side, all training images of the data module, is
+    computed once per run.
+
+    Args:
+        features: Makes the feature extractor, see `FeatureExtractor`; by default Inception-v3.
+        num_samples: Images to draw; published FIDs take 50,000.
+        batch_size: Images in a batch, on each device.
+        every_n_validations: Measure at each n-th validation of `fit`; `test` and `validate` always
+        do.
+
+    Raises:
+        ValueError: If a number is too small.
+    """
+
+    def __init__(
+        self,
+        features: Callable[[], nn.Module] | None = None,
+        *,
+        num_samples: int = 50_000,
+        batch_size: int = 250,
+        every_n_validations: int = 1,
+    ) -> None:
+        smallest = {"num_samples": 2, "batch_size": 1, "every_n_validations": 1}
+        values = {
+            "num_samples": num_samples,
+            "batch_size": batch_size,
+            "every_n_validations": every_n_validations,
+        }
+        for name, least in smallest.items():
+            if values[name] < least:
+                raise ValueError(f"{name} must be at least {least}, got {values[name]}")
+        self.features = features or InceptionFeatures
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.every_n_validations = every_n_validations
+        self.metric: FrechetInceptionDistance | None = None
+        self._validations = 0
+
+    @property
+    def key(self) -> str:
+        """Name of the number, without the stage."""
+        name = self._extractor.name
+        return "fid" if name == InceptionFeatures.name else f"{name}_fd"
+
+    @property
+    def _extractor(self) -> FeatureExtractor:
+        assert self.metric is not None
+        return cast(FeatureExtractor, self.metric.inception)
+
+    def check(self, datamodule: L.LightningDataModule | None) -> None:
+        """Load the extractor and see that this data can be measured, before a run begins.
+
+        Raises:
+            ValueError: If the extractor's weights are missing, or the data module has no images.
+        """
+        if not isinstance(datamodule, ImageDataModule):
+            raise ValueError(
+                "FrechetDistance needs a data module with the real images (a subclass of "
+                f"ddim_pl.data.base.ImageDataModule), got {type(datamodule).__name__}"
+            )
+        if self.metric is None:
+            self.metric = FrechetInceptionDistance(
+                feature=self.features(),
+                reset_real_features=False,
+                # The extractor has normalised, resized and cast for itself.
+                normalize=False,
+            )
+            if self.num_samples <= self._extractor.num_features:
+                rank_zero_warn(
+                    f"{self.num_samples} samples give a singular covariance of "
+                    f"{self._extractor.num_features} features: take the distance as a rough guide"
+                )
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Load the extractor where it will be used."""
+        if stage in ("fit", "validate", "test"):
+            self.check(trainer.datamodule)  # type: ignore[attr-defined]
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure, unless this is the check before training or not this validation's turn."""
+        if trainer.sanity_checking:
+            return
+        if trainer.training or trainer.state.fn == "fit":
+            self._validations += 1
+            if self._validations % self.every_n_validations:
+                return
+        self._measure(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure."""
+        self._measure(trainer, pl_module, "test")
+
+    @torch.no_grad()
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        assert self.metric is not None
+        assert isinstance(pl_module, DiffusionModule)
+        metric, device = self.metric.to(pl_module.device), pl_module.device
+        rank, world = trainer.global_rank, trainer.world_size
+        datamodule = cast(ImageDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        if metric.real_features_num_samples == 0:
+            for images in self._progress(
+                trainer,
+                datamodule.reference_images(rank, world, self.batch_size),
+                -(-datamodule.num_reference // (self.batch_size * world)),
+                "real features",
+            ):
+                metric.update(images.to(device), real=True)
+
+        mine = range(rank, self.num_samples, world)
+        starts = range(0, len(mine), self.batch_size)
+        begin = time.perf_counter()
+        for start in self._progress(trainer, starts, len(starts), f"drawing for {self.key}"):
+            # Sampling runs in the trainer's precision, the extractor always in its own.
+            with trainer.precision_plugin.forward_context():
+                images = pl_module.sample(mine[start : start + self.batch_size])
+            metric.update(to_uint8(images), real=False)
+        seconds = time.perf_counter() - begin
+        value = metric.compute()
+        metric.reset()
+        metric.cpu()
+        pl_module.log(f"{stage}/{self.key}", value, rank_zero_only=False, prog_bar=stage == "val")
+        pl_module.log(f"{stage}/images_per_second", self.num_samples / seconds)
+
+    def _progress(
+        self, trainer: L.Trainer, items: Iterable[T], total: int, text: str
+    ) -> Iterable[T]:
+        hidden = not trainer.is_global_zero or trainer.progress_bar_callback is None
+        return tqdm(items, total=total, desc=text, leave=False, disable=hidden)

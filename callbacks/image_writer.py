@@ -1,0 +1,68 @@
+"""What `predict` draws, as PNG files."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from ddim_pl.images import grid, read_png, to_uint8, write_png
+
+
+class ImageWriter(L.Callback):
+    """Write each image that `predict` draws as `<index>.png`, and a grid of the first ones.
+
+    Every rank writes its own images; the first rank then lays out `grid.png`.
+
+    Args:
+        folder: Where to write; by default `images` in the run's folder.
+        grid_images: Images in the grid at most.
+        columns: Images in a row; by default the grid is about square.
+
+    Raises:
+        ValueError: If `grid_images` is less than 1.
+    """
+
+    def __init__(
+        self, folder: str | None = None, *, grid_images: int = 64, columns: int | None = None
+    ) -> None:
+        if grid_images < 1:
+            raise ValueError(f"grid_images must be at least 1, got {grid_images}")
+        self.folder = folder
+        self.grid_images = grid_images
+        self.columns = columns
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the folder, alike on every rank."""
+        self._folder = Path(
+            self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "images"
+        )
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Tensor,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the batch."""
+        for index, image in zip(batch.tolist(), to_uint8(outputs).cpu(), strict=True):
+            write_png(image, self._path(index))
+
+    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lay out the grid, once all ranks have written."""
+        trainer.strategy.barrier("images written")
+        if not trainer.is_global_zero:
+            return
+        files = [self._path(index) for index in range(self.grid_images)]
+        images = [read_png(f) for f in files if f.exists()]
+        if images:
+            write_png(grid(torch.stack(images), columns=self.columns), self._folder / "grid.png")
+        rank_zero_info(f"Images are in {self._folder}")
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"{index:06d}.png"

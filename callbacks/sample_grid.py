@@ -1,0 +1,57 @@
+"""A picture of the same latents at every validation, so that progress can be seen."""
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from ddim_pl.images import grid, to_uint8, write_png
+from ddim_pl.training import DiffusionModule
+
+
+class SampleGrid(L.Callback):
+    """Draw a grid with the averaged weights at each validation and at the end of `test`.
+
+    Writes `samples/step-<global step>.png` (in `test` `samples/test.png`) into the run's folder,
+    and an image to TensorBoard where that is the logger. The latents are those of the images 0, 1,
+    2, ... of the module's seed, at every validation. Only the first rank draws.
+
+    Args:
+        num_images: Images in the grid.
+        columns: Images in a row; by default the grid is about square.
+        min_side: Small images are enlarged until the picture is about this wide, in pixels.
+
+    Raises:
+        ValueError: If `num_images` is less than 1.
+    """
+
+    def __init__(
+        self, num_images: int = 64, *, columns: int | None = None, min_side: int = 512
+    ) -> None:
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1, got {num_images}")
+        self.num_images = num_images
+        self.columns = columns
+        self.min_side = min_side
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw, unless this is the check before training."""
+        if not trainer.sanity_checking:
+            self._draw(trainer, pl_module, f"step-{trainer.global_step:07d}")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw."""
+        self._draw(trainer, pl_module, "test")
+
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
+        assert isinstance(pl_module, DiffusionModule)
+        folder = trainer.log_dir or trainer.default_root_dir  # asked on every rank: it broadcasts
+        if not trainer.is_global_zero:
+            return
+        with trainer.precision_plugin.forward_context():
+            images = pl_module.sample(range(self.num_images))
+        picture = grid(to_uint8(images).cpu(), columns=self.columns, min_side=self.min_side)
+        write_png(picture, Path(folder) / "samples" / f"{name}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", picture, trainer.global_step)

@@ -1,0 +1,248 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import NETWORK, tiny_config, write_config
+
+from ddim_pl.cli import main
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished fit: its config, its folder and its last checkpoint."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = write_config(tiny_config(folder), folder / "config.yaml")
+    main(["fit", "--config", config])
+    version = folder / "tiny" / "version_0"
+    return config, version, version / "checkpoints" / "last.ckpt"
+
+
+def fails(arguments, capsys):
+    """Run a command that must fail, and return its one line of error."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    # Either sys.exit(message), which Python prints with status 1, or the parser's own exit.
+    code = exit_info.value.code
+    text = code if isinstance(code, str) else capsys.readouterr().err
+    assert code not in (0, None)
+    lines = [line for line in text.strip().splitlines() if line.startswith("error")]
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+def test_fit_writes_checkpoints_config_grid_and_logs(run):
+    _, version, last = run
+    assert last.exists()
+    assert (version / "config.yaml").exists()
+    assert sorted(f.name for f in (version / "samples").iterdir()) == [
+        "step-0000010.png",
+        "step-0000020.png",
+    ]
+    assert len(list(version.glob("events.out.tfevents*"))) == 1
+    assert [f.name for f in version.parent.iterdir()] == ["version_0"]
+
+
+def test_every_file_of_a_run_loads_with_weights_only(run):
+    _, version, _ = run
+    files = [f for f in version.rglob("*") if f.suffix in (".ckpt", ".pt", ".pth")]
+    assert len(files) >= 4
+    for file in files:
+        torch.load(file, weights_only=True)
+    others = {f.suffix for f in version.rglob("*") if f.is_file() and f not in files}
+    assert not others & {".pkl", ".pickle", ".npy", ".npz"}
+
+
+def test_the_written_config_holds_no_path_of_the_package(run):
+    _, version, _ = run
+    assert str(ROOT) not in (version / "config.yaml").read_text()
+
+
+def test_test_prints_a_table_from_the_checkpoint_alone(run, capsys):
+    _, version, last = run
+    main(["test", "--ckpt_path", str(last), "--model.num_steps", "3"])
+    out = capsys.readouterr().out
+    assert re.search(r"network evaluations\s+3\b", out)
+    assert re.search(r"test/digits_fd\s+\d", out)
+    assert "DDIM(eta=0.0)" in out
+    results = json.loads((version / "test-results.json").read_text())
+    assert results["test/digits_fd"] > 0
+    assert (version / "samples" / "test.png").exists()
+    assert [f.name for f in version.parent.iterdir()] == ["version_0"]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+def test_predict_writes_every_image_and_a_grid(run, tmp_path):
+    _, _, last = run
+    moved = tmp_path / "somewhere-else.ckpt"
+    moved.write_bytes(last.read_bytes())
+    out = tmp_path / "out"
+    main(
+        [
+            *("predict", "--ckpt_path", str(moved)),
+            *("--data.num_predict", "7", "--data.batch_size", "3"),
+            *("--trainer.callbacks=callbacks.ImageWriter", f"--trainer.callbacks.folder={out}"),
+            f"--trainer.logger.save_dir={tmp_path}",
+        ]
+    )
+    assert sorted(f.name for f in out.iterdir()) == [f"{i:06d}.png" for i in range(7)] + [
+        "grid.png"
+    ]
+
+
+def test_last_is_the_newest_checkpoint_of_the_experiment(run, capsys):
+    config, _, last = run
+    main(["validate", "--config", config, "--ckpt_path", "last"])
+    assert str(last) in capsys.readouterr().out
+
+
+def test_fit_goes_on_in_the_same_run(tmp_path):
+    config = write_config(tiny_config(tmp_path), tmp_path / "config.yaml")
+    main(["fit", "--config", config, "--trainer.max_epochs", "1"])
+    main(["fit", "--config", config, "--ckpt_path", "last"])
+    version = tmp_path / "tiny" / "version_0"
+    state = torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 20
+    assert (version / "config-resumed.yaml").exists()
+    assert [f.name for f in version.parent.iterdir()] == ["version_0"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_measure_what_one_process_does(run, tmp_path):
+    config, _, last = run
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+    def command(*arguments):
+        done = subprocess.run(
+            [sys.executable, ROOT / "main.py", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    fresh = yaml.safe_load(Path(config).read_text())
+    fresh["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path)
+    fresh = write_config(fresh, tmp_path / "config.yaml")
+    command("fit", "--config", fresh, "--trainer.devices", "2")
+    version = tmp_path / "tiny" / "version_0"
+    assert [f.name for f in version.parent.iterdir()] == ["version_0"]
+    assert len(list(version.glob("events.out.tfevents*"))) == 1
+    state = torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(v.isfinite().all() for v in state["state_dict"].values())
+    values = []
+    for devices in ("1", "2"):
+        common = ["--ckpt_path", str(last), "--trainer.devices", devices]
+        out = command("test", *common, "--trainer.limit_test_batches", "1.0")
+        values.append(
+            {
+                name: float(re.search(rf"{name}\s+(\S+)", out).group(1))
+                for name in ("test/digits_fd", "test/loss")
+            }
+        )
+    # The features are summed in another order, and printed with four digits.
+    assert values[0]["test/digits_fd"] == pytest.approx(values[1]["test/digits_fd"], rel=2e-3)
+    # Each process has its own noise for the loss.
+    assert values[0]["test/loss"] == pytest.approx(values[1]["test/loss"], rel=0.2)
+
+
+# ---- bad input --------------------------------------------------------------------------------
+
+
+def change(config, **paths):
+    for path, value in paths.items():
+        *parents, name = path.split("__")
+        place = config
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ({"model__init_args__num_stepz": 5}, "num_stepz"),
+        ({"trainer__max_step": 5}, "max_step"),
+        ({"modle": {"network": 1}}, "modle"),
+        ({"model__init_args__network__init_args": {**NETWORK, "image_size": 7}}, "image_size"),
+        ({"model__init_args__num_steps": 1001}, "num_steps must lie in"),
+        ({"model__init_args__sampler__init_args__eta": 1.5}, "eta must lie in"),
+        ({"model__init_args__timesteps": "kwadratic"}, "timesteps must be one of"),
+        (
+            {"model__init_args__network__init_args": {**NETWORK, "in_channels": 3}},
+            "the data has images of shape .1, 8, 8.",
+        ),
+        (
+            {"model__init_args__network__init_args": {**NETWORK, "num_classes": 9}},
+            "the data has 10 classes",
+        ),
+        (
+            {
+                "data__class_path": "ddim_pl.data.cifar10.CIFAR10DataModule",
+                "data__init_args": {"root": "nowhere", "download": False},
+            },
+            "cifar-10-python.tar.gz",
+        ),
+        (
+            {
+                "data__class_path": "ddim_pl.data.image_folder.ImageFolderDataModule",
+                "data__init_args": {"root": "nowhere", "image_size": 8},
+            },
+            "nowhere",
+        ),
+    ],
+)
+def test_wrong_config_is_one_line_of_error_and_leaves_no_run(paths, message, tmp_path, capsys):
+    config = change(tiny_config(tmp_path / "runs"), **paths)
+    line = fails(["fit", "--config", write_config(config, tmp_path / "config.yaml")], capsys)
+    assert re.search(message, line), line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["test", "--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt is not a file"),
+        (["test", "--config", "CONFIG"], "needs --ckpt_path"),
+        (["test", "--config", "CONFIG", "--ckpt_path", "last"], "run fit first"),
+        (
+            ["fit", "--config", "CONFIG", "--ckpt_path", "nowhere.ckpt"],
+            "nowhere.ckpt is not a file",
+        ),
+        (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["fti"], "fti"),
+    ],
+)
+def test_wrong_command_is_one_line_of_error(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = write_config(tiny_config(tmp_path / "runs"), tmp_path / "config.yaml")
+    line = fails([config if a == "CONFIG" else a for a in arguments], capsys)
+    assert message in line, line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_checkpoint_of_another_network_is_one_line_of_error(run, tmp_path, capsys):
+    config, _, last = run
+    other = yaml.safe_load(Path(config).read_text())
+    other["model"]["init_args"]["network"]["init_args"] = {**NETWORK, "channels": 12}
+    path = write_config(other, tmp_path / "config.yaml")
+    line = fails(["test", "--config", path, "--ckpt_path", str(last)], capsys)
+    assert "does not fit" in line
+
+
+def test_a_file_that_is_no_checkpoint_is_one_line_of_error(tmp_path, capsys):
+    file = tmp_path / "x.ckpt"
+    file.write_bytes(b"not a checkpoint")
+    assert "x.ckpt" in fails(["test", "--ckpt_path", str(file)], capsys)
