@@ -69,19 +69,19 @@ def randn(shape: Sequence[int], generator: Generators | None, like: Tensor) -> T
     Raises:
         ValueError: If the number of generators is not B.
     """
+    # Drawn in float32 always, so that the dtype of the state does not change the picture.
     if generator is None or isinstance(generator, torch.Generator):
         device = like.device if generator is None else generator.device
-        return torch.randn(tuple(shape), generator=generator, device=device, dtype=like.dtype).to(
-            like
-        )
+        return torch.randn(tuple(shape), generator=generator, device=device).to(like)
     if len(generator) != shape[0]:
         raise ValueError(
             f"generator must hold one generator per image, got {len(generator)} for a batch of "
             f"{shape[0]}"
         )
-    # Drawn in float32 always, so that the dtype of the state does not change the picture.
-    rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in generator]
-    return torch.stack(rows).to(like)
+    noise = torch.empty(tuple(shape), device=generator[0].device if generator else like.device)
+    for row, source in zip(noise, generator, strict=True):
+        row.normal_(generator=source)
+    return noise.to(like)
 
 
 def latents(

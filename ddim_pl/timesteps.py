@@ -85,7 +85,7 @@ def explicit(num_levels: int, levels: Sequence[float]) -> Tensor:
     Raises:
         ValueError: If the levels do not decrease strictly or leave [0, num_levels].
     """
-    last = [] if levels and levels[-1] == 0 else [0.0]
+    last = [] if len(levels) and levels[-1] == 0 else [0.0]
     values = torch.tensor([*levels, *last], dtype=torch.float64)
     if len(values) < 2 or values[0] > num_levels or not (values.diff() < 0).all():
         raise ValueError(

@@ -1,12 +1,17 @@
 """Denoisers that are exact, and hence tests of everything else."""
 
-from collections.abc import Iterator
+import os
 
 import pytest
 import torch
 from exact import ExactGaussian, ExactMixture
 
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
+
+# One thread, for millions of tiny operations: two that wait for each other on a busy machine make
+# them thirty times slower. The environment is for the processes that tests start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture
@@ -22,13 +27,3 @@ def gaussian() -> ExactGaussian:
 def mixture() -> ExactMixture:
     """Two overlapping modes, under the schedule whose states are smooth in the level."""
     return ExactMixture(CosineLogSNRSchedule())
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread, for thousands of tiny operations: two that wait for each other on a busy
-    machine make them thirty times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

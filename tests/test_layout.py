@@ -15,8 +15,6 @@ from ddim_pl import timesteps
 from ddim_pl.noise import latents
 from ddim_pl.samplers import DDIM, DDPM, Sampler
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def samplers() -> Iterator[type[Sampler]]:
     """Every concrete Sampler that a module of `ddim_pl.samplers` defines."""

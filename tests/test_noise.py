@@ -133,3 +133,17 @@ def test_a_step_has_two_independent_generators_that_its_seed_fixes() -> None:
     seeds = {g.initial_seed() for g in (*one, *other)}
     assert len(seeds) == 4
     assert [g.initial_seed() for g in one] == [g.initial_seed() for g in again]
+
+
+def test_one_generator_draws_the_same_in_every_dtype() -> None:
+    draws = [
+        randn((3, 5), torch.Generator().manual_seed(0), torch.empty(0, dtype=dtype)).float()
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert torch.equal(*draws)
+
+
+def test_no_images_make_an_empty_batch() -> None:
+    z, generators = latents(0, [], (1, 8, 8))
+    assert z.shape == (0, 1, 8, 8)
+    assert generators == []

@@ -60,14 +60,15 @@ class Sampler(ABC):
         Raises:
             ValueError: If the levels are not a vector that falls within the schedule.
         """
-        levels = self._check_levels(denoiser, levels)
-        states = self.steps(denoiser, z, levels, generator)
-        yield from tqdm(
-            states,
-            total=len(levels) - 1,
-            desc=type(self).__name__,
-            disable=not progress,
-            leave=False,
+        levels = self._check_levels(denoiser, levels)  # now, not when the first state is asked for
+        return iter(
+            tqdm(
+                self.steps(denoiser, z, levels, generator),
+                total=len(levels) - 1,
+                desc=type(self).__name__,
+                disable=not progress,
+                leave=False,
+            )
         )
 
     @final

@@ -32,8 +32,6 @@ from ddim_pl.schedules import (
 )
 from ddim_pl.transitions import Variance
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 KINDS: dict[PredictionType, str] = {"eps": "epsilon", "x": "sample", "v": "v_prediction"}
 SCHEDULES: dict[str, DiscreteSchedule] = {
     "linear": LinearSchedule(),

@@ -13,8 +13,6 @@ from ddim_pl.noise import image_generators, latents, randn
 from ddim_pl.samplers import DDIM, DDPM, Sampler
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 every_schedule = pytest.mark.parametrize(
     "schedule", [LinearSchedule(), CosineLogSNRSchedule()], ids=["linear", "cosine"]
 )

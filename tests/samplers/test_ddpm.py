@@ -12,8 +12,6 @@ from ddim_pl.samplers import DDPM
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
 from ddim_pl.transitions import Variance
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 every_schedule = pytest.mark.parametrize(
     "schedule", [LinearSchedule(), CosineLogSNRSchedule()], ids=["linear", "cosine"]
 )
