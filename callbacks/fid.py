@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -41,8 +42,8 @@ class FrechetDistance(L.Callback):
         features: Makes the feature extractor, see `FeatureExtractor`; by default Inception-v3.
         num_samples: Images to draw; published FIDs take 50,000.
         batch_size: Images in a batch, on each device.
-        every_n_validations: Measure at each n-th validation of `fit`; `test` and `validate` always
-        do.
+        every_n_validations: Measure at each n-th validation of `fit`, or at none if 0; `test` and
+            `validate` always do.
 
     Raises:
         ValueError: If a number is too small.
@@ -56,7 +57,7 @@ class FrechetDistance(L.Callback):
         batch_size: int = 250,
         every_n_validations: int = 1,
     ) -> None:
-        smallest = {"num_samples": 2, "batch_size": 1, "every_n_validations": 1}
+        smallest = {"num_samples": 2, "batch_size": 1, "every_n_validations": 0}
         values = {
             "num_samples": num_samples,
             "batch_size": batch_size,
@@ -116,9 +117,9 @@ class FrechetDistance(L.Callback):
         """Measure, unless this is the check before training or not this validation's turn."""
         if trainer.sanity_checking:
             return
-        if trainer.training or trainer.state.fn == "fit":
+        if trainer.state.fn == TrainerFn.FITTING:
             self._validations += 1
-            if self._validations % self.every_n_validations:
+            if not self.every_n_validations or self._validations % self.every_n_validations:
                 return
         self._measure(trainer, pl_module, "val")
 

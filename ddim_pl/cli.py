@@ -270,6 +270,7 @@ def main(args: Sequence[str] | None = None) -> None:
         ".*does not have many workers.*",  # data in memory: there is nothing for workers to do
         "Checkpoint directory .* exists and is not empty",  # a run that goes on
         "Found .* in eval mode at the start",  # the averaged network, on purpose
+        "When using the `ThroughputMonitor`, you need to define",  # counts images, not operations
         ".*LeafSpec.* is deprecated",  # Lightning 2.6 with the newest PyTorch
     ):
         warnings.filterwarnings("ignore", message)
