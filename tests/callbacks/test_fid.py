@@ -1,0 +1,102 @@
+import lightning as L
+import pytest
+import scipy.linalg
+import torch
+from tiny import tiny_ddpm
+from torch.utils.data import DataLoader
+
+from callbacks import FrechetDistance, SampleGrid
+from ddim_pl.data.digits import DigitsDataModule
+from ddim_pl.images import grid, read_png, to_uint8
+from ddim_pl.metrics.digits import DigitsFeatures
+
+
+def trainer(folder, *callbacks, **arguments):
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        limit_val_batches=1,
+        limit_test_batches=1,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        **arguments,
+    )
+
+
+def frechet(a, b):
+    """Heusel et al. 2017, eq. 6, by scipy's matrix square root."""
+    a, b = a.double(), b.double()
+    root = torch.from_numpy(scipy.linalg.sqrtm((a.T.cov() @ b.T.cov()).numpy()).real)
+    return (a.mean(0) - b.mean(0)).square().sum() + torch.trace(a.T.cov() + b.T.cov() - 2 * root)
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_distance_is_that_of_scipy_on_exactly_the_images_asked_for(tmp_path, batch_size):
+    module, data = tiny_ddpm(), DigitsDataModule()
+    callback = FrechetDistance(DigitsFeatures, num_samples=50, batch_size=batch_size)
+    t = trainer(tmp_path, callback)
+    t.test(module, data, verbose=False)
+    features = DigitsFeatures()
+    drawn = features(to_uint8(module.sample(range(50))))
+    real = torch.cat([features(images) for images in data.reference_images(0, 1, 500)])
+    assert len(real) == 1797
+    # The features are float32, as is the metric's answer.
+    torch.testing.assert_close(
+        t.callback_metrics["test/digits_fd"].double(), frechet(drawn, real), rtol=1e-4, atol=1e-4
+    )
+
+
+class CountingFeatures(DigitsFeatures):
+    seen = 0
+
+    def forward(self, images):
+        type(self).seen += len(images)
+        return super().forward(images)
+
+
+def test_real_images_are_read_once_per_run_and_every_n_validations_holds(tmp_path):
+    CountingFeatures.seen = 0
+    callback = FrechetDistance(
+        CountingFeatures, num_samples=40, batch_size=40, every_n_validations=2
+    )
+    data = DigitsDataModule(batch_size=4, steps_per_epoch=1)
+    trainer(tmp_path, callback, max_epochs=5).fit(tiny_ddpm(num_steps=1), data)
+    assert CountingFeatures.seen == 1797 + 2 * 40
+
+
+def test_fewer_samples_than_features_is_a_warning(tmp_path):
+    callback = FrechetDistance(DigitsFeatures, num_samples=20)
+    with pytest.warns(UserWarning, match="singular covariance"):
+        callback.check(DigitsDataModule())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_samples": 1}, "num_samples must be at least 2"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"every_n_validations": -1}, "every_n_validations must be at least 0"),
+    ],
+)
+def test_wrong_numbers_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FrechetDistance(DigitsFeatures, **arguments)
+
+
+def test_a_plain_dataloader_is_refused(tmp_path):
+    loader = DataLoader([(torch.zeros(1, 8, 8), 0)])
+    with pytest.raises(ValueError, match="needs a data module"):
+        trainer(tmp_path, FrechetDistance(DigitsFeatures)).test(tiny_ddpm(), loader)
+
+
+def test_grid_holds_the_same_latents_every_time(tmp_path):
+    module, data = tiny_ddpm(), DigitsDataModule()
+    for _ in range(2):
+        trainer(tmp_path, SampleGrid(6, columns=3)).validate(module, data, verbose=False)
+        picture = read_png(tmp_path / "samples" / "step-0000000.png")
+        expected = grid(to_uint8(module.sample(range(6))), columns=3)
+        assert (picture.int() - expected[:1].int()).abs().max() <= 1  # make_grid repeats grey
