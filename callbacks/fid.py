@@ -127,11 +127,21 @@ class FrechetDistance(L.Callback):
         """Measure."""
         self._measure(trainer, pl_module, "test")
 
+    def state_dict(self) -> dict[str, int]:
+        """The count of validations, so that a resumed run measures at the same ones."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on with the count."""
+        self._validations = state_dict["validations"]
+
     @torch.no_grad()
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         assert self.metric is not None
         assert isinstance(pl_module, DiffusionModule)
-        metric, device = self.metric.to(pl_module.device), pl_module.device
+        # Apple's devices have no float64, which the metric's sums are kept in.
+        device = torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
+        metric = self.metric.to(device)
         rank, world = trainer.global_rank, trainer.world_size
         datamodule = cast(ImageDataModule, trainer.datamodule)  # type: ignore[attr-defined]
         if metric.real_features_num_samples == 0:
@@ -150,7 +160,7 @@ class FrechetDistance(L.Callback):
             # Sampling runs in the trainer's precision, the extractor always in its own.
             with trainer.precision_plugin.forward_context():
                 images = pl_module.sample(mine[start : start + self.batch_size])
-            metric.update(to_uint8(images), real=False)
+            metric.update(to_uint8(images).to(device), real=False)
         seconds = time.perf_counter() - begin
         value = metric.compute()
         metric.reset()

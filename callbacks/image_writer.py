@@ -36,9 +36,14 @@ class ImageWriter(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the folder, alike on every rank."""
-        self._folder = Path(
-            self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "images"
-        )
+        run = Path(trainer.log_dir or trainer.default_root_dir)
+        self._folder = Path(self.folder) if self.folder else run / "images"
+        if trainer.is_global_zero and not self.folder:
+            # The run's own folder holds one set of images, not what is left of an earlier one.
+            for old in self._folder.glob("[0-9]" * 6 + ".png"):
+                old.unlink()
+        trainer.strategy.barrier("old images removed")
+        self._last_index = -1
 
     def on_predict_batch_end(
         self,
@@ -50,15 +55,17 @@ class ImageWriter(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the batch."""
+        self._last_index = max(self._last_index, *batch.tolist())
         for index, image in zip(batch.tolist(), to_uint8(outputs).cpu(), strict=True):
             write_png(image, self._path(index))
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lay out the grid, once all ranks have written."""
+        last = int(trainer.strategy.reduce(torch.tensor(self._last_index), reduce_op="max"))
         trainer.strategy.barrier("images written")
         if not trainer.is_global_zero:
             return
-        files = [self._path(index) for index in range(self.grid_images)]
+        files = [self._path(index) for index in range(min(self.grid_images, last + 1))]
         images = [read_png(f) for f in files if f.exists()]
         if images:
             write_png(grid(torch.stack(images), columns=self.columns), self._folder / "grid.png")

@@ -39,7 +39,7 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write `config.yaml` in fit, beside that of the run if this one goes on with a run."""
-        if stage != "fit":
+        if stage != "fit" or not trainer.loggers:
             return
         if self.config.get("ckpt_path"):
             self.config_filename, self.overwrite = "config-resumed.yaml", True
@@ -52,6 +52,9 @@ class SaveConfig(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_none=False)
         config = yaml.safe_load(text)
         shared = ("seed_everything", "trainer", "model", "data")
+        # Which run this was says nothing about where another, begun from this file, belongs.
+        for logger in _as_list(config["trainer"].get("logger")):
+            logger.get("init_args", {}).pop("version", None)
         checkpoint[CONFIG_KEY] = yaml.safe_dump({key: config[key] for key in shared})
 
 
@@ -91,10 +94,15 @@ class DiffusionCLI(LightningCLI):
         given, checkpoint = _read_options(args)
         if checkpoint == "last" and not given:
             checkpoint = str(_newest(Path("runs"), "*"))
+            args += ["--ckpt_path", checkpoint]
         if checkpoint and checkpoint != "last" and not given:
-            args[1:1] = ["--config", _config_of(Path(checkpoint))]
+            config = yaml.safe_load(_config_of(Path(checkpoint)))
+            if args[0] != "fit":  # the machine that trained need not be the one that draws
+                for name in ("accelerator", "strategy", "devices", "num_nodes"):
+                    config["trainer"].pop(name, None)
+            args[1:1] = ["--config", yaml.safe_dump(config)]
         self.config = parser.parse_args(args)
-        self._resolve_checkpoint(checkpoint)
+        self._resolve_checkpoint(self.config[self.config.subcommand].get("ckpt_path"))
 
     def _resolve_checkpoint(self, checkpoint: str | None) -> None:
         """Turn `last` into a file, see that it exists, and write into the run it belongs to."""
@@ -103,7 +111,7 @@ class DiffusionCLI(LightningCLI):
         logger_args = logger.get("init_args", {}) if hasattr(logger, "get") else {}
         if checkpoint == "last":
             root, name = logger_args.get("save_dir", "runs"), logger_args.get("name", "*")
-            checkpoint = str(_newest(Path(root), name))
+            checkpoint = str(_newest(Path(root), name or "."))
         if checkpoint is None:
             if self.config.subcommand != "fit":
                 raise ValueError(
@@ -140,9 +148,9 @@ class DiffusionCLI(LightningCLI):
             },
             logger=False,
         )
-        if self.subcommand == "predict":
-            return
-        self._prepare_data()
+        if self.subcommand == "predict" or getattr(rank_zero_only, "rank", 0) != 0:
+            return  # other ranks wait for the first one's download, which Lightning sees to
+        self.datamodule.prepare_data()
         self.datamodule.setup(self.subcommand)
         module = cast(DiffusionModule, self.model)
         if isinstance(self.datamodule, ImageDataModule):
@@ -151,14 +159,10 @@ class DiffusionCLI(LightningCLI):
             if isinstance(callback, FrechetDistance):
                 callback.check(self.datamodule)
 
-    @rank_zero_only
-    def _prepare_data(self) -> None:
-        self.datamodule.prepare_data()
-
     # ---- the verbs ----------------------------------------------------------------------------
 
     def test(self, **kwargs: Any) -> None:
-        """Test, print a table and write it as `results.json` into the run."""
+        """Test, print a table and write it as `test-results.json` into the run."""
         self.trainer.test(**{**kwargs, "verbose": False})
         self._report()
 
@@ -209,6 +213,12 @@ def _check_fit(module: DiffusionModule, data: ImageDataModule) -> None:
             f"the data has {data.num_classes} classes but the network num_classes="
             f"{module.num_classes}: set it to {data.num_classes}, or to null for no classes"
         )
+
+
+def _as_list(loggers: Any) -> list[dict[str, Any]]:
+    """The loggers of a dumped config; true and false stand for a default one and none."""
+    loggers = loggers if isinstance(loggers, list) else [loggers]
+    return [logger for logger in loggers if isinstance(logger, dict)]
 
 
 def _format(value: Any) -> str:

@@ -12,6 +12,8 @@ from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
 # them thirty times slower. The environment is for the processes that tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Lightning calls what the newest jsonargparse has deprecated.
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 
 @pytest.fixture

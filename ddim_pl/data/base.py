@@ -298,8 +298,6 @@ class ImageDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.steps_per_epoch = steps_per_epoch
         self.num_predict = num_predict
-        # With fewer images than devices, some have nothing to do.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         self._train_set: ImageSet | None = None
         self._val_set: ImageSet | None = None
 
@@ -375,6 +373,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of validation batches: every image once, none flipped."""
+        self._check_share("the validation set", len(self.val_set))
         order = EachOnce(len(self.val_set), self.batch_size, **self._place())
         return self._loader(self.val_set, order)
 
@@ -384,6 +383,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> IndexBatches:
         """Return int64 index tensors which cover 0 to `num_predict` - 1 once over all ranks."""
+        self._check_share("num_predict", self.num_predict)
         return IndexBatches(shared_batches(self.num_predict, self.batch_size, **self._place()))
 
     def reference_images(self, rank: int, world_size: int, batch_size: int) -> Iterator[Tensor]:
@@ -401,6 +401,15 @@ class ImageDataModule(LightningDataModule, ABC):
             if isinstance(images, Tensor) and images.dtype == torch.uint8:
                 return Batch(from_uint8(images), labels)
         return batch
+
+    def _check_share(self, name: str, count: int) -> None:
+        """Refuse fewer images than devices: Lightning hangs where a device has nothing to do."""
+        world_size = self._place()["world_size"]
+        if count < world_size:
+            raise ValueError(
+                f"{name} has {count} images for {world_size} devices; give at least as many, or "
+                "fewer devices"
+            )
 
     def _batches_consumed(self) -> int:
         """Return how many batches the attached trainer has trained on since the run began."""

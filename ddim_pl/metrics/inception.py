@@ -1,5 +1,7 @@
 """Inception-v3 with the weights that published FIDs use."""
 
+import pickle
+
 from torch import Tensor, nn
 from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -29,7 +31,7 @@ class InceptionFeatures(nn.Module):
                 feature_extractor_weights_path=weights_path,
                 antialias=False,
             )
-        except OSError as error:  # URLError is one too
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:  # URLError too
             raise ValueError(
                 f"the Inception weights could not be {'read' if weights_path else 'downloaded'} "
                 f"({error}): fetch weights-inception-2015-12-05-6726825d.pth from the releases "

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.parsing import collect_init_args
 from lightning.pytorch.utilities.types import OptimizerConfig, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from ddim_pl.denoiser import Denoiser, TimeInput
 from ddim_pl.noise import StepGenerators, derive_seed, latents, step_generators
@@ -23,6 +23,7 @@ from ddim_pl.schedules import LinearSchedule, NoiseSchedule
 from ddim_pl.timesteps import make_levels
 from ddim_pl.training.averaging import exponential_average
 from ddim_pl.training.hyperparameters import INSTANTIATOR, NotPlainError, describe
+from ddim_pl.training.warmup import Warmup
 
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
@@ -44,8 +45,9 @@ class DiffusionModule(L.LightningModule, ABC):
         sampler: Sampler for evaluation; by default DDIM with eta = 0.
         timesteps: Name of a strategy in `ddim_pl.timesteps`, or the levels themselves.
         num_steps: Steps of the sampler; not used when `timesteps` is a list.
-        optimizer: Makes the optimiser from the parameters; by default Adam with rate 2e-4.
-        lr_scheduler: Makes a learning-rate schedule, stepped once per update.
+        optimizer: Makes the optimiser from the parameters; by default Adam with rate 2e-4. A
+            `functools.partial` of a class is stored in checkpoints, a lambda is not.
+        lr_scheduler: Makes a learning-rate schedule, stepped once per update; stored alike.
         warmup_steps: Updates over which the rate grows linearly from 0; multiplies `lr_scheduler`.
         ema_decay: Decay of the weights' average, see `exponential_average`.
         compile: Compile the network with `torch.compile`.
@@ -206,15 +208,11 @@ class DiffusionModule(L.LightningModule, ABC):
         """Optimiser over the network in training; the schedule steps once per update."""
         make = self.optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=2e-4))
         optimizer = make(self.network.parameters())
-        schedules: list[LRScheduler] = []
+        schedule = self.lr_scheduler(optimizer) if self.lr_scheduler else None
         if self.warmup_steps:
-            first = 1 / (self.warmup_steps + 1)
-            schedules.append(LinearLR(optimizer, first, total_iters=self.warmup_steps))
-        if self.lr_scheduler:
-            schedules.append(self.lr_scheduler(optimizer))
-        if not schedules:
+            schedule = Warmup(optimizer, self.warmup_steps, schedule)
+        if schedule is None:
             return {"optimizer": optimizer}
-        schedule = schedules[0] if len(schedules) == 1 else ChainedScheduler(schedules, optimizer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
@@ -237,16 +235,15 @@ class DiffusionModule(L.LightningModule, ABC):
     def _record_arguments(self) -> None:
         """Store the constructor's arguments as plain data, where Lightning puts them in files."""
         frame = cast(FrameType, cast(FrameType, inspect.currentframe()).f_back)
-        arguments: dict[str, Any] = {}
-        for of_class in collect_init_args(frame, [], classes=(DiffusionModule,)):
-            arguments |= of_class
+        # Of the last class only: what it passes on to its bases, it will pass on again.
+        arguments = collect_init_args(frame, [], classes=(DiffusionModule,))[-1]
         plain: dict[str, Any] = {}
         for name, value in arguments.items():
             try:
                 plain[name] = describe(value)
             except NotPlainError as error:
-                # A command line passes factories that it can describe itself, see cli.py.
-                if not callable(value) or isinstance(value, nn.Module):
+                # The command line makes these factories and describes them itself, see cli.py.
+                if name not in ("optimizer", "lr_scheduler"):
                     rank_zero_warn(
                         f"{name} is not stored in checkpoints ({error}): pass it again to "
                         f"load_from_checkpoint(path, {name}=...)"

@@ -98,10 +98,38 @@ def test_predict_writes_every_image_and_a_grid(run, tmp_path):
     ]
 
 
-def test_last_is_the_newest_checkpoint_of_the_experiment(run, capsys):
+def test_last_is_the_newest_checkpoint_of_the_experiment(run, tmp_path, monkeypatch, capsys):
     config, _, last = run
-    main(["validate", "--config", config, "--ckpt_path", "last"])
-    assert str(last) in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    for age, place in enumerate(("mine/version_1", "mine/version_0", "other/version_0")):
+        file = tmp_path / "runs" / place / "checkpoints" / "last.ckpt"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(last.read_bytes())
+        os.utime(file, (1000 + age, 1000 + age))
+    logger = ["--trainer.logger.save_dir=runs", "--trainer.logger.name=mine"]
+    main(["validate", "--config", config, *logger, "--ckpt_path", "last"])
+    assert str(Path("mine/version_0/checkpoints/last.ckpt")) in capsys.readouterr().out
+    main(["validate", "--ckpt_path", "last"])
+    assert str(Path("other/version_0/checkpoints/last.ckpt")) in capsys.readouterr().out
+
+
+def test_predicting_fewer_images_leaves_none_of_an_earlier_set(run):
+    _, version, last = run
+    for count in (9, 4):
+        main(["predict", "--ckpt_path", str(last), "--data.num_predict", str(count)])
+    files = sorted(f.name for f in (version / "images").iterdir())
+    assert files == [f"{i:06d}.png" for i in range(4)] + ["grid.png"]
+
+
+def test_a_moved_checkpoint_of_a_resumed_run_begins_a_run_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = write_config(tiny_config(tmp_path / "runs"), tmp_path / "config.yaml")
+    main(["fit", "--config", config, "--trainer.max_epochs", "1"])
+    main(["fit", "--config", config, "--ckpt_path", "last"])
+    moved = tmp_path / "moved.ckpt"
+    moved.write_bytes((tmp_path / "runs/tiny/version_0/checkpoints/last.ckpt").read_bytes())
+    main(["fit", "--ckpt_path", str(moved), "--trainer.max_epochs", "3"])
+    assert sorted(f.name for f in (tmp_path / "runs/tiny").iterdir()) == ["version_0", "version_1"]
 
 
 def test_fit_goes_on_in_the_same_run(tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.samplers import DDIM, DDPM
-from ddim_pl.schedules import CosineLogSNRSchedule
+from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
 from ddim_pl.training import DDPM as DDPMModule
 
 
@@ -157,3 +157,32 @@ def test_evaluation_uses_the_averaged_weights():
         for parameter in module.average.parameters():
             parameter.add_(0.01)
     assert not torch.equal(module.sample([0]), before)
+
+
+class Undescribable(NoiseSchedule):
+    num_levels = 700
+
+    def log_alpha_sigma(self, t):
+        return LinearSchedule(700).log_alpha_sigma(t)
+
+
+def test_a_schedule_that_cannot_be_stored_is_told(tmp_path):
+    with pytest.warns(UserWarning, match="schedule is not stored in checkpoints"):
+        tiny_ddpm(schedule=Undescribable())
+
+
+class Wide(DDPMModule):
+    """A user's subclass that makes its own network."""
+
+    def __init__(self, channels=8, **kwargs):
+        super().__init__(tiny_unet(channels=channels), **kwargs)
+
+
+def test_a_subclass_is_rebuilt_from_its_own_arguments(tmp_path):
+    module = Wide(12, num_steps=3)
+    t = trainer(tmp_path, max_steps=1, enable_checkpointing=False)
+    t.fit(module, DigitsDataModule(batch_size=8))
+    t.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = Wide.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    assert loaded.num_steps == 3
+    torch.testing.assert_close(loaded.sample([0]), module.sample([0]), rtol=0, atol=0)

@@ -12,6 +12,7 @@ from ddim_pl.prediction import x_error_weight
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
 from ddim_pl.training.averaging import exponential_average
 from ddim_pl.training.ddpm import denoising_loss, draw_levels
+from ddim_pl.training.warmup import Warmup
 from ddim_pl.transitions import q_sample
 
 
@@ -67,7 +68,7 @@ def test_average_follows_its_recurrence_and_copies_buffers():
     network = nn.BatchNorm1d(3)
     average = exponential_average(network, 0.5)
     expected = None
-    for n in range(6):
+    for n in range(12):
         with torch.no_grad():
             network.weight.normal_(generator=torch.Generator().manual_seed(n))
             network.running_mean.fill_(float(n))
@@ -77,7 +78,7 @@ def test_average_follows_its_recurrence_and_copies_buffers():
         keep = min(0.5, (1 + n) / (10 + n))
         expected = current if expected is None else keep * expected + (1 - keep) * current
     torch.testing.assert_close(average.module.weight, expected)
-    assert average.module.num_batches_tracked == 5
+    assert average.module.num_batches_tracked == 11
     assert not any(p.requires_grad for p in average.parameters())
 
 
@@ -108,6 +109,37 @@ def test_classes_reach_the_network_in_training_and_sampling():
     other = module.sample(range(4), label=torch.tensor([1, 1, 2, 0]))
     assert not torch.allclose(free[0], other[0])
     torch.testing.assert_close(free[1:], other[1:])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 0.9**k),
+        lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 5),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 2.0, total_steps=30),
+    ],
+)
+def test_warm_up_multiplies_any_schedule_and_resumes(make):
+    def rates(warmup, stop=None):
+        seen, optimizer = [], torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = Warmup(optimizer, warmup, make(optimizer))
+        for step in range(20):
+            if step == stop:
+                saved = optimizer.state_dict(), schedule.state_dict()
+                optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+                schedule = Warmup(optimizer, warmup, make(optimizer))
+                schedule.load_state_dict(saved[1])
+                optimizer.load_state_dict(saved[0])
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return seen
+
+    expected = [min(1, (k + 1) / 5) * rate for k, rate in enumerate(rates(0))]
+    assert rates(4) == pytest.approx(expected)
+    assert rates(4, stop=2) == pytest.approx(expected)
+    assert rates(4, stop=9) == pytest.approx(expected)
 
 
 def test_learning_rate_warms_up_then_follows_the_schedule():
