@@ -279,6 +279,7 @@ def main(args: Sequence[str] | None = None) -> None:
     for message in (
         ".*does not have many workers.*",  # data in memory: there is nothing for workers to do
         "Checkpoint directory .* exists and is not empty",  # a run that goes on
+        "The dirpath has changed",  # the same folder by another path, or a run begun from a file
         "Found .* in eval mode at the start",  # the averaged network, on purpose
         "When using the `ThroughputMonitor`, you need to define",  # counts images, not operations
         ".*LeafSpec.* is deprecated",  # Lightning 2.6 with the newest PyTorch

@@ -97,9 +97,9 @@ class DrawnImages(Dataset[Batch]):
         return Batch(images, self.source.labels(draw.indices))
 
 
-def count_images(batch: Batch) -> int:
-    """Return the number of images of a batch: the `batch_size_fn` of a ThroughputMonitor."""
-    return len(batch.images)
+def count_images(batch: Batch | Tensor) -> int:
+    """Return the number of images, or of indices, in a batch, for a ThroughputMonitor."""
+    return len(batch) if isinstance(batch, Tensor) else len(batch.images)
 
 
 def shared_batches(num_items: int, batch_size: int, rank: int, world_size: int) -> list[Tensor]:

@@ -13,7 +13,6 @@ from tiny import NETWORK, tiny_config, write_config
 from ddim_pl.cli import main
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
 
 @pytest.fixture(scope="module")
