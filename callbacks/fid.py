@@ -84,12 +84,17 @@ class FrechetDistance(L.Callback):
         assert self.metric is not None
         return cast(FeatureExtractor, self.metric.inception)
 
-    def check(self, datamodule: L.LightningDataModule | None) -> None:
+    def check(self, datamodule: L.LightningDataModule | None, stage: str) -> None:
         """Load the extractor and see that this data can be measured, before a run begins.
+
+        Nothing is loaded for a stage ("fit", "validate", "test" or "predict") that does not
+        measure.
 
         Raises:
             ValueError: If the extractor's weights are missing, or the data module has no images.
         """
+        if stage == "predict" or (stage == "fit" and not self.every_n_validations):
+            return
         if not isinstance(datamodule, ImageDataModule):
             raise ValueError(
                 "FrechetDistance needs a data module with the real images (a subclass of "
@@ -110,8 +115,7 @@ class FrechetDistance(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Load the extractor where it will be used."""
-        if stage in ("fit", "validate", "test"):
-            self.check(trainer.datamodule)  # type: ignore[attr-defined]
+        self.check(trainer.datamodule, stage)  # type: ignore[attr-defined]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure, unless this is the check before training or not this validation's turn."""

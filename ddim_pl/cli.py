@@ -1,6 +1,7 @@
 """The command line: Lightning's, plus what makes a checkpoint enough and an error readable."""
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -31,7 +32,8 @@ class OneLineErrors(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit with status 2."""
-        self.exit(2, f"error: {' '.join(message.split())}\n")
+        hint = "--help and --print_config list what there is"
+        self.exit(2, f"error: {_one_line(message)} ({hint})\n")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -157,7 +159,7 @@ class DiffusionCLI(LightningCLI):
             _check_fit(module, self.datamodule)
         for callback in cast(list[Any], self.trainer.callbacks):  # type: ignore[attr-defined]
             if isinstance(callback, FrechetDistance):
-                callback.check(self.datamodule)
+                callback.check(self.datamodule, cast(str, self.subcommand))
 
     # ---- the verbs ----------------------------------------------------------------------------
 
@@ -213,6 +215,16 @@ def _check_fit(module: DiffusionModule, data: ImageDataModule) -> None:
             f"the data has {data.num_classes} classes but the network num_classes="
             f"{module.num_classes}: set it to {data.num_classes}, or to null for no classes"
         )
+
+
+def _one_line(message: str) -> str:
+    """The message in one line; of jsonargparse's nested reports only the reason at their core."""
+    if "Does not validate against any" in message:
+        lines = [line.strip() for line in message.splitlines()]
+        noise = ("- Does not validate", "- Expected a <class 'NoneType'>")
+        reasons = [line for line in lines if line.startswith("- ") and not line.startswith(noise)]
+        message = reasons[0].removeprefix("- ") if reasons else message
+    return " ".join(message.split())
 
 
 def _as_list(loggers: Any) -> list[dict[str, Any]]:
@@ -274,6 +286,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Set the environment variable DDIM_PL_TRACEBACK=1 to see where an error was raised.
     """
+    # An advertisement.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
     # Lightning calls what the newest jsonargparse has deprecated.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for message in (
@@ -288,7 +304,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         DiffusionCLI(args)
     except (ValueError, OSError, MisconfigurationException, RuntimeError) as error:
-        message = " ".join(str(error).split())
+        message = _one_line(str(error))
         misfit = re.match(r"Error\(s\) in loading state_dict for \w+: ([^.:]*)", message)
         if isinstance(error, RuntimeError) and misfit:
             message = (

@@ -35,7 +35,8 @@ class InceptionFeatures(nn.Module):
             raise ValueError(
                 f"the Inception weights could not be {'read' if weights_path else 'downloaded'} "
                 f"({error}): fetch weights-inception-2015-12-05-6726825d.pth from the releases "
-                "of torch-fidelity where there is a network, and give its place as weights_path"
+                "of torch-fidelity where there is a network, and give its place as the "
+                "weights_path of InceptionFeatures, or leave FrechetDistance out of the callbacks"
             ) from error
 
     def forward(self, images: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def test_real_images_are_read_once_per_run_and_every_n_validations_holds(tmp_pat
 def test_fewer_samples_than_features_is_a_warning(tmp_path):
     callback = FrechetDistance(DigitsFeatures, num_samples=20)
     with pytest.warns(UserWarning, match="singular covariance"):
-        callback.check(DigitsDataModule())
+        callback.check(DigitsDataModule(), "test")
 
 
 @pytest.mark.parametrize(

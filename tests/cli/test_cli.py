@@ -35,6 +35,7 @@ def fails(arguments, capsys):
     assert code not in (0, None)
     lines = [line for line in text.strip().splitlines() if line.startswith("error")]
     assert len(lines) == 1, text
+    assert len(lines[0]) < 400
     return lines[0]
 
 

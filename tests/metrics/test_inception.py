@@ -43,5 +43,5 @@ def test_weights_load_from_a_file_and_the_number_is_called_fid(monkeypatch, tmp_
     assert expected.shape == (2, 2048)
     callback = FrechetDistance(lambda: features, num_samples=10)
     with pytest.warns(UserWarning, match="singular covariance"):
-        callback.check(DigitsDataModule())
+        callback.check(DigitsDataModule(), "test")
     assert callback.key == "fid"
