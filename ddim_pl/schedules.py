@@ -86,6 +86,22 @@ class NoiseSchedule(ABC):
         log_alpha, log_sigma = self.log_alpha_sigma(t)
         return Level(log_alpha.exp(), log_sigma.exp())
 
+    def level_at(self, log_snr: Tensor | float) -> Tensor:
+        """Level that has this log-SNR: the inverse of `schedule(t).log_snr`, by bisection.
+
+        Args:
+            log_snr: Values of any shape. What no level has gives the nearest level, 0 or T.
+        """
+        wanted = torch.as_tensor(log_snr, dtype=torch.float64)
+        low = torch.zeros_like(wanted)
+        high = torch.full_like(wanted, self.num_levels)
+        for _ in range(64):  # the log-SNR falls with the level; T / 2^64 is below rounding
+            middle = (low + high) / 2
+            log_alpha, log_sigma = self.log_alpha_sigma(middle)
+            cleaner = 2 * (log_alpha - log_sigma) > wanted
+            low, high = torch.where(cleaner, middle, low), torch.where(cleaner, high, middle)
+        return high
+
 
 def _check_num_levels(num_levels: int) -> None:
     if num_levels < 1:

@@ -1,22 +1,29 @@
-"""Which levels a sampler visits: functions `(num_levels, num_steps) -> levels`.
+"""Which levels a sampler visits: functions of (levels there are, steps wanted).
 
 Each returns a decreasing float64 tensor of `num_steps + 1` levels that ends at 0; the first is
 where the start noise is placed. Index `i` of a network trained on 0-based indices is level `i +
 1`.
 
-To add a strategy, write a function here with these two arguments: configs name it by its name.
+To add a strategy, write a function here: configs name it by its name. Its arguments are
+`(num_levels, num_steps)`; or `(schedule, num_steps)`, where the noise decides; or `(num_levels)`,
+where the number of steps is part of the strategy.
 """
 
 import inspect
+import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Strategy = Callable[[int, int], Tensor]
+from ddim_pl.schedules import NoiseSchedule
+
+Strategy = Callable[[NoiseSchedule, int], Tensor]
 
 
 def linear(num_levels: int, num_steps: int) -> Tensor:
@@ -76,6 +83,60 @@ def linspace(num_levels: int, num_steps: int) -> Tensor:
     return _from_indices(num_levels, _even(num_levels - 1, num_steps))
 
 
+def exponential(num_levels: int) -> Tensor:
+    """Indices `0, 1, 2, 4, 8, ...` and the last one: the report's eq. 23.
+
+    >>> exponential(1000).tolist()[:4], len(exponential(1000)) - 1
+    ([1000.0, 513.0, 257.0, 129.0], 12)
+    """
+    _check(num_levels, 1)
+    powers = 2 ** np.arange(math.ceil(math.log2(max(num_levels - 1, 1))))
+    return _from_indices(num_levels, np.unique([0, *powers, num_levels - 1]))
+
+
+def last100(num_levels: int) -> Tensor:
+    """From the last level at once to the last hundred steps, indices 99 to 0: the report's eq. 22.
+
+    >>> last100(1000).tolist()[:3], len(last100(1000)) - 1
+    ([1000.0, 100.0, 99.0], 101)
+    """
+    _check_hundreds(num_levels, 101)
+    return _from_indices(num_levels, np.append(np.arange(100), num_levels - 1))
+
+
+def first100last100(num_levels: int) -> Tensor:
+    """The hundred noisiest levels and the hundred cleanest, with one leap between (the report).
+
+    >>> levels = first100last100(1000)
+    >>> levels.tolist()[98:102], len(levels) - 1
+    ([902.0, 901.0, 100.0, 99.0], 200)
+    """
+    _check_hundreds(num_levels, 200)
+    ends = np.arange(100)
+    return _from_indices(num_levels, np.append(ends, num_levels - 1 - ends))
+
+
+def uniform_log_snr(schedule: NoiseSchedule, num_steps: int) -> Tensor:
+    """Levels evenly spaced in log-SNR from T to 1, then 0 (Lu et al. 2022, DPM-Solver, 3.4).
+
+    They are real numbers, not rounded to the trained levels.
+    """
+    _check(schedule.num_levels, num_steps)
+    ends = schedule(torch.tensor([schedule.num_levels, 1.0])).log_snr
+    return _from_log_snr(schedule, torch.from_numpy(np.linspace(*ends.tolist(), num_steps)))
+
+
+def karras(schedule: NoiseSchedule, num_steps: int) -> Tensor:
+    """Levels from T to 1 whose `(sigma / alpha)^(1/7)` is evenly spaced, then 0.
+
+    Karras et al. 2022, eq. 5, with rho = 7. They are real numbers, not rounded.
+    """
+    _check(schedule.num_levels, num_steps)
+    ends = schedule(torch.tensor([schedule.num_levels, 1.0])).log_snr.mul(-1 / 14).exp()
+    ratio = torch.from_numpy(np.linspace(*ends.tolist(), num_steps)) ** 7
+    return _from_log_snr(schedule, -2 * ratio.log())
+
+
 def explicit(num_levels: int, levels: Sequence[float]) -> Tensor:
     """The given levels, decreasing, in (0, T]; the final 0 may be left out.
 
@@ -95,37 +156,99 @@ def explicit(num_levels: int, levels: Sequence[float]) -> Tensor:
     return values
 
 
-def make_levels(timesteps: str | Sequence[float], num_levels: int, num_steps: int) -> Tensor:
-    """Levels from a strategy's name or an explicit list.
+def make_levels(
+    timesteps: str | Sequence[float], schedule: NoiseSchedule, num_steps: int
+) -> Tensor:
+    """Levels from a strategy's name, a file of adaptive levels, or an explicit list.
 
     Args:
-        timesteps: Name of a function of this module, or the levels themselves.
-        num_levels: T.
-        num_steps: S; not used with an explicit list.
+        timesteps: Name of a strategy of this module, path of a `.json` file that `save_levels`
+            wrote, or the levels themselves.
+        schedule: Noise schedule.
+        num_steps: S; not used with an explicit list, nor by strategies that have a length of their
+            own.
 
     Returns:
         Decreasing float64 levels, `(S + 1,)`, that end at 0.
 
     Raises:
-        ValueError: If the name is unknown, or the numbers do not fit.
+        ValueError: If the name is unknown, the file does not fit, or the numbers do not.
     """
     if not isinstance(timesteps, str):
-        return explicit(num_levels, timesteps)
+        return explicit(schedule.num_levels, timesteps)
+    if timesteps.endswith(".json"):
+        return load_levels(Path(timesteps), schedule, num_steps)
     known = strategies()
     if timesteps not in known:
-        raise ValueError(f"timesteps must be one of {sorted(known)} or a list, got {timesteps!r}")
-    return known[timesteps](num_levels, num_steps)
+        raise ValueError(
+            f"timesteps must be one of {sorted(known)}, a .json file of adaptive levels or a "
+            f"list, got {timesteps!r}"
+        )
+    return known[timesteps](schedule, num_steps)
 
 
 def strategies() -> dict[str, Strategy]:
-    """Every strategy by name: the public functions here that take (num_levels, num_steps)."""
-    members = inspect.getmembers(sys.modules[__name__], inspect.isfunction)
-    wanted = ["num_levels", "num_steps"]
-    return {
-        name: function
-        for name, function in members
-        if not name.startswith("_") and list(inspect.signature(function).parameters) == wanted
+    """Every strategy by name, called with (schedule, num_steps): the public functions here."""
+    found: dict[str, Strategy] = {}
+    for name, function in inspect.getmembers(sys.modules[__name__], inspect.isfunction):
+        match () if name.startswith("_") else tuple(inspect.signature(function).parameters):
+            case ("schedule", "num_steps"):
+                found[name] = function
+            case ("num_levels", "num_steps"):
+                found[name] = lambda s, n, function=function: function(s.num_levels, n)
+            case ("num_levels",):
+                found[name] = lambda s, _, function=function: function(s.num_levels)
+    return found
+
+
+def has_own_length(timesteps: str | Sequence[float]) -> bool:
+    """Whether the number of steps is part of the strategy, so that none has to be given."""
+    if not isinstance(timesteps, str):
+        return True
+    function = getattr(sys.modules[__name__], timesteps, None)
+    return timesteps in strategies() and "num_steps" not in inspect.signature(function).parameters
+
+
+def save_levels(path: Path, schedule: NoiseSchedule, levels: Sequence[Tensor]) -> None:
+    """Write levels, one tensor `(S + 1,)` for each number of steps, for `make_levels` to load.
+
+    The file is small JSON that names the schedule; it appears whole or not at all.
+    """
+    content = {
+        "schedule": repr(schedule),
+        "levels": {str(len(each) - 1): each.tolist() for each in levels},
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
+
+
+def load_levels(path: Path, schedule: NoiseSchedule, num_steps: int) -> Tensor:
+    """Levels `(S + 1,)` from a file of `save_levels`.
+
+    Raises:
+        ValueError: If the file cannot be read, is of another schedule, or has no `num_steps`.
+    """
+    try:
+        content = json.loads(path.read_text())
+        written, by_steps = content["schedule"], content["levels"]
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"timesteps {str(path)!r} cannot be read as adaptive levels ({error}): write such a "
+            "file with `main.py levels`"
+        ) from error
+    if written != repr(schedule):
+        raise ValueError(
+            f"timesteps {str(path)!r} were found for {written}, but the model has {schedule!r}: "
+            "search anew with `main.py levels`"
+        )
+    if str(num_steps) not in by_steps:
+        raise ValueError(
+            f"timesteps {str(path)!r} has levels for num_steps {sorted(map(int, by_steps))}, got "
+            f"{num_steps}: choose one of these, or search anew with `main.py levels`"
+        )
+    return explicit(schedule.num_levels, by_steps[str(num_steps)])
 
 
 def _check(num_levels: int, num_steps: int) -> None:
@@ -133,6 +256,17 @@ def _check(num_levels: int, num_steps: int) -> None:
         raise ValueError(
             f"num_steps must lie in [1, {num_levels}], the number of levels, got {num_steps}"
         )
+
+
+def _check_hundreds(num_levels: int, least: int) -> None:
+    if num_levels < least:
+        raise ValueError(f"this strategy needs num_levels of at least {least}, got {num_levels}")
+
+
+def _from_log_snr(schedule: NoiseSchedule, log_snr: Tensor) -> Tensor:
+    levels = schedule.level_at(log_snr)
+    levels[0] = schedule.num_levels  # bisection leaves it a rounding below
+    return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
 
 
 def _even(end: float, num_steps: int) -> np.ndarray:

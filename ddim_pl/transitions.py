@@ -58,6 +58,57 @@ def ddim_step(
     return expand(s.alpha, x) * x + expand(kept, x) * eps + expand(c, x) * noise
 
 
+def ddim_forward(z: Tensor, x: Tensor, s: Level, t: Level, *, eta: float) -> tuple[Tensor, Tensor]:
+    """Mean `(B, ...)` and standard deviation of DDIM's forward step `q(z_t | z_s, x)`, `t > s`.
+
+    `N(alpha_t x + sqrt(sigma_s^2 - c^2) sigma_t / sigma_s^2 (z_s - alpha_s x), (c sigma_t /
+    sigma_s)^2 I)` with `c` of `ddim_noise_scale`: Bayes' rule on the backward step and both
+    marginals (Song et al. 2021, section 3.1; the report's eq. 14 has another root). It depends on
+    x, so the forward process is not Markovian, but for `eta = 1`, where it is that of DDPM.
+
+    Args:
+        z: States at level `s`, `(B, ...)`.
+        x: Clean images, `(B, ...)`.
+        s: Level of the state; it must hold some noise.
+        t: Noisier level.
+        eta: As in `ddim_step`.
+    """
+    c = ddim_noise_scale(t, s, eta)
+    kept = (s.sigma**2 - c**2).clamp(min=0).sqrt() * t.sigma / s.sigma**2
+    mean = expand(t.alpha, x) * x + expand(kept, x) * (z - expand(s.alpha, x) * x)
+    return mean, c * t.sigma / s.sigma
+
+
+def ode_step(prediction: Prediction, eps: Tensor, t: Level, s: Level) -> Tensor:
+    """Straight step `y_s = y_t + (r_s - r_t) eps` of the flow (Song et al. 2021, eq. 13).
+
+    With `y = z / alpha` and `r = sigma / alpha`. It is the DDIM step, up or down, along a noise
+    that need not be the one estimated at `t`; x moves with it, so that both still explain the
+    state.
+
+    Args:
+        prediction: Estimates at level `t`, each `(B, ...)`, which stand for the state.
+        eps: Noise to go along, `(B, ...)`.
+        t: Level of the state.
+        s: Level to go to.
+    """
+    x = prediction.x + expand(t.sigma / t.alpha, eps) * (prediction.eps - eps)
+    return ddim_step(Prediction(x, eps), t, s)
+
+
+def forward_step(z: Tensor, noise: Tensor, t: Level, s: Level) -> Tensor:
+    """Noisier state from `q(z_t | z_s)`, `(B, ...)`, for `t > s` (Ho et al. 2020, eq. 2).
+
+    Args:
+        z: States at level `s`, `(B, ...)`.
+        noise: Standard noise, `(B, ...)`.
+        t: Noisier level, to go to.
+        s: Level of the state.
+    """
+    std = transition_variance(t, s).sqrt()
+    return expand(t.alpha / s.alpha, z) * z + expand(std, z) * noise
+
+
 def posterior(
     z: Tensor, x: Tensor, t: Level, s: Level, *, variance: Variance = "small"
 ) -> tuple[Tensor, Tensor]:

@@ -214,3 +214,20 @@ def test_coefficients_multiply_a_batch() -> None:
     assert (per_image * batch)[1].unique() == 3
     scaled = expand(torch.tensor(2.0, dtype=torch.float64), batch) * batch
     assert scaled.dtype == batch.dtype  # a float64 scalar does not promote
+
+
+@every_schedule
+def test_level_at_is_the_inverse_of_the_log_snr(schedule: NoiseSchedule) -> None:
+    t = random_levels(500)
+    found = schedule.level_at(schedule(t).log_snr)
+    assert found.shape == t.shape
+    # Between clipped variances the log-SNR of the cosine schedule is nearly flat at T only.
+    torch.testing.assert_close(found, t, rtol=1e-7, atol=1e-9)
+
+
+@every_schedule
+def test_level_at_a_log_snr_that_no_level_has_is_the_nearest_level(
+    schedule: NoiseSchedule,
+) -> None:
+    assert schedule.level_at(-100.0) == 1000
+    torch.testing.assert_close(schedule.level_at(1e4).item(), 0.0, rtol=0, atol=1e-12)

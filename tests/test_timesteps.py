@@ -1,8 +1,10 @@
 """Which levels a sampler visits: rules that hold for every strategy, and the published lists."""
 
+import json
 import math
 import warnings
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from ddim_pl import timesteps
-from ddim_pl.timesteps import Strategy, explicit, make_levels, strategies
+from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
+from ddim_pl.timesteps import explicit, has_own_length, make_levels, save_levels, strategies
 
-every_strategy = pytest.mark.parametrize("strategy", strategies().values(), ids=strategies())
+OWN_LENGTH = {"exponential": 12, "last100": 101, "first100last100": 200}
+every_strategy = pytest.mark.parametrize("strategy", sorted(set(strategies()) - set(OWN_LENGTH)))
 SIZES = [
     *((1000, s) for s in (1, 2, 3, 7, 10, 16, 20, 32, 48, 50, 100, 103, 199, 250, 333, 600, 1000)),
     *((100, s) for s in range(1, 101)),
@@ -23,16 +27,24 @@ SIZES = [
 
 
 def test_all_strategies_are_found() -> None:
-    assert {"linear", "quadratic", "leading", "trailing", "linspace"} <= set(strategies())
-    assert not {"explicit", "make_levels", "strategies"} & set(strategies())
+    known = {"linear", "quadratic", "leading", "trailing", "linspace", "uniform_log_snr", "karras"}
+    assert known | set(OWN_LENGTH) <= set(strategies())
+    assert not {"explicit", "make_levels", "strategies", "load_levels"} & set(strategies())
+    assert {name for name in strategies() if has_own_length(name)} == set(OWN_LENGTH)
+    assert has_own_length([500.0, 0.0])
+    assert not has_own_length("levels.json")
+
+
+def of(strategy: str, num_levels: int, num_steps: int) -> torch.Tensor:
+    return make_levels(strategy, LinearSchedule(num_levels), num_steps)
 
 
 @every_strategy
-def test_levels_fall_strictly_from_within_the_schedule_to_0(strategy: Strategy) -> None:
+def test_levels_fall_strictly_from_within_the_schedule_to_0(strategy: str) -> None:
     for num_levels, num_steps in SIZES:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            levels = strategy(num_levels, num_steps)
+            levels = of(strategy, num_levels, num_steps)
         assert levels.dtype == torch.float64
         assert levels.ndim == 1
         assert (levels.diff() < 0).all()
@@ -49,26 +61,26 @@ def test_levels_fall_strictly_from_within_the_schedule_to_0(strategy: Strategy) 
 @every_strategy
 @pytest.mark.parametrize(("num_levels", "num_steps"), [(10, 11), (10, 0), (10, -1), (1000, 1001)])
 def test_a_number_of_steps_that_does_not_fit_is_an_error(
-    strategy: Strategy, num_levels: int, num_steps: int
+    strategy: str, num_levels: int, num_steps: int
 ) -> None:
     with pytest.raises(
         ValueError, match=rf"num_steps must lie in \[1, {num_levels}\].*{num_steps}"
     ):
-        strategy(num_levels, num_steps)
+        of(strategy, num_levels, num_steps)
 
 
 @every_strategy
-def test_one_step_goes_straight_to_the_data(strategy: Strategy) -> None:
+def test_one_step_goes_straight_to_the_data(strategy: str) -> None:
     """From 0.8 T (quadratic), or T; "leading" starts at index 0 even then, as in diffusers."""
-    levels = strategy(1000, 1)
+    levels = of(strategy, 1000, 1)
     assert levels.tolist() in ([1000, 0], [801, 0], [1, 0])
 
 
 @every_strategy
-def test_as_many_steps_as_levels_visit_every_level(strategy: Strategy) -> None:
-    if strategy is timesteps.quadratic:
+def test_as_many_steps_as_levels_visit_every_level(strategy: str) -> None:
+    if strategy in ("quadratic", "uniform_log_snr", "karras"):
         pytest.skip("dense near the data by design")
-    assert strategy(50, 50).tolist() == list(range(50, -1, -1))
+    assert of(strategy, 50, 50).tolist() == list(range(50, -1, -1))
 
 
 def diffusers_levels(spacing: str, num_levels: int, num_steps: int) -> list[float]:
@@ -90,7 +102,7 @@ def test_leading_and_linspace_are_those_of_diffusers(spacing: str) -> None:
     for num_levels, num_steps in SIZES:
         if (spacing, num_steps) == ("linspace", 1):
             continue
-        ours = make_levels(spacing, num_levels, num_steps).tolist()
+        ours = of(spacing, num_levels, num_steps).tolist()
         assert ours == diffusers_levels(spacing, num_levels, num_steps), (num_levels, num_steps)
 
 
@@ -101,7 +113,7 @@ def test_trailing_is_that_of_diffusers() -> None:
     low, and its level may be one off: only there a difference of 1 is let pass.
     """
     for num_levels, num_steps in SIZES:
-        ours = make_levels("trailing", num_levels, num_steps).tolist()
+        ours = of("trailing", num_levels, num_steps).tolist()
         theirs = diffusers_levels("trailing", num_levels, num_steps)
         step = Fraction(num_levels, num_steps)
         inexact = Fraction(num_levels / num_steps) != step
@@ -159,7 +171,7 @@ def test_explicit_levels_are_taken_as_they_are() -> None:
     assert explicit(1000, given).tolist() == [*given, 0.0]
     assert explicit(1000, [*given, 0]).tolist() == [*given, 0.0]
     assert explicit(1000, given).dtype == torch.float64
-    assert make_levels(tuple(given), 1000, 50).tolist() == [*given, 0.0]
+    assert make_levels(tuple(given), LinearSchedule(), 50).tolist() == [*given, 0.0]
     assert explicit(1000, [700]).tolist() == [700.0, 0.0]
 
 
@@ -172,14 +184,95 @@ def test_explicit_levels_that_do_not_fall_to_0_are_an_error(levels: list[float])
         explicit(1000, levels)
 
 
-def test_a_name_stands_for_its_function() -> None:
-    for name, strategy in strategies().items():
-        assert torch.equal(make_levels(name, 1000, 10), strategy(1000, 10))
-
-
 @pytest.mark.parametrize("name", ["cubic", "explicit", "make_levels", "_check", "", "Linear"])
 def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
     with pytest.raises(ValueError, match="timesteps must be one of") as error:
-        make_levels(name, 1000, 10)
+        make_levels(name, LinearSchedule(), 10)
     assert all(repr(known) in str(error.value) for known in strategies())
     assert repr(name) in str(error.value)
+
+
+@pytest.mark.parametrize(("strategy", "num_steps"), OWN_LENGTH.items())
+def test_a_strategy_of_its_own_length_ignores_the_number_of_steps(
+    strategy: str, num_steps: int
+) -> None:
+    levels = of(strategy, 1000, 50)
+    assert len(levels) == num_steps + 1
+    assert levels[0] == 1000
+    assert (levels.diff() < 0).all()
+
+
+def test_the_reports_lists() -> None:
+    """Report, eq. 22 and 23, in its 0-based indices; its 1000 is the last one, 999."""
+    exponential = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 999]
+    assert (of("exponential", 1000, 1).flip(0)[1:] - 1).tolist() == exponential
+    assert (of("last100", 1000, 1).flip(0)[1:] - 1).tolist() == [*range(100), 999]
+    both = [*range(100), *range(900, 1000)]
+    assert (of("first100last100", 1000, 1).flip(0)[1:] - 1).tolist() == both
+
+
+@pytest.mark.parametrize("num_levels", [1, 2, 3, 4, 5, 8, 9, 100, 513, 514])
+def test_exponential_levels_of_any_schedule(num_levels: int) -> None:
+    levels = of("exponential", num_levels, 1)
+    assert levels[0] == num_levels
+    assert levels[-2:].tolist() == [1, 0]
+    assert (levels.diff() < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_levels"), [("last100", 100), ("first100last100", 199), ("exponential", 0)]
+)
+def test_hundreds_need_that_many_levels(strategy: str, num_levels: int) -> None:
+    with pytest.raises(ValueError, match="num_levels"):
+        of(strategy, num_levels, 10)
+
+
+@pytest.mark.parametrize("schedule", [LinearSchedule(), CosineLogSNRSchedule()])
+@pytest.mark.parametrize("num_steps", [2, 7, 100])
+def test_uniform_log_snr_and_karras_are_even_in_their_variable(
+    schedule: NoiseSchedule, num_steps: int
+) -> None:
+    levels = make_levels("uniform_log_snr", schedule, num_steps)[:-1]
+    assert levels[0] == 1000
+    torch.testing.assert_close(levels[-1].item(), 1.0, rtol=1e-9, atol=0)
+    steps = schedule(levels).log_snr.diff()
+    torch.testing.assert_close(steps, steps.mean().expand(len(steps)), rtol=1e-9, atol=0)
+    alpha, sigma = schedule(make_levels("karras", schedule, num_steps)[:-1])
+    steps = ((sigma / alpha) ** (1 / 7)).diff()
+    torch.testing.assert_close(steps, steps.mean().expand(len(steps)), rtol=1e-9, atol=0)
+
+
+def test_saved_levels_are_loaded_to_the_bit(tmp_path: Path) -> None:
+    file, schedule = tmp_path / "deep" / "levels.json", LinearSchedule()
+    levels = [torch.tensor([1000, 1 / 3 * 1e3, 0]).double(), torch.tensor([999.5, 0]).double()]
+    save_levels(file, schedule, levels)
+    for each in levels:
+        assert torch.equal(make_levels(str(file), schedule, len(each) - 1), each)
+    assert [f.name for f in file.parent.iterdir()] == ["levels.json"]
+
+
+def test_levels_of_another_schedule_or_number_of_steps_are_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "levels.json"
+    save_levels(file, LinearSchedule(), [torch.tensor([1000.0, 10, 0])])
+    with pytest.raises(ValueError, match=r"beta_end=0.02.*beta_end=0.03"):
+        make_levels(str(file), LinearSchedule(beta_end=0.03), 2)
+    with pytest.raises(ValueError, match=r"num_steps \[2\], got 3"):
+        make_levels(str(file), LinearSchedule(), 3)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", b"\xff\xfe"])
+def test_a_file_that_holds_no_levels_is_an_error(
+    tmp_path: Path, content: str | bytes | None
+) -> None:
+    file = tmp_path / "levels.json"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match="cannot be read as adaptive levels"):
+        make_levels(str(file), LinearSchedule(), 2)
+
+
+def test_damaged_levels_in_a_file_are_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "levels.json"
+    file.write_text(json.dumps({"schedule": repr(LinearSchedule()), "levels": {"2": [5, 7, 0]}}))
+    with pytest.raises(ValueError, match="decrease strictly"):
+        make_levels(str(file), LinearSchedule(), 2)

@@ -38,6 +38,10 @@ class Sampler(ABC):
     ) -> Iterator[State]:
         """Yield the state after each step; arguments as for `__call__`, already checked."""
 
+    def num_evaluations(self, levels: Tensor) -> int:
+        """How often the network is called on the way through `levels`, `(S + 1,)`."""
+        return len(levels) - 1
+
     @final
     def trajectory(
         self,

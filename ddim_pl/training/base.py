@@ -43,8 +43,10 @@ class DiffusionModule(L.LightningModule, ABC):
         image_shape: `(C, H, W)` of an image; by default read off the network.
         clip: Clip estimates of the clean image to [-1, 1] when sampling.
         sampler: Sampler for evaluation; by default DDIM with eta = 0.
-        timesteps: Name of a strategy in `ddim_pl.timesteps`, or the levels themselves.
-        num_steps: Steps of the sampler; not used when `timesteps` is a list.
+        timesteps: Name of a strategy in `ddim_pl.timesteps`, a `.json` file that `main.py levels`
+            wrote, or the levels themselves.
+        num_steps: Steps of the sampler; not used when `timesteps` is a list, or a strategy with a
+            length of its own.
         optimizer: Makes the optimiser from the parameters; by default Adam with rate 2e-4. A
             `functools.partial` of a class is stored in checkpoints, a lambda is not.
         lr_scheduler: Makes a learning-rate schedule, stepped once per update; stored alike.
@@ -117,7 +119,7 @@ class DiffusionModule(L.LightningModule, ABC):
     @property
     def levels(self) -> Tensor:
         """Levels that the sampler visits, `(S + 1,)`."""
-        return make_levels(self.timesteps, self.schedule.num_levels, self.num_steps)
+        return make_levels(self.timesteps, self.schedule, self.num_steps)
 
     @property
     def denoiser(self) -> Denoiser:

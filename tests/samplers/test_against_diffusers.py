@@ -196,7 +196,7 @@ def compare_ddim(
 ) -> None:
     network = SmallNetwork().to(dtype)
     z, generators = start(dtype)
-    levels = timesteps.make_levels(spacing, 1000, num_steps)
+    levels = timesteps.make_levels(spacing, LinearSchedule(), num_steps)
     denoiser = Denoiser(network, SCHEDULES[beta], kind, clip=clip)
     scheduler = DDIMScheduler(**diffusers_arguments(beta, kind, clip, spacing))
     use_tables(scheduler, beta, dtype)
@@ -216,7 +216,7 @@ def compare_ddpm(
 ) -> None:
     network = SmallNetwork().to(dtype)
     z, generators = start(dtype)
-    levels = timesteps.make_levels(spacing, 1000, num_steps)
+    levels = timesteps.make_levels(spacing, LinearSchedule(), num_steps)
     denoiser = Denoiser(network, SCHEDULES[beta], kind, clip=clip)
     arguments = diffusers_arguments(beta, kind, clip, spacing)
     scheduler = DDPMScheduler(variance_type=f"fixed_{variance}", **arguments)
@@ -340,6 +340,6 @@ def test_float32_images_are_those_of_float64(beta: str, spacing: str) -> None:
     for dtype in (torch.float32, torch.float64):
         z, generators = start(dtype)
         denoiser = Denoiser(SmallNetwork().to(dtype), SCHEDULES[beta], "v")
-        levels = timesteps.make_levels(spacing, 1000, 10)
+        levels = timesteps.make_levels(spacing, LinearSchedule(), 10)
         images.append(DDIM(1.0)(denoiser, z, levels, generator=generators).double())
     torch.testing.assert_close(*images, rtol=0, atol=1e-4)

@@ -88,7 +88,7 @@ def test_sampled_images_have_the_propagated_law(eta: float) -> None:
 def test_eta_one_has_the_law_of_ddpm(schedule: NoiseSchedule, strategy: str) -> None:
     """Until the step to level 0, to which DDPM adds no noise and a discrete schedule has none."""
     denoiser = ExactGaussian(schedule, 0.3, torch.tensor([0.2, 0.5], dtype=torch.float64))
-    levels = timesteps.make_levels(strategy, 1000, 20)[:-1]
+    levels = timesteps.make_levels(strategy, LinearSchedule(), 20)[:-1]
     zero = torch.zeros(2, dtype=torch.float64)
     ddim, ddpm = (
         propagate(sampler, denoiser, levels, zero, zero + 1) for sampler in (DDIM(1.0), DDPM())

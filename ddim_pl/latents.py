@@ -1,0 +1,136 @@
+"""From images to latents and between latents: encoding, interpolation, forward trajectories.
+
+A deterministic sampler is a map that can be walked both ways: with rising levels it takes an image
+to the latent that draws it (Song et al. 2021, section 4.3 and 5.4).
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ddim_pl.denoiser import Denoise
+from ddim_pl.noise import Generators, randn
+from ddim_pl.samplers.base import Sampler, State
+from ddim_pl.samplers.ddim import DDIM
+from ddim_pl.schedules import NoiseSchedule, expand
+from ddim_pl.transitions import ddim_forward, q_sample
+
+
+def encode(
+    denoiser: Denoise,
+    x: Tensor,
+    levels: Tensor,
+    *,
+    sampler: Sampler | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Latents `(B, ...)` from which a deterministic sampler draws the images.
+
+    Args:
+        denoiser: The model, not clipped: clipping would lose what the latent has to keep.
+        x: Images, `(B, ...)`.
+        levels: Levels as for sampling, `(S + 1,)`, decreasing; they are walked upwards.
+        sampler: A deterministic one; by default DDIM with eta = 0.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If the denoiser clips, or the sampler cannot take rising levels.
+    """
+    if getattr(denoiser, "clip", False):
+        raise ValueError(
+            "denoiser has clip=True, which encoding cannot undo: use dataclasses.replace(denoiser,"
+            " clip=False)"
+        )
+    rising = torch.as_tensor(levels, dtype=torch.float64, device="cpu").flip(0)
+    z = x
+    start = denoiser.schedule(rising[0])
+    if start.sigma == 0 and getattr(denoiser, "prediction", None) == "x":
+        # At clean data an x-prediction says nothing of the noise: begin half a step above.
+        rising[0] = rising[1] / 2
+        z = x * denoiser.schedule(rising[0]).alpha
+    elif start.sigma > 0:
+        z = x * start.alpha
+    return (sampler or DDIM())(denoiser, z, rising, progress=progress)
+
+
+def reconstruct(
+    denoiser: Denoise,
+    x: Tensor,
+    levels: Tensor,
+    *,
+    sampler: Sampler | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Encode images and draw them again on the same levels, `(B, ...)`; arguments as `encode`."""
+    z = encode(denoiser, x, levels, sampler=sampler, progress=progress)
+    return (sampler or DDIM())(denoiser, z, levels, progress=progress)
+
+
+def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
+    """Spherical interpolation between latents, per image (Song et al. 2021, eq. 67).
+
+    It keeps the norm of Gaussian latents, which a straight line would shorten: `sin((1 - w) phi) /
+    sin(phi) a + sin(w phi) / sin(phi) b` with the angle `phi` between them.
+
+    Args:
+        a: Latents at weight 0, `(B, ...)`.
+        b: Latents at weight 1, `(B, ...)`.
+        weight: From 0 to 1, a number or `(B,)`.
+    """
+    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
+    cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
+    angle = cosine.clamp(-1, 1).arccos()
+    weight = torch.as_tensor(weight, dtype=torch.float64, device=a.device)
+    # Parallel latents have no angle between them, and there the two formulas agree.
+    straight = angle.sin() < 1e-6
+    sine = torch.where(straight, 1.0, angle.sin())
+    share_a = torch.where(straight, 1 - weight, torch.sin((1 - weight) * angle) / sine)
+    share_b = torch.where(straight, weight, torch.sin(weight * angle) / sine)
+    return expand(share_a, a) * a + expand(share_b, b) * b
+
+
+def forward_trajectory(
+    schedule: NoiseSchedule,
+    x: Tensor,
+    levels: Tensor,
+    *,
+    eta: float = 1.0,
+    generator: Generators | None = None,
+) -> Iterator[State]:
+    """Yield a path of noisy states of given images, by DDIM's non-Markovian forward process.
+
+    Every state has the marginal `q(z_t | x)`; what `eta` decides is how much of its noise a state
+    passes on: all of it with `eta = 0`, as little as in DDPM with `eta = 1`.
+
+    Args:
+        schedule: Noise schedule.
+        x: Clean images, `(B, ...)`.
+        levels: Rising levels `(S,)`, the first of which holds some noise.
+        eta: In [0, 1], as in `DDIM`.
+        generator: One generator, or one for each image.
+
+    Raises:
+        ValueError: If `eta` lies outside [0, 1], or the levels do not rise from a noisy one.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}: 1 is the process of DDPM")
+    levels = torch.as_tensor(levels, dtype=torch.float64, device="cpu")
+    if levels.ndim != 1 or len(levels) < 1 or not (levels.diff() > 0).all():
+        raise ValueError(f"levels must rise strictly, got {levels.tolist()}")
+    if schedule(levels[0]).sigma == 0:
+        raise ValueError(f"levels must start where there is noise, got {levels[0]:g} first")
+    return _forward(schedule, x, levels, eta, generator)
+
+
+def _forward(
+    schedule: NoiseSchedule, x: Tensor, levels: Tensor, eta: float, generator: Generators | None
+) -> Iterator[State]:
+    z = q_sample(x, randn(x.shape, generator, x), schedule(levels[0]))
+    yield State(levels[0], z, x)
+    for s, t in pairwise(levels):
+        z, std = ddim_forward(z, x, schedule(s), schedule(t), eta=eta)
+        if eta > 0:
+            z = z + expand(std, z) * randn(z.shape, generator, z)
+        yield State(t, z, x)
