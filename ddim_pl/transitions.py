@@ -96,14 +96,14 @@ def ode_step(prediction: Prediction, eps: Tensor, t: Level, s: Level) -> Tensor:
     return ddim_step(Prediction(x, eps), t, s)
 
 
-def forward_step(z: Tensor, noise: Tensor, t: Level, s: Level) -> Tensor:
+def forward_step(z: Tensor, noise: Tensor, s: Level, t: Level) -> Tensor:
     """Noisier state from `q(z_t | z_s)`, `(B, ...)`, for `t > s` (Ho et al. 2020, eq. 2).
 
     Args:
         z: States at level `s`, `(B, ...)`.
         noise: Standard noise, `(B, ...)`.
-        t: Noisier level, to go to.
         s: Level of the state.
+        t: Noisier level.
     """
     std = transition_variance(t, s).sqrt()
     return expand(t.alpha / s.alpha, z) * z + expand(std, z) * noise

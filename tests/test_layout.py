@@ -13,7 +13,8 @@ from exact import ExactGaussian
 import ddim_pl.samplers
 from ddim_pl import timesteps
 from ddim_pl.noise import latents
-from ddim_pl.samplers import DDIM, DDPM, Sampler
+from ddim_pl.prediction import Prediction
+from ddim_pl.samplers import DDIM, DDPM, PNDM, DPMSolverPP, Heun, Sampler
 
 
 def samplers() -> Iterator[type[Sampler]]:
@@ -37,7 +38,7 @@ def images(kind: type[Sampler], denoiser: ExactGaussian, indices: range) -> torc
 
 
 def test_the_walk_finds_the_samplers() -> None:
-    assert {DDIM, DDPM} <= set(SAMPLERS)
+    assert {DDIM, DDPM, DPMSolverPP, Heun, PNDM} <= set(SAMPLERS)
 
 
 @every_sampler
@@ -111,3 +112,28 @@ def test_a_call_leaves_its_arguments_as_they_were(
     kind()(gaussian, z, levels, generator=generators)
     assert torch.equal(z, kept[0])
     assert torch.equal(levels, kept[1])
+
+
+@every_sampler
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 10])
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_a_sampler_counts_its_network_evaluations(
+    kind: type[Sampler], num_steps: int, end: float, gaussian: ExactGaussian
+) -> None:
+    """And none of them is at level 0 on the way down: no network knows clean data."""
+    seen: list[float] = []
+
+    class Counted:
+        schedule = gaussian.schedule
+
+        def __call__(self, z: torch.Tensor, t: torch.Tensor) -> Prediction:
+            seen.append(t.item())
+            return gaussian(z, t)
+
+    z, generators = latents(0, range(2), SHAPE)
+    levels = torch.linspace(1000, end, num_steps + 1)
+    kept = levels.clone()
+    kind()(Counted(), z, levels, generator=generators)
+    assert kind().num_evaluations(levels) == len(seen)
+    assert torch.equal(levels, kept)
+    assert 0 not in seen

@@ -16,6 +16,8 @@ from ddim_pl.schedules import (
 from ddim_pl.transitions import (
     ddim_noise_scale,
     ddim_step,
+    forward_step,
+    ode_step,
     posterior,
     q_sample,
     transition_variance,
@@ -198,3 +200,57 @@ def test_a_stochastic_step_without_noise_is_an_error() -> None:
     x = torch.zeros(len(t.alpha))
     with pytest.raises(AssertionError, match="noise"):
         ddim_step(Prediction(x, x), t, s, eta=0.5)
+
+
+# Steps along another noise, and back up
+
+
+@every_schedule
+@integer_or_real
+def test_a_step_along_another_noise_keeps_the_state(
+    schedule: NoiseSchedule, integer: bool
+) -> None:
+    """`z_s = alpha_s / alpha_t z_t + (sigma_s - alpha_s sigma_t / alpha_t) eps`, up and down."""
+    below, above = level_pairs(schedule, integer)[::-1]
+    generator = torch.Generator().manual_seed(5)
+    x, eps, other = torch.randn(3, len(above.alpha), generator=generator, dtype=torch.float64)
+    for t, s in ((above, below), (below, above)):
+        ratio = s.alpha / t.alpha
+        want = ratio * q_sample(x, eps, t) + (s.sigma - ratio * t.sigma) * other
+        stepped = ode_step(Prediction(x, eps), other, t, s)
+        # The ratio is up to 1e4 in the cosine schedule.
+        torch.testing.assert_close(stepped, want, rtol=1e-10, atol=1e-10)
+        own = ode_step(Prediction(x, eps), eps, t, s)
+        assert torch.equal(own, ddim_step(Prediction(x, eps), t, s))
+
+
+@every_schedule
+@integer_or_real
+def test_a_forward_step_keeps_the_marginal(schedule: NoiseSchedule, integer: bool) -> None:
+    """`N(alpha_s x, sigma_s^2)` goes to `N(alpha_t x, sigma_t^2)`."""
+    t, s = level_pairs(schedule, integer)
+    one, zero = torch.ones_like(t.alpha), torch.zeros_like(t.alpha)
+    a, c = forward_step(one, zero, s, t), forward_step(zero, one, s, t)
+    torch.testing.assert_close(a * s.alpha, t.alpha, rtol=0, atol=1e-12)
+    torch.testing.assert_close(a**2 * s.sigma**2 + c**2, t.sigma**2, rtol=0, atol=1e-12)
+
+
+@every_schedule
+def test_a_forward_step_undoes_a_step_of_ddpm_in_law(schedule: NoiseSchedule) -> None:
+    """Bayes' rule: both ways the two states have the same covariance, given x."""
+    t, s = level_pairs(schedule, integer=False)
+    one, zero = torch.ones_like(t.alpha), torch.zeros_like(t.alpha)
+    up = forward_step(one, zero, s, t) * s.sigma**2
+    down, _ = posterior(one, zero, t, s)
+    torch.testing.assert_close(up, down * t.sigma**2, rtol=0, atol=1e-12)
+
+
+def test_two_forward_steps_are_one() -> None:
+    schedule = LinearSchedule()
+    r, s, t = (schedule(level) for level in (100.0, 400.0, 900.0))
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    a, c = (forward_step(z, noise, r, t) for z, noise in ((one, zero), (zero, one)))
+    first, second = forward_step(zero, one, r, s), forward_step(zero, one, s, t)
+    ratio = forward_step(one, zero, s, t)
+    torch.testing.assert_close(ratio * forward_step(one, zero, r, s), a)
+    torch.testing.assert_close((ratio * first) ** 2 + second**2, c**2)

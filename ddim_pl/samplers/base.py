@@ -42,6 +42,11 @@ class Sampler(ABC):
         """How often the network is called on the way through `levels`, `(S + 1,)`."""
         return len(levels) - 1
 
+    @property
+    def encodes(self) -> bool:
+        """Whether this sampler is deterministic and takes rising levels, from data to noise."""
+        return self._may_rise(torch.tensor([0.0, 1.0]))
+
     @final
     def trajectory(
         self,
