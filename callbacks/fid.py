@@ -1,58 +1,52 @@
-"""Fréchet distance between drawn and real images, during training and in `test`."""
+"""Fréchet distance, and more, between drawn and real images, in training and in `test`."""
 
 import time
-from collections.abc import Callable, Iterable
-from typing import Protocol, TypeVar, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torch import nn
 from tqdm.auto import tqdm
 
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.images import to_uint8
 from ddim_pl.metrics.inception import InceptionFeatures
+from ddim_pl.metrics.quality import SampleQuality, check_metrics
 from ddim_pl.training import DiffusionModule
 
 T = TypeVar("T")
-
-
-class FeatureExtractor(Protocol):
-    """A frozen module from uint8 images `(B, C, H, W)` to features `(B, num_features)`."""
-
-    name: str
-    num_features: int
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Features of the images, float32."""
 
 
 class FrechetDistance(L.Callback):
     """Draw images with the averaged weights and measure how far they are from the real ones.
 
     Logs "fid" for Inception features and "<name>_fd" for any other extractor, since the numbers of
-    two extractors cannot be compared. The work is shared over ranks; exactly `num_samples` images
-    are drawn, the same ones every time; the real side, all training images of the data module, is
-    computed once per run.
+    two extractors cannot be compared; of the same pass over the images also the numbers of other
+    `metrics`, see `SampleQuality`. The work is shared over ranks; exactly `num_samples` images are
+    drawn, the same ones every time; the real side, all training images of the data module, is
+    computed once per run. All metrics but "fd" keep features: 8 kB an image for Inception.
 
     Args:
-        features: Makes the feature extractor, see `FeatureExtractor`; by default Inception-v3.
+        features: Makes the feature extractor, see `ddim_pl.metrics.quality.FeatureExtractor`; by
+            default Inception-v3.
+        metrics: Any of "fd", "kid", "inception_score", "precision_recall" and "density_coverage".
+            A progress bar shows the first.
         num_samples: Images to draw; published FIDs take 50,000.
         batch_size: Images in a batch, on each device.
         every_n_validations: Measure at each n-th validation of `fit`, or at none if 0; `test` and
             `validate` always do.
 
     Raises:
-        ValueError: If a number is too small.
+        ValueError: If a number is too small or a metric unknown.
     """
 
     def __init__(
         self,
         features: Callable[[], nn.Module] | None = None,
         *,
+        metrics: Sequence[str] = ("fd",),
         num_samples: int = 50_000,
         batch_size: int = 250,
         every_n_validations: int = 1,
@@ -66,23 +60,20 @@ class FrechetDistance(L.Callback):
         for name, least in smallest.items():
             if values[name] < least:
                 raise ValueError(f"{name} must be at least {least}, got {values[name]}")
+        check_metrics(metrics)
         self.features = features or InceptionFeatures
+        self.metrics = list(metrics)
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.every_n_validations = every_n_validations
-        self.metric: FrechetInceptionDistance | None = None
+        self.quality: SampleQuality | None = None
         self._validations = 0
 
     @property
     def key(self) -> str:
-        """Name of the number, without the stage."""
-        name = self._extractor.name
-        return "fid" if name == InceptionFeatures.name else f"{name}_fd"
-
-    @property
-    def _extractor(self) -> FeatureExtractor:
-        assert self.metric is not None
-        return cast(FeatureExtractor, self.metric.inception)
+        """Name of the first number, without the stage."""
+        assert self.quality is not None
+        return self.quality.keys[0]
 
     def check(self, datamodule: L.LightningDataModule | None, stage: str) -> None:
         """Load the extractor and see that this data can be measured, before a run begins.
@@ -91,7 +82,8 @@ class FrechetDistance(L.Callback):
         measure.
 
         Raises:
-            ValueError: If the extractor's weights are missing, or the data module has no images.
+            ValueError: If the extractor's weights are missing, it does not fit the metrics, or the
+                data module has no images.
         """
         if stage == "predict" or (stage == "fit" and not self.every_n_validations):
             return
@@ -100,18 +92,10 @@ class FrechetDistance(L.Callback):
                 "FrechetDistance needs a data module with the real images (a subclass of "
                 f"ddim_pl.data.base.ImageDataModule), got {type(datamodule).__name__}"
             )
-        if self.metric is None:
-            self.metric = FrechetInceptionDistance(
-                feature=self.features(),
-                reset_real_features=False,
-                # The extractor has normalised, resized and cast for itself.
-                normalize=False,
-            )
-            if self.num_samples <= self._extractor.num_features:
-                rank_zero_warn(
-                    f"{self.num_samples} samples give a singular covariance of "
-                    f"{self._extractor.num_features} features: take the distance as a rough guide"
-                )
+        if self.quality is None:
+            quality = SampleQuality(self.features(), self.metrics)
+            quality.check_num_samples(self.num_samples)
+            self.quality = quality
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Load the extractor where it will be used."""
@@ -141,21 +125,21 @@ class FrechetDistance(L.Callback):
 
     @torch.no_grad()
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        assert self.metric is not None
+        assert self.quality is not None
         assert isinstance(pl_module, DiffusionModule)
-        # Apple's devices have no float64, which the metric's sums are kept in.
+        # Apple's devices have no float64, which the metrics' sums are kept in.
         device = torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
-        metric = self.metric.to(device)
+        quality = self.quality.to(device)
         rank, world = trainer.global_rank, trainer.world_size
         datamodule = cast(ImageDataModule, trainer.datamodule)  # type: ignore[attr-defined]
-        if metric.real_features_num_samples == 0:
+        if quality.needs_real and not quality.num_real:
             for images in self._progress(
                 trainer,
                 datamodule.reference_images(rank, world, self.batch_size),
                 -(-datamodule.num_reference // (self.batch_size * world)),
                 "real features",
             ):
-                metric.update(images.to(device), real=True)
+                quality.update(images, real=True)
 
         mine = range(rank, self.num_samples, world)
         starts = range(0, len(mine), self.batch_size)
@@ -164,12 +148,14 @@ class FrechetDistance(L.Callback):
             # Sampling runs in the trainer's precision, the extractor always in its own.
             with trainer.precision_plugin.forward_context():
                 images = pl_module.sample(mine[start : start + self.batch_size])
-            metric.update(to_uint8(images).to(device), real=False)
+            quality.update(to_uint8(images), real=False)
         seconds = time.perf_counter() - begin
-        value = metric.compute()
-        metric.reset()
-        metric.cpu()
-        pl_module.log(f"{stage}/{self.key}", value, rank_zero_only=False, prog_bar=stage == "val")
+        values = quality.compute()
+        quality.reset_samples()
+        quality.to("cpu")
+        for key, value in values.items():
+            bar = stage == "val" and key == self.key
+            pl_module.log(f"{stage}/{key}", value, rank_zero_only=False, prog_bar=bar)
         pl_module.log(f"{stage}/images_per_second", self.num_samples / seconds)
 
     def _progress(

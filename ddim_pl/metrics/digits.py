@@ -88,11 +88,20 @@ class DigitsFeatures(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return self.classifier.trunk(x).float()
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Return class logits (B, 10) of uint8 images (B, 1, 8, 8); errors as in `forward`."""
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features, as `forward` does, and class logits (B, 10), float32, of one pass.
+
+        Raises:
+            ValueError: As in `forward`.
+        """
         features = self(images)
         with torch.autocast(images.device.type, enabled=False):
-            return self.classifier.head(features.to(self.classifier.head.weight.dtype)).float()
+            logits = self.classifier.head(features.to(self.classifier.head.weight.dtype))
+        return features, logits.float()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return class logits (B, 10) of uint8 images (B, 1, 8, 8); errors as in `forward`."""
+        return self.features_and_logits(images)[1]
 
     def _normalised(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:

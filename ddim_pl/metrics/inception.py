@@ -42,3 +42,12 @@ class InceptionFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features `(B, 2048)` of uint8 images `(B, C, H, W)`; grey images are repeated to RGB."""
         return self.network(images.expand(-1, 3, -1, -1))
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The features, as `forward` gives them, and class logits `(B, 1008)` of the same pass.
+
+        The logits are without the last layer's bias, as published Inception scores take them; this
+        is what torch-fidelity calls "logits_unbiased".
+        """
+        features = self(images)
+        return features, features @ self.network.fc.weight.T

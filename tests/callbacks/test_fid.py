@@ -2,13 +2,16 @@ import lightning as L
 import pytest
 import scipy.linalg
 import torch
-from tiny import tiny_ddpm
+import yaml
+from tiny import tiny_config, tiny_ddpm, write_config
 from torch.utils.data import DataLoader
 
 from callbacks import FrechetDistance, SampleGrid
+from ddim_pl.cli import main
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.images import grid, read_png, to_uint8
 from ddim_pl.metrics.digits import DigitsFeatures
+from ddim_pl.metrics.quality import NUMBERS, SampleQuality
 
 
 def trainer(folder, *callbacks, **arguments):
@@ -68,6 +71,70 @@ def test_real_images_are_read_once_per_run_and_every_n_validations_holds(tmp_pat
     assert CountingFeatures.seen == 1797 + 2 * 40
 
 
+def test_only_the_distance_is_logged_unless_more_is_asked_for(tmp_path):
+    module, data = tiny_ddpm(num_steps=1), DigitsDataModule()
+    logged = {}
+    for metrics in (["fd"], list(NUMBERS)):
+        CountingFeatures.seen = 0
+        callback = FrechetDistance(
+            CountingFeatures, metrics=metrics, num_samples=50, batch_size=40
+        )
+        t = trainer(tmp_path, callback)
+        t.validate(module, data, verbose=False)
+        assert CountingFeatures.seen == 1797 + 50
+        assert list(t.progress_bar_metrics) == ["val/loss", "val/digits_fd"]
+        logged[len(metrics)] = t.callback_metrics
+    assert set(logged[1]) == {"val/loss", "val/digits_fd", "val/images_per_second"}
+    assert logged[5]["val/digits_fd"] == logged[1]["val/digits_fd"]
+
+    quality = SampleQuality(DigitsFeatures(), list(NUMBERS))
+    for images in data.reference_images(0, 1, 500):
+        quality.update(images, real=True)
+    quality.update(to_uint8(module.sample(range(50))), real=False)
+    expected = {f"val/{key}": float(value) for key, value in quality.compute().items()}
+    assert set(logged[5]) == {*expected, "val/loss", "val/images_per_second"}
+    for key, value in expected.items():
+        assert float(logged[5][key]) == pytest.approx(value, rel=1e-4), key
+
+
+def test_every_measurement_of_a_run_starts_anew(tmp_path):
+    callback = FrechetDistance(DigitsFeatures, metrics=["kid"], num_samples=40)
+    module, data = tiny_ddpm(num_steps=1), DigitsDataModule()
+    values = []
+    for _ in range(2):
+        t = trainer(tmp_path, callback)
+        t.validate(module, data, verbose=False)
+        values.append(t.callback_metrics["val/digits_kid"])
+    assert callback.key == "digits_kid"
+    assert values[0] == values[1]
+
+
+def test_the_score_alone_reads_no_real_images(tmp_path):
+    CountingFeatures.seen = 0
+    callback = FrechetDistance(CountingFeatures, metrics=["inception_score"], num_samples=40)
+    t = trainer(tmp_path, callback)
+    t.test(tiny_ddpm(num_steps=1), DigitsDataModule(), verbose=False)
+    assert CountingFeatures.seen == 40
+    assert 1 <= t.callback_metrics["test/digits_score"] <= 10
+
+
+def test_metrics_are_read_from_a_config(tmp_path):
+    config = tiny_config(tmp_path, max_epochs=1, limit_train_batches=1)
+    arguments = config["trainer"]["callbacks"][0]["init_args"]
+    arguments["metrics"] = ["fd", "precision_recall"]
+    main(["fit", "--config", write_config(config, tmp_path / "config.yaml")])
+    written = yaml.safe_load((tmp_path / "tiny" / "version_0" / "config.yaml").read_text())
+    init_args = written["trainer"]["callbacks"][0]["init_args"]
+    assert init_args["metrics"] == ["fd", "precision_recall"]
+
+    arguments["metrics"] = ["fd", "fld"]
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fit", "--config", write_config(config, tmp_path / "wrong.yaml")])
+    message = str(exit_info.value.code)
+    assert message.startswith("error: metrics has 'fld'; known are fd, kid, inception_score, ")
+    assert "\n" not in message
+
+
 def test_fewer_samples_than_features_is_a_warning(tmp_path):
     callback = FrechetDistance(DigitsFeatures, num_samples=20)
     with pytest.warns(UserWarning, match="singular covariance"):
@@ -80,11 +147,19 @@ def test_fewer_samples_than_features_is_a_warning(tmp_path):
         ({"num_samples": 1}, "num_samples must be at least 2"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"every_n_validations": -1}, "every_n_validations must be at least 0"),
+        ({"metrics": ["fid"]}, "metrics has 'fid'; known are fd, kid"),
+        ({"metrics": []}, "metrics is empty; known are fd, kid"),
     ],
 )
-def test_wrong_numbers_are_refused(arguments, message):
+def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         FrechetDistance(DigitsFeatures, **arguments)
+
+
+def test_too_few_samples_for_a_metric_are_refused_before_the_run():
+    callback = FrechetDistance(DigitsFeatures, metrics=["precision_recall"], num_samples=3)
+    with pytest.raises(ValueError, match="num_samples is 3; it must be at least 4"):
+        callback.check(DigitsDataModule(), "test")
 
 
 def test_a_plain_dataloader_is_refused(tmp_path):
