@@ -2,6 +2,7 @@
 
 from callbacks.fid import FrechetDistance
 from callbacks.image_writer import ImageWriter
+from callbacks.likelihood import BitsPerDim
 from callbacks.sample_grid import SampleGrid
 
-__all__ = ["FrechetDistance", "ImageWriter", "SampleGrid"]
+__all__ = ["BitsPerDim", "FrechetDistance", "ImageWriter", "SampleGrid"]

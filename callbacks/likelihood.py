@@ -1,0 +1,160 @@
+"""Likelihood of the validation images, in bits per dimension, in `test` and `validate`."""
+
+import dataclasses
+from typing import cast
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ddim_pl.data.base import ImageDataModule, shared_batches
+from ddim_pl.images import from_uint8
+from ddim_pl.likelihood import ode_bits_per_dim, ode_levels, variational_bound
+from ddim_pl.noise import image_generators
+from ddim_pl.training import DiffusionModule
+
+
+class BitsPerDim(L.Callback):
+    """Measure how probable the averaged network holds the validation images to be.
+
+    Logs "bits_per_dim", the variational bound of ancestral sampling over all levels, its parts
+    "bits_prior", "bits_diffusion" and "bits_decoder", and with `ode` "bits_per_dim_ode", the value
+    of the probability-flow ODE for dequantised images: means over the images, see
+    `ddim_pl.likelihood`. Runs in `test`, and in `validate` outside `fit`. The work is shared over
+    ranks, every image measured once. Its noise comes from the module's seed and the image's index,
+    so that batch size and devices change the numbers by rounding only.
+
+    Args:
+        num_images: Images at most, evenly spaced over the validation set; None takes all.
+        batch_size: Images in a batch, on each device.
+        num_terms: Terms of the bound to draw for each image, an unbiased estimate; by default all
+            are summed, which takes as many network calls for a batch as there are levels.
+        ode: Measure the ODE as well. In float32 whatever the trainer's mixed precision, and
+            without clipping, which a differential equation does not bear.
+        ode_steps: Steps of the ODE, 4 network calls and 4 backward passes each.
+        ode_probes: Random directions for its divergence.
+
+    Raises:
+        ValueError: If a number is too small.
+    """
+
+    def __init__(
+        self,
+        num_images: int | None = 256,
+        *,
+        batch_size: int = 128,
+        num_terms: int | None = None,
+        ode: bool = False,
+        ode_steps: int = 50,
+        ode_probes: int = 1,
+    ) -> None:
+        values = {
+            "num_images": num_images,
+            "batch_size": batch_size,
+            "num_terms": num_terms,
+            "ode_steps": ode_steps,
+            "ode_probes": ode_probes,
+        }
+        for name, value in values.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.num_terms = num_terms
+        self.ode = ode
+        self.ode_steps = ode_steps
+        self.ode_probes = ode_probes
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """See that there will be images and terms to measure, before the run begins.
+
+        Raises:
+            ValueError: If the data module has no images, or `num_terms` is above the bound's.
+        """
+        if stage not in ("validate", "test"):
+            return
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(datamodule, ImageDataModule):
+            raise ValueError(
+                "BitsPerDim needs a data module with the images to measure (a subclass of "
+                f"ddim_pl.data.base.ImageDataModule), got {type(datamodule).__name__}"
+            )
+        assert isinstance(pl_module, DiffusionModule)
+        most = pl_module.schedule.num_levels - 1
+        if self.num_terms is not None and self.num_terms > most:
+            raise ValueError(
+                f"num_terms must be at most {most}, one less than the schedule's levels, got "
+                f"{self.num_terms}: None sums all terms"
+            )
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure, unless this validation belongs to training."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._measure(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure."""
+        self._measure(trainer, pl_module, "test")
+
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, DiffusionModule)
+        val_set = cast(ImageDataModule, trainer.datamodule).val_set  # type: ignore[attr-defined]
+        count = min(self.num_images or len(val_set), len(val_set))
+        chosen = torch.arange(count) * len(val_set) // count
+        names = ["bits_per_dim", "bits_prior", "bits_diffusion", "bits_decoder"]
+        names += ["bits_per_dim_ode"] if self.ode else []
+        # Apple's devices have no float64, which the sums are kept in.
+        device = torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)  # the last counts
+        hidden = not trainer.is_global_zero or trainer.progress_bar_callback is None
+        batches = shared_batches(count, self.batch_size, trainer.global_rank, trainer.world_size)
+        for batch in tqdm(batches, desc="bits per dimension", leave=False, disable=hidden):
+            indices = chosen[batch]
+            x = from_uint8(val_set.images(indices)).to(pl_module.device)
+            label = None if pl_module.num_classes is None else val_set.labels(indices)
+            values = self._bits(trainer, pl_module, x, label, indices, progress=not hidden)
+            ones = torch.ones(len(x), dtype=torch.float64, device=device)
+            sums += torch.stack([*values, ones]).sum(1)
+        sums = cast(Tensor, trainer.strategy.reduce(sums, reduce_op="sum"))
+        for name, value in zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True):
+            pl_module.log(f"{stage}/{name}", value, rank_zero_only=False)
+
+    def _bits(
+        self,
+        trainer: L.Trainer,
+        module: DiffusionModule,
+        x: Tensor,
+        label: Tensor | None,
+        indices: Tensor,
+        *,
+        progress: bool,
+    ) -> list[Tensor]:
+        """The numbers to be averaged, `(B,)` each."""
+        denoiser = module.denoiser
+        if label is not None:
+            denoiser = denoiser.condition(label.to(module.device))
+        seed, images = module.seed, indices.tolist()
+        with trainer.precision_plugin.forward_context():  # as samples are drawn
+            bound = variational_bound(
+                denoiser,
+                x,
+                generator=image_generators(seed, images),
+                num_terms=self.num_terms,
+                progress=progress,
+            )
+        values = [bound.total, *bound]
+        if self.ode:
+            values.append(
+                ode_bits_per_dim(
+                    dataclasses.replace(denoiser, clip=False),
+                    x,
+                    ode_levels(module.schedule.num_levels, self.ode_steps),
+                    generator=image_generators(seed, images),
+                    num_probes=self.ode_probes,
+                    dequantise=True,
+                    progress=progress,
+                )
+            )
+        return values
