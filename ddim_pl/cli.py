@@ -1,5 +1,6 @@
 """The command line: Lightning's, plus what makes a checkpoint enough and an error readable."""
 
+import inspect
 import json
 import logging
 import os
@@ -20,8 +21,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks.fid import FrechetDistance
 from ddim_pl.data.base import ImageDataModule
+from ddim_pl.samplers import Sampler
+from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.training import DiffusionModule
 from ddim_pl.training.hyperparameters import INSTANTIATOR
+from ddim_pl.verbs import VERBS
+from ddim_pl.verbs import Trainer as TrainerWithVerbs
 
 CONFIG_KEY = "ddim_pl_config"
 """Key under which a checkpoint holds the resolved config of its run, as YAML."""
@@ -61,11 +66,12 @@ class SaveConfig(SaveConfigCallback):
 
 
 class DiffusionCLI(LightningCLI):
-    """`fit`, `validate`, `test` and `predict` from a config file, or from a checkpoint alone.
+    """Lightning's verbs from a config file or from a checkpoint alone, and those of this package.
 
     Without `--config`, the config is read from `--ckpt_path`; arguments given beside it override
     it. `--ckpt_path last` is the newest `last.ckpt` of the experiment, or, without a config, of
-    all runs.
+    all runs. The verbs of `ddim_pl.verbs` always begin from the checkpoint's config, on which a
+    `--config` of theirs is laid.
     """
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
@@ -74,6 +80,7 @@ class DiffusionCLI(LightningCLI):
             DiffusionModule,
             LightningDataModule,
             save_config_callback=SaveConfig,
+            trainer_class=TrainerWithVerbs,
             seed_everything_default=0,
             parser_class=OneLineErrors,
             subclass_mode_model=True,
@@ -85,6 +92,12 @@ class DiffusionCLI(LightningCLI):
 
     # ---- arguments ----------------------------------------------------------------------------
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs, each with what is made for it and so is no argument."""
+        made = {"model", "datamodule"}
+        return LightningCLI.subcommands() | {verb: made for verb in VERBS}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for weights, data and noise."""
         parser.link_arguments("seed_everything", "model.init_args.seed")
@@ -94,6 +107,11 @@ class DiffusionCLI(LightningCLI):
         """Parse, with the checkpoint's own config underneath where none is given."""
         args = list(args)
         given, checkpoint = _read_options(args)
+        if args and args[0] in VERBS:
+            asks = {"-h", "--help", "--print_config"} & {arg.partition("=")[0] for arg in args}
+            if checkpoint is None and not asks:
+                raise ValueError(f"{args[0]} needs --ckpt_path: give a file or 'last'")
+            given = False
         if checkpoint == "last" and not given:
             checkpoint = str(_newest(Path("runs"), "*"))
             args += ["--ckpt_path", checkpoint]
@@ -136,6 +154,14 @@ class DiffusionCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do not let the checkpoint's arguments override the command line, as Lightning would."""
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Leave the data module out of verbs that take none."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand in VERBS:
+            wanted = inspect.signature(getattr(TrainerWithVerbs, subcommand)).parameters
+            kwargs = {name: value for name, value in kwargs.items() if name in wanted}
+        return kwargs
+
     # ---- before a run -------------------------------------------------------------------------
 
     def after_instantiate_classes(self) -> None:
@@ -150,7 +176,7 @@ class DiffusionCLI(LightningCLI):
             },
             logger=False,
         )
-        if self.subcommand == "predict" or getattr(rank_zero_only, "rank", 0) != 0:
+        if self.subcommand in ("predict", *VERBS) or getattr(rank_zero_only, "rank", 0) != 0:
             return  # other ranks wait for the first one's download, which Lightning sees to
         self.datamodule.prepare_data()
         self.datamodule.setup(self.subcommand)
@@ -219,12 +245,31 @@ def _check_fit(module: DiffusionModule, data: ImageDataModule) -> None:
 
 def _one_line(message: str) -> str:
     """The message in one line; of jsonargparse's nested reports only the reason at their core."""
+    unknown = re.match(
+        r'Parser key "(samplers?|schedule)":.*Given value: (.*)', message, re.DOTALL
+    )
+    if unknown:
+        base = NoiseSchedule if unknown[1] == "schedule" else Sampler
+        value = re.sub(r"NestedArg\(key='class_path', val=(.*)\)", r"\1", unknown[2]).strip()
+        known = ", ".join(sorted(kind.__name__ for kind in _concrete(base)))
+        return f"{unknown[1]} cannot be {value}: known are {known}, or any class by its full path"
+    option = re.match(r"Option '(\w+)' is not accepted", message)
+    if option:
+        return f"the class that was chosen has no argument {option[1]!r}: leave it out"
     if "Does not validate against any" in message:
         lines = [line.strip() for line in message.splitlines()]
         noise = ("- Does not validate", "- Expected a <class 'NoneType'>")
         reasons = [line for line in lines if line.startswith("- ") and not line.startswith(noise)]
         message = reasons[0].removeprefix("- ") if reasons else message
     return " ".join(message.split())
+
+
+def _concrete(base: type[Any]) -> list[type[Any]]:
+    """All classes below this one that can be made."""
+    below: list[type[Any]] = []
+    for child in base.__subclasses__():
+        below += _concrete(child)
+    return below if inspect.isabstract(base) else [base, *below]
 
 
 def _as_list(loggers: Any) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,8 +123,8 @@ def uniform_log_snr(schedule: NoiseSchedule, num_steps: int) -> Tensor:
     They are real numbers, not rounded to the trained levels.
     """
     _check(schedule.num_levels, num_steps)
-    ends = schedule(torch.tensor([schedule.num_levels, 1.0])).log_snr
-    return _from_log_snr(schedule, torch.from_numpy(np.linspace(*ends.tolist(), num_steps)))
+    start, end = schedule(torch.tensor([schedule.num_levels, 1.0])).log_snr.tolist()
+    return _from_log_snr(schedule, torch.from_numpy(np.linspace(start, end, num_steps)))
 
 
 def karras(schedule: NoiseSchedule, num_steps: int) -> Tensor:
@@ -132,8 +133,9 @@ def karras(schedule: NoiseSchedule, num_steps: int) -> Tensor:
     Karras et al. 2022, eq. 5, with rho = 7. They are real numbers, not rounded.
     """
     _check(schedule.num_levels, num_steps)
-    ends = schedule(torch.tensor([schedule.num_levels, 1.0])).log_snr.mul(-1 / 14).exp()
-    ratio = torch.from_numpy(np.linspace(*ends.tolist(), num_steps)) ** 7
+    ends = schedule(torch.tensor([schedule.num_levels, 1.0])).log_snr
+    start, end = (-ends / 14).exp().tolist()
+    ratio = torch.from_numpy(np.linspace(start, end, num_steps)) ** 7
     return _from_log_snr(schedule, -2 * ratio.log())
 
 
@@ -189,24 +191,15 @@ def make_levels(
 
 def strategies() -> dict[str, Strategy]:
     """Every strategy by name, called with (schedule, num_steps): the public functions here."""
-    found: dict[str, Strategy] = {}
-    for name, function in inspect.getmembers(sys.modules[__name__], inspect.isfunction):
-        match () if name.startswith("_") else tuple(inspect.signature(function).parameters):
-            case ("schedule", "num_steps"):
-                found[name] = function
-            case ("num_levels", "num_steps"):
-                found[name] = lambda s, n, function=function: function(s.num_levels, n)
-            case ("num_levels",):
-                found[name] = lambda s, _, function=function: function(s.num_levels)
-    return found
+    return {name: partial(_call, function) for name, function in _functions().items()}
 
 
 def has_own_length(timesteps: str | Sequence[float]) -> bool:
     """Whether the number of steps is part of the strategy, so that none has to be given."""
     if not isinstance(timesteps, str):
         return True
-    function = getattr(sys.modules[__name__], timesteps, None)
-    return timesteps in strategies() and "num_steps" not in inspect.signature(function).parameters
+    function = _functions().get(timesteps)
+    return function is not None and "num_steps" not in inspect.signature(function).parameters
 
 
 def save_levels(path: Path, schedule: NoiseSchedule, levels: Sequence[Tensor]) -> None:
@@ -249,6 +242,25 @@ def load_levels(path: Path, schedule: NoiseSchedule, num_steps: int) -> Tensor:
             f"{num_steps}: choose one of these, or search anew with `main.py levels`"
         )
     return explicit(schedule.num_levels, by_steps[str(num_steps)])
+
+
+def _functions() -> dict[str, Callable[..., Tensor]]:
+    """The public functions here that are strategies, told by their arguments."""
+    kinds = {("schedule", "num_steps"), ("num_levels", "num_steps"), ("num_levels",)}
+    return {
+        name: function
+        for name, function in inspect.getmembers(sys.modules[__name__], inspect.isfunction)
+        if not name.startswith("_") and tuple(inspect.signature(function).parameters) in kinds
+    }
+
+
+def _call(function: Callable[..., Tensor], schedule: NoiseSchedule, num_steps: int) -> Tensor:
+    known = {
+        "schedule": schedule,
+        "num_levels": schedule.num_levels,
+        "num_steps": num_steps,
+    }
+    return function(**{name: known[name] for name in inspect.signature(function).parameters})
 
 
 def _check(num_levels: int, num_steps: int) -> None:

@@ -4,6 +4,7 @@ line."""
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ddim_pl.networks.unet import UNet
@@ -32,6 +33,15 @@ def tiny_ddpm(**changes: Any) -> DDPM:
     network = arguments.pop("network", None) or tiny_unet()
     schedule = arguments.pop("schedule", LinearSchedule())
     return DDPM(network, schedule, **{"sampler": DDIM(), **arguments})
+
+
+def some_ddpm(**changes: Any) -> DDPM:
+    """A tiny model that is not trained, but answers something: a new U-Net answers zeros."""
+    model = tiny_ddpm(**changes)
+    generator = torch.Generator().manual_seed(0)
+    for weights in model.average.module.parameters():
+        weights.data += 0.1 * torch.randn(weights.shape, generator=generator)
+    return model
 
 
 def tiny_config(folder: Path, **trainer: Any) -> dict[str, Any]:

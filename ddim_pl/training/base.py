@@ -136,9 +136,16 @@ class DiffusionModule(L.LightningModule, ABC):
 
     @torch.no_grad()
     def sample(
-        self, indices: Iterable[int], *, label: Tensor | None = None, progress: bool = False
+        self,
+        indices: Iterable[int],
+        *,
+        label: Tensor | None = None,
+        sampler: Sampler | None = None,
+        levels: Tensor | None = None,
+        seed: int | None = None,
+        progress: bool = False,
     ) -> Tensor:
-        """Draw images with the averaged network and this module's sampler.
+        """Draw images with the averaged network.
 
         Image `i` is a function of the seed and `i` alone, up to rounding: it does not depend on
         the batch or the device it is drawn in.
@@ -147,21 +154,37 @@ class DiffusionModule(L.LightningModule, ABC):
             indices: Which images, B numbers.
             label: Classes `(B,)`; by default class `i mod num_classes`, so that all are drawn
                 alike.
+            sampler: By default this module's.
+            levels: Levels to visit, `(S + 1,)`; by default this module's.
+            seed: By default this module's.
             progress: Show a progress bar over the steps.
 
         Returns:
             Images `(B, C, H, W)`, float32 about [-1, 1].
         """
         indices = [int(i) for i in indices]
-        z, generators = latents(self.seed, indices, self.image_shape)
-        denoiser = self.denoiser
-        if self.num_classes is not None:
-            if label is None:
-                label = torch.tensor(indices) % self.num_classes
-            denoiser = denoiser.condition(label.to(self.device))
-        return self.sampler(
-            denoiser, z.to(self.device), self.levels, generator=generators, progress=progress
+        z, generators = latents(self.seed if seed is None else seed, indices, self.image_shape)
+        if label is None:
+            label = self.label_of(indices)
+        return (sampler or self.sampler)(
+            self.conditioned(label),
+            z.to(self.device),
+            self.levels if levels is None else levels,
+            generator=generators,
+            progress=progress,
         )
+
+    def label_of(self, indices: Iterable[int]) -> Tensor | None:
+        """Class of the images `indices`, `(B,)`, if the network has classes: all in turn."""
+        if self.num_classes is None:
+            return None
+        return torch.tensor([int(i) % self.num_classes for i in indices])
+
+    def conditioned(self, label: Tensor | None) -> Denoiser:
+        """The averaged network as a denoiser of images of these classes `(B,)`, on its device."""
+        if self.num_classes is None or label is None:
+            return self.denoiser
+        return self.denoiser.condition(label.to(self.device))
 
     # ---- Lightning ----------------------------------------------------------------------------
 

@@ -1,0 +1,140 @@
+"""`main.py interpolate`: what lies between two latents, or between two images."""
+
+from collections.abc import Sequence
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from ddim_pl.images import grid, to_uint8, write_png
+from ddim_pl.latents import encode, slerp
+from ddim_pl.noise import latents
+from ddim_pl.training import DiffusionModule
+from ddim_pl.verbs.devices import Device, at_least, check_images, check_label, on_every_device
+from ddim_pl.verbs.sources import (
+    RealImages,
+    check_deterministic,
+    read_images,
+    unclipped,
+    validation_images,
+)
+
+
+def interpolate(
+    trainer: L.Trainer,
+    model: DiffusionModule,
+    datamodule: L.LightningDataModule | None = None,
+    ckpt_path: str | None = None,
+    *,
+    images: Sequence[str] | None = None,
+    from_data: bool = False,
+    num_pairs: int = 8,
+    num_points: int = 11,
+    label: int | None = None,
+    seed: int | None = None,
+    batch_size: int = 250,
+    output: str | None = None,
+) -> None:
+    """Walk between two latents on the sphere, and draw what lies there: a row for each pair.
+
+    The ends are two latents of the seed, or the latents of two images, in which case a row ends in
+    the reconstructions of these. Writes `grid.png`.
+
+    Args:
+        trainer: Gives the devices.
+        model: The model; its sampler must be deterministic.
+        datamodule: Gives the images for `from_data`.
+        ckpt_path: Checkpoint, or "last".
+        images: Image files, an even number: the first with the second, and so on.
+        from_data: Take the ends from the validation images, two of a class where there are
+            classes.
+        num_pairs: Rows; not used with `images`.
+        num_points: Images in a row, the ends included.
+        label: Class to draw; needed with `images` if the model has classes.
+        seed: Seed of the latents; by default that of training.
+        batch_size: Images in a batch, on each device.
+        output: Folder to write to; by default `interpolate` in the checkpoint's run.
+
+    Raises:
+        ValueError: If the sampler is stochastic, an image cannot be read, or the arguments do not
+            fit one another.
+    """
+    at_least(1, num_pairs=num_pairs, batch_size=batch_size)
+    at_least(2, num_points=num_points)
+    at_least(0, seed=seed or 0)
+    check_label(model, label)
+    check_deterministic(model.sampler)
+    files = read_images(model, _pairs(images), label) if images else None
+    if from_data:
+        if images:
+            raise ValueError("from_data takes the data module's images: leave images out")
+        check_images(datamodule)
+
+    def work(device: Device) -> None:
+        folder = device.folder(output, "interpolate")
+        real = files
+        if from_data:
+            real = _pair_classes(validation_images(device, datamodule, 10**9), num_pairs)
+        ends, labels = _ends(device, real, num_pairs, label, seed)
+        pairs = len(ends) // 2
+        points = list(range(pairs * num_points))
+        shown = torch.zeros(len(points), *model.image_shape, dtype=torch.int32)
+        mine = device.share(points)
+        starts = range(0, len(mine), batch_size)
+        for start in device.progress(starts, len(starts), "interpolating"):
+            batch = torch.tensor(mine[start : start + batch_size])
+            pair, point = batch // num_points, batch % num_points
+            z = slerp(ends[2 * pair], ends[2 * pair + 1], point / (num_points - 1))
+            classes = None if labels is None else labels[2 * pair]
+            # Between images as they were encoded, so that the ends are their reconstructions.
+            denoiser = model.conditioned(classes) if real is None else unclipped(model, classes)
+            with device.trainer.precision_plugin.forward_context():
+                drawn = model.sampler(denoiser, z.to(model.device), model.levels)
+            shown[batch] = to_uint8(drawn).cpu().int()
+        shown = device.sum(shown).to(torch.uint8)
+        if device.is_first:
+            write_png(grid(shown, columns=num_points), folder / "grid.png")
+            print(f"{pairs} rows of {num_points} images are in {folder / 'grid.png'}")
+
+    on_every_device(trainer, model, work, ckpt_path=ckpt_path)
+
+
+def _pairs(images: Sequence[str]) -> Sequence[str]:
+    if len(images) % 2:
+        raise ValueError(f"images must be an even number of files, in pairs, got {len(images)}")
+    return images
+
+
+def _pair_classes(real: RealImages, num_pairs: int) -> RealImages:
+    """Two images of one class for each pair, the classes in turn."""
+    if real.label is None:
+        return RealImages(real.images[: 2 * num_pairs], None)
+    by_class = [torch.where(real.label == c)[0].tolist() for c in real.label.unique().tolist()]
+    rows = [members[2 * k : 2 * k + 2] for k in range(len(real.label)) for members in by_class]
+    chosen = [row for row in rows if len(row) == 2][:num_pairs]
+    indices = torch.tensor(chosen).flatten()
+    return RealImages(real.images[indices], real.label[indices])
+
+
+def _ends(
+    device: Device, real: RealImages | None, num_pairs: int, label: int | None, seed: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Latents `(2 P, C, H, W)`, neighbours paired, and their classes."""
+    model = device.model
+    if real is not None:
+        with device.trainer.precision_plugin.forward_context():
+            z = encode(
+                unclipped(model, real.label),
+                real.images.to(model.device),
+                model.levels,
+                sampler=model.sampler,
+            )
+        return z.cpu(), real.label
+    first = list(range(num_pairs))
+    # The partner of latent i is i + P, of whatever class: both ends are drawn as the first's.
+    indices = [index for i in first for index in (i, i + num_pairs)]
+    z, _ = latents(model.seed if seed is None else seed, indices, model.image_shape)
+    classes = model.label_of([i for i in first for _ in range(2)])
+    if classes is not None and label is not None:
+        classes = torch.full_like(classes, label)
+    return z, classes

@@ -1,0 +1,88 @@
+"""`main.py levels`: the best levels for a checkpoint, see `ddim_pl.adaptive`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from ddim_pl.adaptive import candidate_levels, cheapest_levels, one_step_costs
+from ddim_pl.noise import latents
+from ddim_pl.timesteps import save_levels
+from ddim_pl.training import DiffusionModule
+from ddim_pl.verbs.devices import Device, at_least, on_every_device
+
+# Latents of other seeds than those that are judged by their images.
+SEARCH_SEED = 1_000_003
+
+
+def levels(
+    trainer: L.Trainer,
+    model: DiffusionModule,
+    ckpt_path: str | None = None,
+    *,
+    num_steps: Sequence[int] = (5, 10, 20, 50),
+    num_images: int = 256,
+    output: str | None = None,
+) -> None:
+    """Search the levels at which a checkpoint's DDIM errs least, and write them as a small JSON.
+
+    Give the file as `--model.timesteps FILE` to any verb, with one of its numbers of steps.
+
+    Args:
+        trainer: Gives the devices.
+        model: The model.
+        ckpt_path: Checkpoint, or "last".
+        num_steps: Numbers of steps to search for.
+        num_images: Trajectories to measure on.
+        output: File to write; by default `levels.json` in the checkpoint's run.
+
+    Raises:
+        ValueError: If a number does not fit.
+    """
+    at_least(2, num_images=num_images)
+    check_steps(model, num_steps)
+    if output is not None and not output.endswith(".json"):
+        raise ValueError(f"output must end in .json, got {output!r}")
+
+    def work(device: Device) -> None:
+        file = Path(output) if output else device.folder(None, ".") / "levels.json"
+        found = search_levels(device, num_steps, num_images)
+        if device.is_first:
+            save_levels(file, model.schedule, found)
+            for each in found:
+                print(f"{len(each) - 1:4d} steps: " + ", ".join(f"{t:g}" for t in each.tolist()))
+            print(f"They are in {file}")
+
+    on_every_device(trainer, model, work, ckpt_path=ckpt_path)
+
+
+def check_steps(model: DiffusionModule, num_steps: Sequence[int]) -> None:
+    """See that there are candidate levels enough.
+
+    Raises:
+        ValueError: If not.
+    """
+    most = len(candidate_levels(model.schedule)) - 1
+    for steps in num_steps:
+        if not 1 <= steps <= most:
+            raise ValueError(f"num_steps of adaptive levels must lie in [1, {most}], got {steps}")
+
+
+def search_levels(device: Device, num_steps: Sequence[int], num_images: int) -> list[Tensor]:
+    """The levels, alike on every device; each measures on its share of the trajectories."""
+    model = device.model
+    mine = device.share(range(num_images))
+    z, _ = latents(SEARCH_SEED + model.seed, mine, model.image_shape)
+    candidates = candidate_levels(model.schedule)
+    denoiser = model.conditioned(model.label_of(mine))
+    with device.trainer.precision_plugin.forward_context():
+        costs = one_step_costs(
+            denoiser, z.to(model.device), candidates, progress=device.shows_progress
+        )
+    # The mean of the shares' root mean squares; infinite entries stay so.
+    finite = torch.where(costs.isfinite(), costs, 0.0)
+    mean = device.sum(finite.float()).double() / device.world_size
+    costs = torch.where(costs.isfinite(), mean, torch.inf)
+    return [cheapest_levels(costs, candidates, steps) for steps in num_steps]

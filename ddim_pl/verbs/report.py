@@ -1,0 +1,133 @@
+"""Tables and plots of a verb's results; every file appears whole or not at all."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddim_pl.images import write_png
+
+Row = Mapping[str, Any]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, with a line break at its end."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text.rstrip("\n") + "\n")
+    part.replace(path)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as CSV under the names of all their columns; numbers in full precision."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _columns(rows), lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table; numbers with four significant digits.
+
+    >>> print(markdown([{"steps": 10, "fd": 0.123456}]))
+    | steps | fd |
+    |---|---|
+    | 10 | 0.1235 |
+    <BLANKLINE>
+    """
+    names = _columns(rows)
+    lines = [names, ["---"] * len(names)]
+    lines += [[_cell(row.get(name, "")) for name in names] for row in rows]
+    head, rule, *body = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([head, rule.replace(" ", ""), *body]) + "\n"
+
+
+def plot_distances(path: Path, rows: Sequence[Row], key: str) -> None:
+    """Plot a distance against steps and against network evaluations, a line per way of sampling.
+
+    Args:
+        path: PNG to write.
+        rows: Hold "sampler", "timesteps", "steps", "network evaluations" and `key`.
+        key: Name of the distance.
+    """
+    # The figure is drawn without pyplot, which would choose a backend for the whole process.
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(f"{row['sampler']}, {row['timesteps']}", []).append(row)
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for axes, x in zip(figure.subplots(1, 2), ("steps", "network evaluations"), strict=True):
+        for name, points in lines.items():
+            ordered = sorted(points, key=lambda row: row[x])
+            axes.plot(
+                [row[x] for row in ordered],
+                [max(row[key], 1e-6) for row in ordered],
+                marker="o",
+                markersize=4,
+                label=name,
+            )
+        axes.set(xscale="log", yscale="log", xlabel=x, ylabel=key)
+        ticks = _apart(sorted({row[x] for row in rows}))
+        axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(which="minor", labelsize=7)
+        axes.grid(visible=True, which="both", alpha=0.25)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(picture.getvalue())
+    part.replace(path)
+
+
+def label_rows(path: Path, names: Sequence[str], images: Sequence[Tensor], side: int = 48) -> None:
+    """Draw a page: in each row a name, and images of the same latents beside it.
+
+    Args:
+        path: PNG to write.
+        names: One for each row.
+        images: One uint8 batch `(B, C, H, W)` for each row.
+        side: Width of an image on the page in pixels, at least; small ones are enlarged by a whole
+            factor.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    factor = max(1, math.ceil(side / images[0].shape[-1]))
+    height, width = (n * factor + 2 for n in images[0].shape[-2:])
+    font = ImageFont.load_default(size=min(13, max(9, height // 3)))
+    left = int(max(font.getlength(name) for name in names)) + 12
+    page = Image.new("RGB", (left + width * len(images[0]), height * len(names)), "white")
+    draw = ImageDraw.Draw(page)
+    for row, (name, batch) in enumerate(zip(names, images, strict=True)):
+        draw.text((6, row * height + height // 2), name, fill="black", font=font, anchor="lm")
+        for column, image in enumerate(batch):
+            large = image.expand(3, -1, -1).repeat_interleave(factor, -1)
+            pixels = large.repeat_interleave(factor, -2).permute(1, 2, 0).numpy()
+            page.paste(Image.fromarray(pixels), (left + column * width, row * height))
+    array = torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8)
+    write_png(array.reshape(page.height, page.width, 3).permute(2, 0, 1), path)
+
+
+def _apart(values: Sequence[int]) -> list[int]:
+    """Those that are far enough from their neighbours for a logarithmic axis."""
+    kept: list[int] = []
+    for value in values:
+        if not kept or value > 1.15 * kept[-1]:
+            kept.append(value)
+    return kept
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,74 @@
+"""Real images for the verbs that encode: files, or the data module's validation images."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from ddim_pl.data.image_folder import decode
+from ddim_pl.denoiser import Denoiser
+from ddim_pl.images import from_uint8
+from ddim_pl.samplers import Sampler
+from ddim_pl.training import DiffusionModule
+from ddim_pl.verbs.devices import Device, check_label
+
+
+class RealImages(NamedTuple):
+    """Images `(B, C, H, W)` in [-1, 1] and their classes `(B,)`, if the model has classes."""
+
+    images: Tensor
+    label: Tensor | None
+
+
+def read_images(model: DiffusionModule, files: Sequence[str], label: int | None) -> RealImages:
+    """Read image files in the model's size: the largest central square, resampled.
+
+    Raises:
+        ValueError: If a file cannot be read, the model's images are no squares, or it has classes
+            and no label is given.
+    """
+    channels, height, width = model.image_shape
+    if height != width:
+        raise ValueError(f"images can be read for square models only, got {model.image_shape}")
+    check_label(model, label)
+    if model.num_classes is not None and label is None:
+        raise ValueError(
+            f"label must be given with images: the model has {model.num_classes} classes, and a "
+            "file does not tell its own"
+        )
+    pixels = torch.stack([decode(Path(file), height, channels, resize=True) for file in files])
+    return RealImages(
+        from_uint8(pixels), None if label is None else torch.full((len(files),), label)
+    )
+
+
+def validation_images(
+    device: Device, datamodule: L.LightningDataModule | None, count: int
+) -> RealImages:
+    """The first images of the validation set; all, if there are fewer."""
+    source = device.images(datamodule).val_set
+    indices = torch.arange(min(count, len(source)))
+    label = source.labels(indices) if device.model.num_classes is not None else None
+    return RealImages(from_uint8(source.images(indices)), label)
+
+
+def unclipped(model: DiffusionModule, label: Tensor | None) -> Denoiser:
+    """The model as a denoiser that can encode."""
+    return replace(model.conditioned(label), clip=False)
+
+
+def check_deterministic(sampler: Sampler) -> None:
+    """See that a sampler can encode.
+
+    Raises:
+        ValueError: If it is stochastic.
+    """
+    if not sampler.encodes:
+        raise ValueError(
+            f"{sampler} draws noise and cannot encode: use a deterministic sampler, such as "
+            "--model.sampler DDIM --model.sampler.eta 0"
+        )

@@ -1,0 +1,23 @@
+"""Lightning's trainer with the verbs as methods, which is where its command line looks."""
+
+import lightning as L
+
+from ddim_pl.verbs.interpolate import interpolate
+from ddim_pl.verbs.levels import levels
+from ddim_pl.verbs.reconstruct import reconstruct
+from ddim_pl.verbs.sample import sample
+from ddim_pl.verbs.sweep import sweep
+
+
+class Trainer(L.Trainer):
+    """Lightning's trainer with the verbs of this package."""
+
+    sample = sample
+    interpolate = interpolate
+    reconstruct = reconstruct
+    levels = levels
+    sweep = sweep
+
+
+VERBS = tuple(name for name in vars(Trainer) if not name.startswith("_"))
+"""Names of the verbs."""

@@ -1,0 +1,256 @@
+"""A sweep measures what FrechetDistance does, keeps what it has, and ends alike after a stop."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import some_ddpm, tiny_ddpm
+
+from callbacks import FrechetDistance
+from ddim_pl.data.digits import DigitsDataModule
+from ddim_pl.images import read_png, to_uint8
+from ddim_pl.metrics.digits import DigitsFeatures
+from ddim_pl.metrics.quality import SampleQuality
+from ddim_pl.samplers import DDIM, DDPM, Heun
+from ddim_pl.timesteps import make_levels
+from ddim_pl.verbs import Trainer
+
+ROOT = Path(__file__).parents[2]
+
+
+def trainer(folder, *callbacks):
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        limit_test_batches=1,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+    )
+
+
+def sweep(folder, model=None, **arguments):
+    settings = {
+        "timesteps": ["linear", "exponential"],
+        "num_steps": [2, 3],
+        "samplers": [DDIM(), Heun()],
+        "features": DigitsFeatures,
+        "num_samples": 40,
+        "batch_size": 16,
+        "num_shown": 4,
+        "output": str(folder),
+        **arguments,
+    }
+    trainer(folder).sweep(model or some_ddpm(), DigitsDataModule(), **settings)
+    return list(csv.DictReader((folder / "sweep.csv").read_text().splitlines()))
+
+
+def test_a_sweep_has_every_combination_once_and_writes_all_files(tmp_path):
+    rows = sweep(tmp_path)
+    cells = [(row["sampler"], row["timesteps"], row["steps"]) for row in rows]
+    assert cells == [
+        *((s, "linear", n) for n in "23" for s in ("DDIM(eta=0.0)", "Heun()")),
+        *((s, "exponential", "12") for s in ("DDIM(eta=0.0)", "Heun()")),
+    ]
+    assert [row["network evaluations"] for row in rows] == ["2", "3", "3", "5", "12", "23"]
+    names = {f.name for f in tmp_path.iterdir()}
+    assert {"sweep.csv", "sweep.md", "sweep.png", "grids.png", "cells"} <= names
+    table = (tmp_path / "sweep.md").read_text()
+    assert table.count("\n| ") == 6 + 1
+    assert "40 images" in table
+    for name in ("sweep.png", "grids.png"):
+        assert read_png(tmp_path / name).shape[1] > 100
+
+
+def test_a_cell_has_the_distance_that_the_callback_measures(tmp_path):
+    model = some_ddpm(timesteps="quadratic", num_steps=3)
+    callback = FrechetDistance(DigitsFeatures, num_samples=40, batch_size=40)
+    t = trainer(tmp_path, callback)
+    t.test(model, DigitsDataModule(), verbose=False)
+    rows = sweep(
+        tmp_path / "sweep", model, timesteps=None, samplers=None, num_steps=[3], num_samples=40
+    )
+    expected = float(t.callback_metrics["test/digits_fd"])
+    assert float(rows[0]["digits_fd"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_settings_come_from_the_callback_where_none_are_given(tmp_path):
+    callback = FrechetDistance(
+        DigitsFeatures, num_samples=37, batch_size=10, metrics=("fd", "precision_recall")
+    )
+    trainer(tmp_path, callback).sweep(
+        some_ddpm(), DigitsDataModule(), num_steps=[2], output=str(tmp_path)
+    )
+    assert "37 images" in (tmp_path / "sweep.md").read_text()
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
+    assert {"digits_fd", "digits_precision", "digits_recall"} <= set(rows[0])
+
+
+def test_the_page_shows_the_images_of_the_same_latents(tmp_path):
+    model = some_ddpm()
+    sweep(tmp_path, model, timesteps=["linear"], num_steps=[2], samplers=[DDIM(), DDPM()])
+    cells = [json.loads(f.read_text()) for f in (tmp_path / "cells").glob("*.json")]
+    assert len(cells) == 2
+    for file in (tmp_path / "cells").glob("*.json"):
+        name = json.loads(file.read_text())["sampler"]
+        sampler = DDIM() if name.startswith("DDIM") else DDPM()
+        levels = make_levels("linear", model.schedule, 2)
+        expected = to_uint8(model.sample(range(4), sampler=sampler, levels=levels))
+        shown = read_png(file.with_suffix(".png"))
+        assert (torch.cat(list(expected), -1).int() - shown.int()).abs().max() <= 1
+
+
+def test_a_sweep_stopped_in_any_cell_ends_with_the_same_table(tmp_path, monkeypatch):
+    """Stopped when a cell's images are drawn, but its metrics not yet computed."""
+    monkeypatch.setattr("ddim_pl.verbs.sweep.SEARCH_IMAGES", 4)
+    model = some_ddpm()
+    settings = {"timesteps": ["linear", "adaptive"], "num_steps": [2, 3], "samplers": [DDIM()]}
+    sweep(tmp_path / "whole", model, **settings)
+    original, calls = SampleQuality.compute, []
+
+    def stops(at):
+        def compute(self):
+            calls.append(1)
+            if len(calls) == at:
+                raise OSError("stopped")
+            return original(self)
+
+        return compute
+
+    for at in range(1, 5):
+        folder = tmp_path / f"stopped-{at}"
+        calls.clear()
+        monkeypatch.setattr(SampleQuality, "compute", stops(at))
+        with pytest.raises(OSError, match="stopped"):
+            sweep(folder, model, **settings)
+        assert len(list((folder / "cells").glob("[0-9a-f]*.png"))) == at - 1
+        monkeypatch.setattr(SampleQuality, "compute", stops(0))
+        calls.clear()
+        sweep(folder, model, **settings)
+        assert len(calls) == 4 - (at - 1)  # finished cells are kept
+        for name in ("sweep.csv", "sweep.md", "sweep.png", "grids.png"):
+            whole, resumed = ((tmp_path / "whole" / name), (folder / name))
+            assert whole.read_bytes() == resumed.read_bytes(), name
+        assert not list(folder.rglob("*.part"))
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on(tmp_path):
+    """SIGKILL, from outside, as soon as the first cell is there."""
+    script = (
+        "import sys; sys.path[:0] = ['tests', 'tests/verbs']\n"
+        "import torch; torch.set_num_threads(1); torch.manual_seed(0)\n"
+        "from test_sweep import *\n"
+        "sweep(Path(sys.argv[1]), num_steps=[2, 3, 4, 5], timesteps=['linear'])\n"
+    )
+    command = [sys.executable, "-c", script]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, whole], cwd=ROOT, env=environment, check=True, timeout=300)
+    process = subprocess.Popen(
+        [*command, killed], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+    )
+    end = time.monotonic() + 300
+    while not list(killed.glob("cells/*.json")) and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run([*command, killed], cwd=ROOT, env=environment, check=True, timeout=300)
+    for name in ("sweep.csv", "sweep.md", "grids.png"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+
+
+def test_a_larger_sweep_measures_the_new_cells_only(tmp_path, monkeypatch):
+    model = some_ddpm()
+    sweep(tmp_path, model, timesteps=["linear"], num_steps=[2])
+    calls, original = [], SampleQuality.compute
+    monkeypatch.setattr(SampleQuality, "compute", lambda s: calls.append(1) or original(s))
+    assert len(sweep(tmp_path, model, timesteps=["linear"], num_steps=[2, 3])) == 4
+    assert len(calls) == 2
+    calls.clear()
+    assert len(sweep(tmp_path, model, timesteps=["linear"], num_steps=[2], seed=5)) == 2
+    assert len(calls) == 2
+    calls.clear()
+    sweep(tmp_path, tiny_ddpm(), timesteps=["linear"], num_steps=[2])  # of other weights
+    assert len(calls) == 2
+
+
+def test_a_damaged_cell_is_measured_anew(tmp_path):
+    model = some_ddpm()
+    first = sweep(tmp_path, model, timesteps=["linear"], num_steps=[2], samplers=[DDIM()])
+    (file,) = (tmp_path / "cells").glob("*.json")
+    file.write_text(file.read_text()[:20])
+    with pytest.warns(UserWarning, match="is damaged"):
+        again = sweep(tmp_path, model, timesteps=["linear"], num_steps=[2], samplers=[DDIM()])
+    assert first == again
+
+
+def test_etas_replace_that_of_samplers_that_have_one(tmp_path):
+    rows = sweep(tmp_path, samplers=[DDIM()], etas=[0.0, 1.0], timesteps=["linear"], num_steps=[2])
+    assert [row["sampler"] for row in rows] == ["DDIM(eta=0.0)", "DDIM(eta=1.0)"]
+
+
+def test_real_images_are_read_once(tmp_path):
+    class Counting(DigitsFeatures):
+        seen = 0
+
+        def forward(self, images):
+            type(self).seen += len(images)
+            return super().forward(images)
+
+    sweep(tmp_path, features=Counting)
+    assert Counting.seen == 1797 + 6 * 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"timesteps": ["cubic"]}, "timesteps must be one of .*'adaptive'.*'linear'.*cubic"),
+        ({"etas": [0.5]}, r"Heun\(\) has no eta"),
+        ({"samplers": [DDIM()], "etas": [1.5]}, "eta must lie in"),
+        ({"metrics": ["foo"]}, "metrics has 'foo'; known are fd"),
+        ({"num_steps": [0]}, "num_steps must be at least 1, got 0"),
+        ({"num_steps": []}, "num_steps must be at least 1"),
+        ({"num_steps": [2000]}, "num_steps must lie in"),
+        ({"timesteps": ["adaptive"], "num_steps": [500]}, "num_steps of adaptive levels"),
+        ({"num_samples": 1}, "num_samples must be at least 2"),
+        ({"num_shown": 0}, "num_shown must be at least 1"),
+    ],
+)
+def test_wrong_sweeps_are_errors_before_anything_is_drawn(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_fewer_samples_than_features_are_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="singular covariance"):
+        sweep(tmp_path, num_samples=20, timesteps=["linear"], num_steps=[1], samplers=[DDIM()])
+
+
+def test_adaptive_levels_of_another_schedule_are_an_error(tmp_path):
+    from ddim_pl.schedules import ImprovedCosineSchedule
+    from ddim_pl.timesteps import save_levels
+
+    file = tmp_path / "levels.json"
+    save_levels(file, ImprovedCosineSchedule(), [torch.tensor([1000.0, 10, 0])])
+    with pytest.raises(ValueError, match=r"were found for Improved.*but the model has Linear"):
+        sweep(tmp_path / "out", timesteps=[str(file)], num_steps=[2])
+
+
+def test_the_plot_and_table_of_one_cell(tmp_path):
+    sweep(tmp_path, timesteps=["linear"], num_steps=[1], samplers=[DDIM()])
+    assert re.search(
+        r"\| DDIM\(eta=0.0\) \| linear \| 1 \| 1 \|", (tmp_path / "sweep.md").read_text()
+    )
