@@ -9,6 +9,7 @@ search over terms of the variational bound).
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -36,41 +37,75 @@ def candidate_levels(schedule: NoiseSchedule, count: int = 200) -> Tensor:
     return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
 
 
+class StepErrors(NamedTuple):
+    """What single DDIM steps along fine trajectories miss: float64 sums, on the CPU.
+
+    Errors of several batches, or devices, are the sums of theirs.
+
+    Attributes:
+        misses: Squared misses of the steps from level i to level j, `(N + 1, N + 1)`.
+        squares: Squares of the states at each level, `(N + 1,)`.
+        sums: The states at each level, `(N + 1,)`.
+        size: Values in a level's states, `()`.
+    """
+
+    misses: Tensor
+    squares: Tensor
+    sums: Tensor
+    size: Tensor
+
+    @classmethod
+    def none(cls, num_levels: int) -> Self:
+        """Those of no images, for `num_levels` levels."""
+        shapes = ((num_levels, num_levels), (num_levels,), (num_levels,), ())
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def costs(self) -> Tensor:
+        """Root mean square errors of the steps, `(N + 1, N + 1)`.
+
+        Entry `(i, j)` is the error of the step from level i to level `j > i`, over the standard
+        deviation of the states there, which is what the error counts for in the image; infinite
+        for `j <= i`.
+        """
+        variance = (self.squares - self.sums**2 / self.size) / (self.size - 1)
+        # Images that are all one colour have none, but for rounding.
+        costs = (self.misses / self.size / variance.clamp(min=1e-12)).sqrt()
+        later = torch.ones_like(costs, dtype=torch.bool).triu(1)
+        return costs.where(later, torch.inf)
+
+
 @torch.no_grad()
-def one_step_costs(
+def one_step_errors(
     denoiser: Denoise, z: Tensor, levels: Tensor, *, progress: bool = False
-) -> Tensor:
-    """Root mean square errors of single DDIM steps along a fine trajectory.
+) -> StepErrors:
+    """Follow fine trajectories and measure single DDIM steps between any two of their states.
+
+    All states are kept, and a few times as much: give many or large images in batches.
 
     Args:
         denoiser: The model.
         z: Start states at `levels[0]`, `(B, ...)`.
         levels: Fine levels `(N + 1,)`, decreasing.
         progress: Show a progress bar.
-
-    Returns:
-        Float64 costs `(N + 1, N + 1)`: entry `(i, j)` is the error of the step from level i to
-        level `j > i`, over the standard deviation of the states there, which is what the error
-        counts for in the image; infinite for `j <= i`.
     """
     schedule = denoiser.schedule
     walk = DDIM().trajectory(denoiser, z, levels, progress=progress)
     states = torch.stack([z, *(state.z for state in walk)])
-    costs = torch.full((len(levels), len(levels)), torch.inf, dtype=torch.float64)
-    spread = states.flatten(1).std(1)
+    misses = torch.zeros(len(levels), len(levels), dtype=torch.float64)
     for i in range(len(levels) - 1):
         x, eps = denoiser(states[i], levels[i])
         s = schedule(levels[i + 1 :])  # to all later levels at once
         miss = ddim_step(Prediction(x[None], eps[None]), schedule(levels[i]), s) - states[i + 1 :]
-        costs[i, i + 1 :] = miss.square().flatten(1).mean(1).sqrt() / spread[i + 1 :]
-    return costs
+        misses[i, i + 1 :] = _sum(miss.square())
+    size = torch.tensor(z.numel(), dtype=torch.float64)
+    return StepErrors(misses, _sum(states.square()), _sum(states), size)
 
 
 def cheapest_levels(costs: Tensor, levels: Tensor, num_steps: int) -> Tensor:
     """The levels `(S + 1,)` from first to last whose steps have the least sum of costs.
 
     Args:
-        costs: Costs of the steps, `(N + 1, N + 1)`, see `one_step_costs`.
+        costs: Costs of the steps, `(N + 1, N + 1)`, see `StepErrors`.
         levels: Levels to choose from, `(N + 1,)`.
         num_steps: S, from 1 to N.
 
@@ -99,5 +134,10 @@ def adaptive_levels(
 ) -> list[Tensor]:
     """Levels for each number of steps, from one measurement on start states `z` `(B, ...)`."""
     levels = candidate_levels(denoiser.schedule)
-    costs = one_step_costs(denoiser, z, levels, progress=progress)
+    costs = one_step_errors(denoiser, z, levels, progress=progress).costs()
     return [cheapest_levels(costs, levels, each) for each in num_steps]
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Sum over all but the first axis, float64 on the CPU."""
+    return values.flatten(1).sum(1).cpu().double()

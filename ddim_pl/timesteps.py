@@ -225,8 +225,10 @@ def load_levels(path: Path, schedule: NoiseSchedule, num_steps: int) -> Tensor:
     """
     try:
         content = json.loads(path.read_text())
-        written, by_steps = content["schedule"], content["levels"]
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        written = content["schedule"]
+        by_steps = {int(steps): list(map(float, of)) for steps, of in content["levels"].items()}
+    # Not to be read, not JSON, or JSON of another form.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"timesteps {str(path)!r} cannot be read as adaptive levels ({error}): write such a "
             "file with `main.py levels`"
@@ -236,12 +238,12 @@ def load_levels(path: Path, schedule: NoiseSchedule, num_steps: int) -> Tensor:
             f"timesteps {str(path)!r} were found for {written}, but the model has {schedule!r}: "
             "search anew with `main.py levels`"
         )
-    if str(num_steps) not in by_steps:
+    if num_steps not in by_steps:
         raise ValueError(
-            f"timesteps {str(path)!r} has levels for num_steps {sorted(map(int, by_steps))}, got "
+            f"timesteps {str(path)!r} has levels for num_steps {sorted(by_steps)}, got "
             f"{num_steps}: choose one of these, or search anew with `main.py levels`"
         )
-    return explicit(schedule.num_levels, by_steps[str(num_steps)])
+    return explicit(schedule.num_levels, by_steps[num_steps])
 
 
 def _functions() -> dict[str, Callable[..., Tensor]]:

@@ -8,10 +8,11 @@ from exact import ExactGaussian, ExactMixture
 
 from ddim_pl import timesteps
 from ddim_pl.adaptive import (
+    StepErrors,
     adaptive_levels,
     candidate_levels,
     cheapest_levels,
-    one_step_costs,
+    one_step_errors,
 )
 from ddim_pl.samplers import DDIM
 from ddim_pl.schedules import CosineLogSNRSchedule, ImprovedCosineSchedule, LinearSchedule
@@ -32,7 +33,7 @@ def test_a_cost_is_the_error_of_one_ddim_step_in_units_of_the_states_deviation()
     denoiser = ExactMixture(LinearSchedule())
     levels = torch.tensor([1000.0, 700, 300, 50, 0], dtype=torch.float64)
     z = torch.randn(300, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    costs = one_step_costs(denoiser, z, levels)
+    costs = one_step_errors(denoiser, z, levels).costs()
     states = [z, *(state.z for state in DDIM().trajectory(denoiser, z, levels))]
     for i, j in itertools.product(range(5), repeat=2):
         if i >= j:
@@ -42,6 +43,18 @@ def test_a_cost_is_the_error_of_one_ddim_step_in_units_of_the_states_deviation()
         expected = (step - states[j]).square().mean().sqrt() / states[j].std()
         torch.testing.assert_close(costs[i, j], expected)
     assert costs.diagonal(1).abs().max() < 1e-12  # the trajectory's own steps
+
+
+def test_errors_of_batches_are_the_sums_of_theirs():
+    denoiser = ExactMixture(LinearSchedule())
+    levels = candidate_levels(denoiser.schedule, 10)
+    z = torch.randn(30, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batches = [one_step_errors(denoiser, part, levels) for part in z.split([1, 12, 17])]
+    none = StepErrors.none(len(levels))
+    summed = StepErrors(*(sum(parts) for parts in zip(none, *batches, strict=True)))
+    expected = one_step_errors(denoiser, z, levels)
+    torch.testing.assert_close(tuple(summed), tuple(expected))
+    torch.testing.assert_close(summed.costs(), expected.costs())
 
 
 @pytest.mark.parametrize("schedule", [LinearSchedule(), CosineLogSNRSchedule()])
@@ -89,5 +102,6 @@ def test_a_law_whose_flow_is_straight_costs_nothing():
     """A single point: the first estimate is right, whatever the step."""
     denoiser = ExactGaussian(LinearSchedule(), 0.4, 1e-9)
     z = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    costs = one_step_costs(denoiser, z, candidate_levels(denoiser.schedule, 20))[:, :-1]
+    errors = one_step_errors(denoiser, z, candidate_levels(denoiser.schedule, 20))
+    costs = errors.costs()[:, :-1]
     assert costs[costs.isfinite()].max() < 1e-6

@@ -271,6 +271,14 @@ def test_a_file_that_holds_no_levels_is_an_error(
         make_levels(str(file), LinearSchedule(), 2)
 
 
+@pytest.mark.parametrize("levels", [None, [1, 2], {"2": 5}, {"2": ["a", 0]}, {"a": [5]}])
+def test_a_file_whose_levels_have_another_form_is_an_error(tmp_path: Path, levels: object) -> None:
+    file = tmp_path / "levels.json"
+    file.write_text(json.dumps({"schedule": repr(LinearSchedule()), "levels": levels}))
+    with pytest.raises(ValueError, match="cannot be read as adaptive levels"):
+        make_levels(str(file), LinearSchedule(), 2)
+
+
 def test_damaged_levels_in_a_file_are_an_error(tmp_path: Path) -> None:
     file = tmp_path / "levels.json"
     file.write_text(json.dumps({"schedule": repr(LinearSchedule()), "levels": {"2": [5, 7, 0]}}))

@@ -48,6 +48,8 @@ class Device:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of all devices' values, on the CPU."""
+        if self.world_size == 1:  # Apple's devices, of which there is one, have no float64
+            return values.cpu()
         there = values.to(self.model.device)
         return cast(Tensor, self.trainer.strategy.reduce(there, reduce_op="sum")).cpu()
 
@@ -101,7 +103,11 @@ class Device:
 
 
 class _Job(L.LightningModule):
-    """A function in the place of a prediction, which Lightning calls on every device."""
+    """A function in the place of a prediction, which Lightning calls on every device.
+
+    It is called before the one step that predicts nothing, since a step runs in the trainer's
+    precision: feature extractors and metrics keep their own.
+    """
 
     def __init__(
         self, model: DiffusionModule, work: Callable[[Device], None], run: str | None, bar: bool
@@ -112,10 +118,17 @@ class _Job(L.LightningModule):
         self.run = run
         self.bar = bar
 
-    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def setup(self, stage: str) -> None:
+        """Let the model, which Lightning does not see, make itself ready."""
+        self.model.setup(stage)
+
+    def on_predict_start(self) -> None:
         """Do all the work at once."""
         self.work(Device(self.trainer, self.model, self.run, self.bar))
-        return batch  # Lightning warns of nothing
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Return something: Lightning warns of nothing."""
+        return batch
 
 
 def on_every_device(
@@ -140,6 +153,8 @@ def on_every_device(
     bar = trainer.progress_bar_callback is not None
     # Asked for here because Lightning would begin a log in the run's folder.
     run = cast(str | None, getattr(trainer.logger, "log_dir", None))
+    if ckpt_path is not None:
+        run = str(_run_of(Path(ckpt_path)))
     callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
     trainer.callbacks, trainer.loggers = [], []  # type: ignore[attr-defined]
     try:
@@ -147,6 +162,17 @@ def on_every_device(
         trainer.predict(_Job(model, work, run, bar), once_each, return_predictions=False)
     finally:
         trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
+
+
+def _run_of(checkpoint: Path) -> Path:
+    """The run of a checkpoint; of a file that lies in none, a folder of its name beside it.
+
+    The same folder every time, so that a sweep of a moved file finds its cells again.
+    """
+    run = checkpoint.absolute().parent.parent
+    if checkpoint.absolute().parent.name == "checkpoints" and run.name.startswith("version_"):
+        return run
+    return checkpoint.absolute().with_name(f"{checkpoint.stem}-run")
 
 
 def check_images(datamodule: L.LightningDataModule | None) -> ImageDataModule:

@@ -1,6 +1,7 @@
 """`main.py interpolate`: what lies between two latents, or between two images."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import lightning as L
 import torch
@@ -74,7 +75,7 @@ def interpolate(
         folder = device.folder(output, "interpolate")
         real = files
         if from_data:
-            real = _pair_classes(validation_images(device, datamodule, 10**9), num_pairs)
+            real = validation_images(device, datamodule, partial(_pair_classes, num_pairs))
         ends, labels = _ends(device, real, num_pairs, label, seed)
         pairs = len(ends) // 2
         points = list(range(pairs * num_points))
@@ -105,15 +106,14 @@ def _pairs(images: Sequence[str]) -> Sequence[str]:
     return images
 
 
-def _pair_classes(real: RealImages, num_pairs: int) -> RealImages:
-    """Two images of one class for each pair, the classes in turn."""
-    if real.label is None:
-        return RealImages(real.images[: 2 * num_pairs], None)
-    by_class = [torch.where(real.label == c)[0].tolist() for c in real.label.unique().tolist()]
-    rows = [members[2 * k : 2 * k + 2] for k in range(len(real.label)) for members in by_class]
+def _pair_classes(num_pairs: int, labels: Tensor) -> Tensor:
+    """Indices of two images of one class for each pair, `(2 P,)`, the classes in turn."""
+    by_class = [torch.where(labels == c)[0][: 2 * num_pairs].tolist() for c in labels.unique()]
+    rows = [members[2 * k : 2 * k + 2] for k in range(num_pairs) for members in by_class]
     chosen = [row for row in rows if len(row) == 2][:num_pairs]
-    indices = torch.tensor(chosen).flatten()
-    return RealImages(real.images[indices], real.label[indices])
+    if not chosen:
+        raise ValueError("from_data needs two validation images of one class; there are none")
+    return torch.tensor(chosen).flatten()
 
 
 def _ends(

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
-import torch
 from torch import Tensor
 
-from ddim_pl.adaptive import candidate_levels, cheapest_levels, one_step_costs
+from ddim_pl.adaptive import StepErrors, candidate_levels, cheapest_levels, one_step_errors
 from ddim_pl.noise import latents
 from ddim_pl.timesteps import save_levels
 from ddim_pl.training import DiffusionModule
@@ -24,6 +23,7 @@ def levels(
     *,
     num_steps: Sequence[int] = (5, 10, 20, 50),
     num_images: int = 256,
+    batch_size: int = 64,
     output: str | None = None,
 ) -> None:
     """Search the levels at which a checkpoint's DDIM errs least, and write them as a small JSON.
@@ -36,19 +36,21 @@ def levels(
         ckpt_path: Checkpoint, or "last".
         num_steps: Numbers of steps to search for.
         num_images: Trajectories to measure on.
+        batch_size: Trajectories in a batch, on each device, of which all 200 states are kept.
         output: File to write; by default `levels.json` in the checkpoint's run.
 
     Raises:
         ValueError: If a number does not fit.
     """
     at_least(2, num_images=num_images)
+    at_least(1, batch_size=batch_size)
     check_steps(model, num_steps)
     if output is not None and not output.endswith(".json"):
         raise ValueError(f"output must end in .json, got {output!r}")
 
     def work(device: Device) -> None:
         file = Path(output) if output else device.folder(None, ".") / "levels.json"
-        found = search_levels(device, num_steps, num_images)
+        found = search_levels(device, num_steps, num_images, batch_size)
         if device.is_first:
             save_levels(file, model.schedule, found)
             for each in found:
@@ -70,19 +72,23 @@ def check_steps(model: DiffusionModule, num_steps: Sequence[int]) -> None:
             raise ValueError(f"num_steps of adaptive levels must lie in [1, {most}], got {steps}")
 
 
-def search_levels(device: Device, num_steps: Sequence[int], num_images: int) -> list[Tensor]:
+def search_levels(
+    device: Device, num_steps: Sequence[int], num_images: int, batch_size: int
+) -> list[Tensor]:
     """The levels, alike on every device; each measures on its share of the trajectories."""
     model = device.model
     mine = device.share(range(num_images))
-    z, _ = latents(SEARCH_SEED + model.seed, mine, model.image_shape)
     candidates = candidate_levels(model.schedule)
-    denoiser = model.conditioned(model.label_of(mine))
-    with device.trainer.precision_plugin.forward_context():
-        costs = one_step_costs(
-            denoiser, z.to(model.device), candidates, progress=device.shows_progress
-        )
-    # The mean of the shares' root mean squares; infinite entries stay so.
-    finite = torch.where(costs.isfinite(), costs, 0.0)
-    mean = device.sum(finite.float()).double() / device.world_size
-    costs = torch.where(costs.isfinite(), mean, torch.inf)
-    return [cheapest_levels(costs, candidates, steps) for steps in num_steps]
+    errors = StepErrors.none(len(candidates))
+    starts = range(0, len(mine), batch_size)
+    for start in device.progress(starts, len(starts), "searching levels"):
+        batch = mine[start : start + batch_size]
+        z, _ = latents(SEARCH_SEED + model.seed, batch, model.image_shape)
+        denoiser = model.conditioned(model.label_of(batch))
+        with device.trainer.precision_plugin.forward_context():
+            more = one_step_errors(
+                denoiser, z.to(model.device), candidates, progress=device.shows_progress
+            )
+        errors = StepErrors(*(a + b for a, b in zip(errors, more, strict=True)))
+    costs = StepErrors(*map(device.sum, errors)).costs()
+    return device.agree([cheapest_levels(costs, candidates, steps) for steps in num_steps])

@@ -74,7 +74,9 @@ def reconstruct(
 
     def work(device: Device) -> None:
         folder = device.folder(output, "reconstruct")
-        real = files or validation_images(device, datamodule, num_images)
+        real = files or validation_images(
+            device, datamodule, lambda labels: torch.arange(min(num_images, len(labels)))
+        )
         shown, rows = [real.images], []
         for i, levels in enumerate(all_levels):
             text = f"{len(levels) - 1} steps ({i + 1} of {len(all_levels)})"

@@ -40,7 +40,7 @@ def sample(
         model: The model.
         ckpt_path: Checkpoint, or "last".
         num_images: How many.
-        first: Index of the first image, to go on where an earlier call ended.
+        first: Index of the first image, to go on where an earlier call ended, whose images stay.
         label: Class to draw; by default all in turn.
         seed: Seed of the images; by default that of training.
         batch_size: Images in a batch, on each device.
@@ -60,7 +60,7 @@ def sample(
 
     def work(device: Device) -> None:
         folder = device.folder(output, "sample")
-        if device.is_first and output is None:
+        if device.is_first and output is None and first == 0:
             for old in folder.glob("*.png"):  # the run's folder holds one set of images
                 old.unlink()
         device.wait()

@@ -1,6 +1,6 @@
 """Real images for the verbs that encode: files, or the data module's validation images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -47,13 +47,19 @@ def read_images(model: DiffusionModule, files: Sequence[str], label: int | None)
 
 
 def validation_images(
-    device: Device, datamodule: L.LightningDataModule | None, count: int
+    device: Device,
+    datamodule: L.LightningDataModule | None,
+    choose: Callable[[Tensor], Tensor],
 ) -> RealImages:
-    """The first images of the validation set; all, if there are fewer."""
+    """Some images of the validation set; `choose` says which, given all classes `(N,)`.
+
+    The classes are all 0 for a model without them.
+    """
     source = device.images(datamodule).val_set
-    indices = torch.arange(min(count, len(source)))
-    label = source.labels(indices) if device.model.num_classes is not None else None
-    return RealImages(from_uint8(source.images(indices)), label)
+    labels = source.labels(torch.arange(len(source)))
+    has_classes = device.model.num_classes is not None
+    indices = choose(labels if has_classes else torch.zeros_like(labels))
+    return RealImages(from_uint8(source.images(indices)), labels[indices] if has_classes else None)
 
 
 def unclipped(model: DiffusionModule, label: Tensor | None) -> Denoiser:

@@ -9,11 +9,11 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -21,6 +21,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from callbacks.fid import FrechetDistance
+from ddim_pl.adaptive import candidate_levels
+from ddim_pl.data.base import ImageDataModule
 from ddim_pl.images import read_png, to_uint8, write_png
 from ddim_pl.metrics.quality import SampleQuality
 from ddim_pl.samplers import Sampler
@@ -33,6 +35,7 @@ from ddim_pl.verbs.report import label_rows, markdown, plot_distances, write_csv
 
 ADAPTIVE = "adaptive"
 SEARCH_IMAGES = 256
+SEARCH_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -70,18 +73,26 @@ class Measure:
     num_shown: int
 
     @cached_property
+    def extractor(self) -> str:
+        """A name for the feature extractor and its weights."""
+        extractor = self.quality.extractor
+        weights = cast(nn.Module, extractor).state_dict()
+        return f"{extractor.name} {digest_of(weights)}"
+
+    @cached_property
     def quality(self) -> SampleQuality:
         """The metrics; loaded once a process."""
         quality = SampleQuality(self.make_features(), self.metrics)
         quality.check_num_samples(self.num_samples)
         return quality
 
-    def key(self, checkpoint: str, data: str, cell: Cell) -> str:
+    def key(self, checkpoint: str, data: str, precision: str, cell: Cell) -> str:
         """A name for all that a cell's result depends on."""
         content = {
             "checkpoint": checkpoint,
             "data": data,
-            "extractor": self.quality.extractor.name,
+            "precision": precision,
+            "extractor": self.extractor,
             "metrics": self.metrics,
             "num_samples": self.num_samples,
             "seed": self.seed,
@@ -160,10 +171,10 @@ def sweep(
         if ADAPTIVE in strategies:
             adaptive = _adaptive_file(device, folder, checkpoint, num_steps)
         cells = list(_cells(model, ways, strategies, num_steps, adaptive))
-        about = f"{type(data).__name__}, {data.num_reference} images"
+        about, precision = _identity(data), str(trainer.precision)
         done: list[tuple[Cell, str, dict[str, float]]] = []
         for i, cell in enumerate(cells):
-            key = measure.key(checkpoint, about, cell)
+            key = measure.key(checkpoint, about, precision, cell)
             found = device.agree(_read(folder, key) if device.is_first else None)
             if found is None:
                 text = f"{i + 1}/{len(cells)}: {cell.name}"
@@ -264,12 +275,24 @@ def _fingerprint(model: DiffusionModule, ckpt_path: str | None) -> str:
     if ckpt_path is not None:
         checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
         state = checkpoint["state_dict"]
-    digest = hashlib.sha256(repr(replace(model.denoiser, network=nn.Identity())).encode())
-    for name in sorted(state):
-        if name.startswith("average."):
-            digest.update(name.encode())
-            values = state[name].detach().cpu().contiguous().reshape(-1)
-            digest.update(values.view(torch.uint8).numpy())
+    average = {name: values for name, values in state.items() if name.startswith("average.")}
+    return digest_of(average, repr(replace(model.denoiser, network=nn.Identity())))
+
+
+def _identity(data: ImageDataModule) -> str:
+    """A name for the real images: how many they are, and what a hundred of them look like."""
+    count = data.num_reference
+    some = torch.arange(min(count, 100)) * count // min(count, 100)
+    return f"{type(data).__name__} {count} {digest_of({'images': data.train_set.images(some)})}"
+
+
+def digest_of(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """A fingerprint of tensors with their names, and of a text."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        values = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -279,7 +302,8 @@ def _adaptive_file(
     """Levels for this checkpoint; those of an earlier start of the same sweep are kept."""
     file = folder / "cells" / f"adaptive-{checkpoint[:16]}.json"
     levels: dict[int, Tensor] = {}
-    for steps in sorted(set(num_steps)):
+    # Of a larger sweep's earlier start, all stay in the file.
+    for steps in range(1, len(candidate_levels(device.model.schedule))):
         try:
             levels[steps] = load_levels(file, device.model.schedule, steps)
         except ValueError:  # none yet
@@ -287,7 +311,7 @@ def _adaptive_file(
     wanted = [steps for steps in sorted(set(num_steps)) if steps not in levels]
     wanted = device.agree(wanted)
     if wanted:
-        found = search_levels(device, wanted, SEARCH_IMAGES)
+        found = search_levels(device, wanted, SEARCH_IMAGES, SEARCH_BATCH_SIZE)
         levels |= dict(zip(wanted, found, strict=True))
         if device.is_first:
             save_levels(file, device.model.schedule, list(levels.values()))

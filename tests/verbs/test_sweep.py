@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ import torch
 from tiny import some_ddpm, tiny_ddpm
 
 from callbacks import FrechetDistance
-from ddim_pl.data.digits import DigitsDataModule
+from ddim_pl.data.base import TensorImages
+from ddim_pl.data.digits import DigitsDataModule, digits_arrays
 from ddim_pl.images import read_png, to_uint8
 from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.metrics.quality import SampleQuality
@@ -26,7 +28,7 @@ from ddim_pl.verbs import Trainer
 ROOT = Path(__file__).parents[2]
 
 
-def trainer(folder, *callbacks):
+def trainer(folder, *callbacks, **settings):
     return Trainer(
         accelerator="cpu",
         devices=1,
@@ -37,6 +39,7 @@ def trainer(folder, *callbacks):
         limit_test_batches=1,
         default_root_dir=folder,
         callbacks=list(callbacks),
+        **settings,
     )
 
 
@@ -184,6 +187,60 @@ def test_a_larger_sweep_measures_the_new_cells_only(tmp_path, monkeypatch):
     calls.clear()
     sweep(tmp_path, tiny_ddpm(), timesteps=["linear"], num_steps=[2])  # of other weights
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("other", ["images", "extractor", "precision", "metrics"])
+def test_a_cell_of_other_circumstances_is_measured_anew(tmp_path, monkeypatch, other):
+    class OtherDigits(DigitsDataModule):
+        pixel = 0
+
+        def load(self, train):
+            images, labels = digits_arrays()
+            images[0, 0, 0, 0] += self.pixel
+            return TensorImages(images, labels, 10)
+
+    class OtherFeatures(DigitsFeatures):
+        def __init__(self, change=0.0):
+            super().__init__()
+            self.classifier.head.bias.data += change
+
+    def run(data, features, precision, metrics=("fd",)):
+        calls.clear()
+        trainer(tmp_path, precision=precision).sweep(
+            model,
+            data,
+            timesteps=["linear"],
+            num_steps=[1],
+            features=features,
+            num_samples=40,
+            metrics=metrics,
+            output=str(tmp_path / "out"),
+        )
+        return len(calls)
+
+    model, calls, original = some_ddpm(), [], SampleQuality.compute
+    monkeypatch.setattr(SampleQuality, "compute", lambda s: calls.append(1) or original(s))
+    first = (OtherDigits(), OtherFeatures, "32-true")
+    assert run(*first) == 1
+    assert run(*first) == 0
+    changed = OtherDigits()
+    changed.pixel = 1
+    others = {
+        "images": (changed, *first[1:]),
+        "extractor": (first[0], partial(OtherFeatures, 1.0), first[2]),
+        "precision": (*first[:2], "bf16-mixed"),
+        "metrics": (*first, ("fd", "kid")),
+    }
+    assert run(*others[other]) == 1
+
+
+def test_adaptive_levels_of_an_earlier_start_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr("ddim_pl.verbs.sweep.SEARCH_IMAGES", 4)
+    model, settings = some_ddpm(), {"timesteps": ["adaptive"], "samplers": [DDIM()]}
+    sweep(tmp_path, model, num_steps=[2], **settings)
+    sweep(tmp_path, model, num_steps=[3], **settings)
+    (file,) = (tmp_path / "cells").glob("adaptive-*.json")
+    assert sorted(json.loads(file.read_text())["levels"]) == ["2", "3"]
 
 
 def test_a_damaged_cell_is_measured_anew(tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,11 +24,12 @@ from ddim_pl.samplers import DDIM, DDPM, Heun
 from ddim_pl.schedules import LinearSchedule
 from ddim_pl.timesteps import make_levels
 from ddim_pl.verbs import VERBS, Trainer
+from ddim_pl.verbs.devices import on_every_device
 
 ROOT = Path(__file__).parents[2]
 
 
-def trainer(folder):
+def trainer(folder, **settings):
     return Trainer(
         accelerator="cpu",
         devices=1,
@@ -36,6 +38,7 @@ def trainer(folder):
         enable_model_summary=False,
         enable_checkpointing=False,
         default_root_dir=folder,
+        **settings,
     )
 
 
@@ -101,6 +104,39 @@ def test_a_second_sample_leaves_none_of_the_first(tmp_path):
     trainer(tmp_path).sample(model, num_images=5)
     trainer(tmp_path).sample(model, num_images=2)
     assert len(list((tmp_path / "sample").glob("0*.png"))) == 2
+
+
+def test_sample_that_goes_on_in_the_run_keeps_what_is_there(tmp_path):
+    model = some_ddpm()
+    trainer(tmp_path).sample(model, num_images=3)
+    trainer(tmp_path).sample(model, num_images=2, first=3)
+    assert len(list((tmp_path / "sample").glob("0*.png"))) == 5
+
+
+# ---- what all verbs share ----------------------------------------------------------------------
+
+
+def test_work_is_not_in_the_trainers_precision_but_the_network_is(tmp_path):
+    """An extractor in bfloat16 would measure another distance than `test` does."""
+    seen = []
+
+    def work(device):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        model.average.module.register_forward_pre_hook(
+            lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+        )
+        list(device.draw([0], 1, ""))
+
+    model = some_ddpm(num_steps=1)
+    on_every_device(trainer(tmp_path, precision="bf16-mixed"), model, work)
+    assert seen == [False, True]
+
+
+def test_the_model_is_set_up_so_that_it_can_compile(tmp_path, monkeypatch):
+    model, stages = some_ddpm(compile=True), []
+    monkeypatch.setattr(model, "setup", stages.append)
+    on_every_device(trainer(tmp_path), model, lambda device: None)
+    assert stages == ["predict"]
 
 
 # ---- interpolate ------------------------------------------------------------------------------
@@ -216,6 +252,18 @@ def test_found_levels_can_be_given_as_timesteps(tmp_path, capsys):
     assert again.sample(range(2)).isfinite().all()
 
 
+def test_levels_do_not_depend_on_the_batches(tmp_path):
+    model = with_classes()
+    for size in (3, 64):
+        output = str(tmp_path / f"{size}.json")
+        trainer(tmp_path).levels(
+            model, num_steps=[3], num_images=8, batch_size=size, output=output
+        )
+    assert json.loads((tmp_path / "3.json").read_text()) == json.loads(
+        (tmp_path / "64.json").read_text()
+    )
+
+
 # ---- bad input --------------------------------------------------------------------------------
 
 
@@ -293,6 +341,22 @@ def test_every_verb_works_from_the_checkpoint_alone_and_keeps_to_its_run(checkpo
     rows = table(run / "mine" / "sweep.csv")
     assert [row["sampler"] for row in rows] == ["DDIM(eta=1.0)", "Heun()"]
     assert "41 images" in (run / "mine" / "sweep.md").read_text()  # as the run's callback
+
+
+def test_a_moved_checkpoint_has_one_folder_of_its_own(checkpoint, tmp_path, capsys):
+    """Not a new run each time, in which a stopped sweep would begin again."""
+    runs = {f.name for f in checkpoint.parents[2].iterdir()}
+    moved = tmp_path / "moved.ckpt"
+    shutil.copy(checkpoint, moved)
+    sweep = ["sweep", "--ckpt_path", str(moved), "--timesteps", "[linear]", "--num_steps"]
+    main([*sweep, "[2]"])
+    (cell,) = (tmp_path / "moved-run" / "sweep" / "cells").glob("*.json")
+    written = cell.stat().st_mtime_ns
+    main([*sweep, "[2,3]"])
+    assert len(table(tmp_path / "moved-run" / "sweep" / "sweep.csv")) == 2
+    assert cell.stat().st_mtime_ns == written
+    assert {f.name for f in checkpoint.parents[2].iterdir()} == runs
+    assert {f.name for f in tmp_path.iterdir()} == {"moved.ckpt", "moved-run"}
 
 
 def test_sample_draws_with_the_checkpoints_weights(checkpoint, tmp_path):
