@@ -4,5 +4,6 @@ from callbacks.fid import FrechetDistance
 from callbacks.image_writer import ImageWriter
 from callbacks.likelihood import BitsPerDim
 from callbacks.sample_grid import SampleGrid
+from callbacks.students import Students
 
-__all__ = ["BitsPerDim", "FrechetDistance", "ImageWriter", "SampleGrid"]
+__all__ = ["BitsPerDim", "FrechetDistance", "ImageWriter", "SampleGrid", "Students"]

@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ddim_pl.data.base import ImageDataModule
@@ -67,6 +67,7 @@ class FrechetDistance(L.Callback):
         self.batch_size = batch_size
         self.every_n_validations = every_n_validations
         self.quality: SampleQuality | None = None
+        self.images_per_second = 0.0
         self._validations = 0
 
     @property
@@ -123,8 +124,16 @@ class FrechetDistance(L.Callback):
         """Go on with the count."""
         self._validations = state_dict["validations"]
 
-    @torch.no_grad()
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        values = self.measure(trainer, pl_module)
+        for key, value in values.items():
+            bar = stage == "val" and key == self.key
+            pl_module.log(f"{stage}/{key}", value, rank_zero_only=False, prog_bar=bar)
+        pl_module.log(f"{stage}/images_per_second", self.images_per_second)
+
+    @torch.no_grad()
+    def measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        """Draw and measure now, on every rank; return the numbers by their names."""
         assert self.quality is not None
         assert isinstance(pl_module, DiffusionModule)
         # Apple's devices have no float64, which the metrics' sums are kept in.
@@ -141,22 +150,19 @@ class FrechetDistance(L.Callback):
             ):
                 quality.update(images, real=True)
 
+        begin = time.perf_counter()
         mine = range(rank, self.num_samples, world)
         starts = range(0, len(mine), self.batch_size)
-        begin = time.perf_counter()
         for start in self._progress(trainer, starts, len(starts), f"drawing for {self.key}"):
             # Sampling runs in the trainer's precision, the extractor always in its own.
             with trainer.precision_plugin.forward_context():
                 images = pl_module.sample(mine[start : start + self.batch_size])
             quality.update(to_uint8(images), real=False)
-        seconds = time.perf_counter() - begin
+        self.images_per_second = self.num_samples / (time.perf_counter() - begin)
         values = quality.compute()
         quality.reset_samples()
         quality.to("cpu")
-        for key, value in values.items():
-            bar = stage == "val" and key == self.key
-            pl_module.log(f"{stage}/{key}", value, rank_zero_only=False, prog_bar=bar)
-        pl_module.log(f"{stage}/images_per_second", self.num_samples / seconds)
+        return values
 
     def _progress(
         self, trainer: L.Trainer, items: Iterable[T], total: int, text: str

@@ -24,12 +24,9 @@ from ddim_pl.data.base import ImageDataModule
 from ddim_pl.samplers import Sampler
 from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.training import DiffusionModule
-from ddim_pl.training.hyperparameters import INSTANTIATOR
+from ddim_pl.training.hyperparameters import CONFIG_KEY, INSTANTIATOR, filled
 from ddim_pl.verbs import VERBS
 from ddim_pl.verbs import Trainer as TrainerWithVerbs
-
-CONFIG_KEY = "ddim_pl_config"
-"""Key under which a checkpoint holds the resolved config of its run, as YAML."""
 
 
 class OneLineErrors(LightningArgumentParser):
@@ -58,6 +55,7 @@ class SaveConfig(SaveConfigCallback):
         """Store the config, so that the checkpoint alone is enough."""
         text = self.parser.dump(self.config, skip_none=False)
         config = yaml.safe_load(text)
+        config["model"]["init_args"] = filled(config["model"]["init_args"], pl_module.hparams)
         shared = ("seed_everything", "trainer", "model", "data")
         # Which run this was says nothing about where another, begun from this file, belongs.
         for logger in _as_list(config["trainer"].get("logger")):
@@ -168,12 +166,9 @@ class DiffusionCLI(LightningCLI):
         """Record the model's arguments, and find what is wrong before anything is written."""
         text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False)
         model = yaml.safe_load(text)[self.subcommand]["model"]
+        arguments = filled(model["init_args"], self.model.hparams)
         self.model.save_hyperparameters(
-            {
-                "_class_path": model["class_path"],
-                "_instantiator": INSTANTIATOR,
-                **model["init_args"],
-            },
+            {"_class_path": model["class_path"], "_instantiator": INSTANTIATOR, **arguments},
             logger=False,
         )
         if self.subcommand in ("predict", *VERBS) or getattr(rank_zero_only, "rank", 0) != 0:
@@ -256,6 +251,11 @@ def _one_line(message: str) -> str:
     option = re.match(r"Option '(\w+)' is not accepted", message)
     if option:
         return f"the class that was chosen has no argument {option[1]!r}: leave it out"
+    pattern = r'Parser key "(\w+)":.*(?:Sequence|list).*(?:Given value: |Got value: )(.*)'
+    single = re.match(pattern, message, re.DOTALL)
+    if single and not single[2].startswith("["):
+        value = single[2].strip()
+        return f"--{single[1]} takes a list, got {value}: write it as '[{value}]'"
     if "Does not validate against any" in message:
         lines = [line.strip() for line in message.splitlines()]
         noise = ("- Does not validate", "- Expected a <class 'NoneType'>")
@@ -337,7 +337,10 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     # Lightning calls what the newest jsonargparse has deprecated.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    args = list(sys.argv[1:] if args is None else args)
     for message in (
+        # Of the checkpoint's own levels, which these verbs do not use.
+        *([".*distinct levels"] if args and args[0] in ("levels", "reconstruct", "sweep") else []),
         ".*does not have many workers.*",  # data in memory: there is nothing for workers to do
         "Checkpoint directory .* exists and is not empty",  # a run that goes on
         "The dirpath has changed",  # the same folder by another path, or a run begun from a file

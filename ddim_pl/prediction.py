@@ -1,7 +1,8 @@
 """What the network predicts, and how its errors are weighted.
 
 A network output `F` estimates `a x + b eps`: eps-prediction has the row `(a, b) = (0, 1)`,
-x-prediction `(1, 0)`, v-prediction `(-sigma_t, alpha_t)` (Salimans & Ho 2022, appendix D).
+x-prediction `(1, 0)`, v-prediction `(-sigma_t, alpha_t)` (Salimans & Ho 2022, appendix D), and
+"residual", `F = z - x`, the row `(alpha_t - 1, sigma_t)` (Luhman & Luhman 2021, section 3).
 Together with `z = alpha x + sigma eps` the row gives both `x` and `eps`: with `d = alpha b - sigma
 a`,
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ddim_pl.schedules import Level, expand
 
-PredictionType = Literal["eps", "x", "v"]
+PredictionType = Literal["eps", "x", "v", "residual"]
 LossWeight = Literal["snr", "truncated_snr", "snr_plus_one", "min_snr", "uniform"]
 
 
@@ -30,7 +31,7 @@ def row(kind: PredictionType, level: Level) -> tuple[Tensor, Tensor]:
     """Coefficients `(a, b)` of the predicted combination `a x + b eps` at a level.
 
     Raises:
-        ValueError: If `kind` is none of "eps", "x", "v".
+        ValueError: If `kind` is none of these.
     """
     zero, one = torch.zeros_like(level.alpha), torch.ones_like(level.alpha)
     match kind:
@@ -40,6 +41,8 @@ def row(kind: PredictionType, level: Level) -> tuple[Tensor, Tensor]:
             return one, zero
         case "v":
             return -level.sigma, level.alpha
+        case "residual":
+            return level.alpha - 1, level.sigma
     raise ValueError(f"prediction must be one of {get_args(PredictionType)}, got {kind!r}")
 
 
@@ -61,8 +64,9 @@ def decode(kind: PredictionType, level: Level, z: Tensor, output: Tensor) -> Pre
     Returns:
         Estimates that satisfy `z = alpha x + sigma eps`.
     """
-    if kind == "x":  # the general form is 0 / 0 at a level without noise
-        return Prediction(output, eps_from_x(level, z, output))
+    if kind in ("x", "residual"):  # the general form is 0 / 0 at a level without noise
+        x = output if kind == "x" else z - output
+        return Prediction(x, eps_from_x(level, z, x))
     a, b = row(kind, level)
     d = level.alpha * b - level.sigma * a
     x = expand(b / d, z) * z - expand(level.sigma / d, z) * output
@@ -121,7 +125,9 @@ def output_error_weight(
     Returns:
         Float64 weights of the level's shape.
     """
-    if (kind, weight) in {("eps", "snr"), ("v", "snr_plus_one"), ("x", "uniform")}:
+    if kind in ("x", "residual"):  # an error of the output is one of x
+        return x_error_weight(weight, level, gamma=gamma)
+    if (kind, weight) in {("eps", "snr"), ("v", "snr_plus_one")}:
         return torch.ones_like(level.alpha)
     a, b = row(kind, level)
     factor = (level.sigma / (level.alpha * b - level.sigma * a)) ** 2

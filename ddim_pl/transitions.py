@@ -58,6 +58,29 @@ def ddim_step(
     return expand(s.alpha, x) * x + expand(kept, x) * eps + expand(c, x) * noise
 
 
+def two_step_target(x_t: Tensor, x_mid: Tensor, t: Level, mid: Level, s: Level) -> Tensor:
+    """The x with which one DDIM step from `t` to `s` lands where two over `mid` do, `(B, ...)`.
+
+    Salimans & Ho 2022, appendix G: `(z_s - sigma_s / sigma_t z_t) / (alpha_s - sigma_s / sigma_t
+    alpha_t)`. Written out, `z_t` cancels and a weighted mean of the two steps' estimates is left,
+    which does not lose digits however short the steps are.
+
+    Args:
+        x_t: Estimates of the clean image at level `t`, `(B, ...)`.
+        x_mid: Estimates at level `mid`, where the first step led, `(B, ...)`.
+        t: Noisiest level.
+        mid: Level between.
+        s: Cleanest level.
+    """
+
+    def gain(t: Level, s: Level) -> Tensor:
+        """What a step from t to s adds to the state for each unit of x."""
+        return s.alpha - s.sigma / t.sigma * t.alpha
+
+    weight = gain(mid, s) / gain(t, s)
+    return expand(weight, x_mid) * x_mid + expand(1 - weight, x_t) * x_t
+
+
 def ddim_forward(z: Tensor, x: Tensor, s: Level, t: Level, *, eta: float) -> tuple[Tensor, Tensor]:
     """Mean `(B, ...)` and standard deviation of DDIM's forward step `q(z_t | z_s, x)`, `t > s`.
 

@@ -152,7 +152,7 @@ def test_pairs_that_are_not_refused_have_bounded_weights(
 
 def test_unknown_names_list_the_known_ones() -> None:
     level = LinearSchedule()(1)
-    with pytest.raises(ValueError, match=r"\('eps', 'x', 'v'\).*'noise'"):
+    with pytest.raises(ValueError, match=r"\('eps', 'x', 'v', 'residual'\).*'noise'"):
         row("noise", level)
     with pytest.raises(ValueError, match=r"'snr', 'truncated_snr'.*'flat'"):
         x_error_weight("flat", level)

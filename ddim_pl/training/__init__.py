@@ -2,5 +2,6 @@
 
 from ddim_pl.training.base import DiffusionModule
 from ddim_pl.training.ddpm import DDPM
+from ddim_pl.training.progressive import ProgressiveDistillation
 
-__all__ = ["DDPM", "DiffusionModule"]
+__all__ = ["DDPM", "DiffusionModule", "ProgressiveDistillation"]

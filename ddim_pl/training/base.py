@@ -1,5 +1,6 @@
 """What every training method shares: a network, its average, and how to sample it."""
 
+import contextlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -22,7 +23,12 @@ from ddim_pl.samplers import DDIM, Sampler
 from ddim_pl.schedules import LinearSchedule, NoiseSchedule
 from ddim_pl.timesteps import make_levels
 from ddim_pl.training.averaging import exponential_average
-from ddim_pl.training.hyperparameters import INSTANTIATOR, NotPlainError, describe
+from ddim_pl.training.hyperparameters import (
+    INSTANTIATOR,
+    NotPlainError,
+    describe,
+    import_path,
+)
 from ddim_pl.training.warmup import Warmup
 
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -273,6 +279,8 @@ class DiffusionModule(L.LightningModule, ABC):
                         f"{name} is not stored in checkpoints ({error}): pass it again to "
                         f"load_from_checkpoint(path, {name}=...)"
                     )
+        with contextlib.suppress(NotPlainError):  # a class that no file can name
+            plain["_class_path"] = import_path(type(self))
         self.save_hyperparameters({**plain, "_instantiator": INSTANTIATOR}, logger=False)
 
 

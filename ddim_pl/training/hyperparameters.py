@@ -4,11 +4,20 @@ The form is that of a config file: an object becomes `{"class_path": ..., "init_
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 """What `load_from_checkpoint` builds a module with from such data."""
+
+CONFIG_KEY = "ddim_pl_config"
+"""Key under which a checkpoint holds the resolved config of its run, as YAML."""
+
+
+def filled(arguments: dict[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as they were given, and where none was, what a module has found for itself."""
+    return {name: found.get(name) if value is None else value for name, value in arguments.items()}
 
 
 class NotPlainError(TypeError):

@@ -61,9 +61,15 @@ class Device:
         """Where to write: `output`, or a folder of this name in the run; ask on every device."""
         run = self.agree(self.run or self.trainer.default_root_dir)
         folder = Path(output) if output else Path(run, name)
+        problem = None
         if self.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-        self.wait()
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                problem = f"output {str(folder)!r} cannot be made a folder ({error.strerror})"
+        problem = self.agree(problem)  # all stop, or none
+        if problem is not None:
+            raise ValueError(f"{problem}: give another as --output")
         return folder
 
     def draw(

@@ -6,12 +6,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ddim_pl.images import grid, to_uint8, write_png
+from ddim_pl.images import to_uint8
 from ddim_pl.latents import encode
 from ddim_pl.timesteps import has_own_length, make_levels
 from ddim_pl.training import DiffusionModule
 from ddim_pl.verbs.devices import Device, at_least, check_images, on_every_device
-from ddim_pl.verbs.report import markdown, write_csv, write_text
+from ddim_pl.verbs.report import label_rows, markdown, write_csv, write_text
 from ddim_pl.verbs.sources import (
     RealImages,
     check_deterministic,
@@ -41,8 +41,8 @@ def reconstruct(
     """Encode images and draw them again, with more and more steps: table 2 of the DDIM paper.
 
     Writes `reconstruct.csv` and `reconstruct.md` with the mean squared error per dimension, images
-    scaled to [0, 1] as in the paper, and `grid.png`: a column of images, then one for each number
-    of steps.
+    scaled to [0, 1] as in the paper, and `grid.png`: a row of images, then one for each number of
+    steps.
 
     Args:
         trainer: Gives the devices.
@@ -95,8 +95,9 @@ def reconstruct(
             shown.append(drawn)
         if not device.is_first:
             return
-        columns = torch.stack([images[:GRID_IMAGES] for images in shown], 1).flatten(0, 1)
-        write_png(grid(to_uint8(columns), columns=len(shown)), folder / "grid.png")
+        names = ["images", *(f"{row['steps']} steps" for row in rows)]
+        few = [to_uint8(images[:GRID_IMAGES]) for images in shown]
+        label_rows(folder / "grid.png", names, few)
         write_csv(folder / "reconstruct.csv", rows)
         table = markdown(rows)
         text = (

@@ -61,7 +61,8 @@ def sample(
     def work(device: Device) -> None:
         folder = device.folder(output, "sample")
         if device.is_first and output is None and first == 0:
-            for old in folder.glob("*.png"):  # the run's folder holds one set of images
+            # The run's folder holds one set of images.
+            for old in (*folder.glob("*.png"), *folder.glob("*.npz")):
                 old.unlink()
         device.wait()
         shown = torch.zeros(min(num_images, GRID_IMAGES), *model.image_shape, dtype=torch.int32)

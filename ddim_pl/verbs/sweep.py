@@ -183,7 +183,7 @@ def sweep(
                 assert found is not None
             done.append((cell, key, found))
             if device.is_first:
-                _write_report(folder, done, measure)
+                _write_report(folder, done, measure, ckpt_path)
         if device.is_first:
             print("\n" + (folder / "sweep.md").read_text())
             print(f"The table, a plot and the images are in {folder}")
@@ -380,14 +380,18 @@ def _read(folder: Path, key: str) -> dict[str, float] | None:
 
 
 def _write_report(
-    folder: Path, done: Sequence[tuple[Cell, str, dict[str, float]]], measure: Measure
+    folder: Path,
+    done: Sequence[tuple[Cell, str, dict[str, float]]],
+    measure: Measure,
+    ckpt_path: str | None,
 ) -> None:
     """Write all that people look at, of the cells so far."""
     rows = [{**cell.row(), **found} for cell, _, found in done]
     write_csv(folder / "sweep.csv", rows)
     write_text(
         folder / "sweep.md",
-        f"{measure.num_samples} images in each cell, seed {measure.seed}.\n\n{markdown(rows)}",
+        f"{f'`{ckpt_path}`: ' if ckpt_path else ''}{measure.num_samples} images in each cell, "
+        f"seed {measure.seed}.\n\n{markdown(rows)}",
     )
     plot_distances(folder / "sweep.png", rows, measure.quality.keys[0])
     images = []

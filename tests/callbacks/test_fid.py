@@ -119,7 +119,7 @@ def test_the_score_alone_reads_no_real_images(tmp_path):
 
 
 def test_metrics_are_read_from_a_config(tmp_path):
-    config = tiny_config(tmp_path, max_epochs=1, limit_train_batches=1)
+    config = tiny_config(tmp_path, max_epochs=1, limit_train_batches=1, log_every_n_steps=1)
     arguments = config["trainer"]["callbacks"][0]["init_args"]
     arguments["metrics"] = ["fd", "precision_recall"]
     main(["fit", "--config", write_config(config, tmp_path / "config.yaml")])

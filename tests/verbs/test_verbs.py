@@ -220,8 +220,11 @@ def test_the_error_table_is_that_of_the_images(tmp_path, sampler):
         assert float(row["error"]) == pytest.approx(float(error.mean()), rel=1e-3)
         assert float(row["standard error"]) == pytest.approx(float(error.std() / 3), rel=1e-3)
     assert "DDIM" in (folder / "reconstruct.md").read_text() or sampler == Heun()
-    shown = rows_of(read_png(folder / "grid.png"), 9, 3)
-    assert close(shown[:, 0], images[:9, 0])
+    picture = read_png(folder / "grid.png")
+    assert picture.shape[1] == 3 * 50  # a row of images, and one for each number of steps
+    left = picture.shape[2] - 9 * 50
+    first = picture[0, :48:6, left : left + 48 : 6]
+    assert close(first, images[0, 0])
 
 
 def test_files_are_reconstructed_at_the_models_size(tmp_path):
@@ -391,6 +394,7 @@ def test_a_verb_without_a_checkpoint_is_an_error(verb):
         (["--model.sampler", "Heun", "--model.sampler.eta", "1"], "no argument 'eta'"),
         (["--model.sampler.eta", "2"], "eta must lie in"),
         (["--num_imagez", "3"], "num_imagez"),
+        (["--output", "README.md"], "output 'README.md' cannot be made a folder"),
     ],
 )
 def test_wrong_options_are_one_line(checkpoint, arguments, message, capsys):
@@ -434,3 +438,10 @@ def test_two_processes_give_what_one_gives(checkpoint, tmp_path):
         one, two = (table(tmp_path / verb / n / f"{verb}.csv") for n in "12")
         for a, b in zip(one, two, strict=True):
             assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-3)
+
+
+@pytest.mark.parametrize("verb", ["sweep", "reconstruct"])
+def test_a_single_value_for_a_list_is_told_how_to_be_one(checkpoint, verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--ckpt_path", str(checkpoint), "--num_steps", "5"])
+    assert "--num_steps takes a list, got 5: write it as '[5]'" in capsys.readouterr().err

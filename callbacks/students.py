@@ -1,0 +1,141 @@
+"""What is left of each round of a distillation: a checkpoint, a grid, a measurement."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.trainer import call
+
+from callbacks.fid import FrechetDistance
+from ddim_pl.images import grid, to_uint8, write_png
+from ddim_pl.training import ProgressiveDistillation
+from ddim_pl.training.hyperparameters import CONFIG_KEY
+
+
+class Students(L.Callback):
+    """Write each round's student when its updates are made.
+
+    Writes, into the run's folder, `checkpoints/student-0008-steps.ckpt`, which every verb takes
+    like any other checkpoint and which knows its own steps; `students/student-0008-steps.png`, of
+    the same latents for every student; and a line of `students/students.csv` with the numbers of
+    the config's `FrechetDistance`, if there is one, which are logged as "student/..." too.
+
+    A round is closed at the first batch of the next one. A run that was stopped between the two
+    closes it when it resumes, and writes the same files.
+
+    Args:
+        num_images: Images in a grid.
+        columns: Images in a row; by default the grid is about square.
+
+    Raises:
+        ValueError: If `num_images` is less than 1.
+    """
+
+    def __init__(self, num_images: int = 80, *, columns: int | None = None) -> None:
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1, got {num_images}")
+        self.num_images = num_images
+        self.columns = columns
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """See that there will be students, and load what measures them."""
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, ProgressiveDistillation):
+            raise ValueError(
+                f"Students belongs to ProgressiveDistillation, got {type(pl_module).__name__}: "
+                "leave it out of the callbacks"
+            )
+        measure = _measure_of(trainer)
+        if measure is not None:
+            measure.check(trainer.datamodule, "validate")  # type: ignore[attr-defined]
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Close the round before the module begins the next one."""
+        module = cast(ProgressiveDistillation, pl_module)
+        if module.round < module.round_at(module.global_step):
+            self._close(trainer, module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the last round, if the fit got there; also one that resumes with no update left.
+
+        (Such a fit has no `on_train_end`.)
+        """
+        module = cast(ProgressiveDistillation, pl_module)
+        if module.round_is_over:
+            self._close(trainer, module)
+
+    @torch.no_grad()
+    def _close(self, trainer: L.Trainer, module: ProgressiveDistillation) -> None:
+        if module.round < 0:
+            return  # a converted teacher is no student yet
+        run = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: it broadcasts
+        name = f"student-{module.student_steps:04d}-steps"
+        row: dict[str, Any] = {"steps": module.student_steps, "updates": module.round_updates}
+        measure = _measure_of(trainer)
+        if measure is not None:
+            values = measure.measure(trainer, module)
+            row |= {key: float(value) for key, value in values.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(
+                    {f"student/{key}": float(value) for key, value in values.items()},
+                    step=module.global_step,
+                )
+        if trainer.is_global_zero:
+            with trainer.precision_plugin.forward_context():
+                images = to_uint8(module.sample(range(self.num_images))).cpu()
+            picture = grid(images, columns=self.columns)
+            write_png(picture, run / "students" / f"{name}.png")
+            _add_row(run / "students" / "students.csv", row)
+            _save(trainer, module, run / "checkpoints" / f"{name}.ckpt")
+        trainer.strategy.barrier("student written")
+
+
+def _measure_of(trainer: L.Trainer) -> FrechetDistance | None:
+    callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
+    return next((c for c in callbacks if isinstance(c, FrechetDistance)), None)
+
+
+def _save(trainer: L.Trainer, module: ProgressiveDistillation, path: Path) -> None:
+    """Write the student's checkpoint, with the config of the run but for the model."""
+    checkpoint = module.student_checkpoint()
+    call._call_callbacks_on_save_checkpoint(trainer, checkpoint)
+    if CONFIG_KEY in checkpoint:
+        config = yaml.safe_load(checkpoint[CONFIG_KEY])
+        hyper = checkpoint["hyper_parameters"]
+        arguments = {k: v for k, v in hyper.items() if not k.startswith("_")}
+        config["model"] = {"class_path": hyper["_class_path"], "init_args": arguments}
+        # It is no ladder any more.
+        config["trainer"]["callbacks"] = [
+            each
+            for each in config["trainer"].get("callbacks") or []
+            if not each["class_path"].endswith(f".{Students.__name__}")
+        ]
+        checkpoint[CONFIG_KEY] = yaml.safe_dump(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    torch.save(checkpoint, part)
+    part.replace(path)
+
+
+def _add_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a student's line, in place of an earlier one of as many steps."""
+    rows: list[dict[str, Any]] = []
+    if path.is_file():
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+    rows = [each for each in rows if int(each["steps"]) != row["steps"]]
+    rows = sorted([*rows, row], key=lambda each: -int(each["steps"]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(row), lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text.getvalue())
+    part.replace(path)

@@ -1,0 +1,648 @@
+import functools
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from exact import ExactGaussian, ExactMixture
+from fsspec.implementations.local import LocalFileOpener
+from lightning import seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from tiny import some_ddpm, tiny_ddpm, tiny_unet
+from torch import nn
+
+from ddim_pl.data.digits import DigitsDataModule
+from ddim_pl.denoiser import Denoiser
+from ddim_pl.noise import step_generators
+from ddim_pl.prediction import Prediction, decode, eps_from_x, target, x_error_weight
+from ddim_pl.samplers import DDIM
+from ddim_pl.schedules import (
+    CosineLogSNRSchedule,
+    ImprovedCosineSchedule,
+    LinearSchedule,
+    expand,
+)
+from ddim_pl.timesteps import linear
+from ddim_pl.training import DDPM, ProgressiveDistillation
+from ddim_pl.training.teacher import load_teacher
+from ddim_pl.transitions import ddim_step, two_step_target
+
+SCHEDULES = [LinearSchedule, ImprovedCosineSchedule, CosineLogSNRSchedule]
+
+
+class Wave(nn.Module):
+    """A network whose answer is smooth and keeps float64."""
+
+    in_channels, image_size = 1, 2
+
+    def __init__(self):
+        super().__init__()
+        self.init_args = {}
+
+    def forward(self, z, t):
+        return torch.sin(1.3 * z + t.to(z.dtype)[:, None, None, None] / 500)
+
+
+def wave(schedule=None, rounds=((8, 1),), **arguments):
+    """A ladder whose teacher is a `Wave`."""
+    return ProgressiveDistillation(
+        Wave(), schedule or LinearSchedule(), rounds=list(rounds), **arguments
+    )
+
+
+def noise(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def papers_target(teacher, z, t, step):
+    """`(z_s - sigma_s / sigma_t z_t) / (alpha_s - sigma_s / sigma_t alpha_t)`, and `z_s`."""
+    schedule = teacher.schedule
+    level, mid, end = (schedule(each) for each in (t, t - step / 2, (t - step).clamp(min=0)))
+    z_mid = ddim_step(teacher(z, t), level, mid)
+    z_s = ddim_step(teacher(z_mid, t - step / 2), mid, end)
+    ratio = end.sigma / level.sigma
+    numerator = z_s - expand(ratio, z) * z
+    return numerator / expand(end.alpha - ratio * level.alpha, z), z_s
+
+
+# ---- the target -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("student", ["x", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "x", "v"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 8, 4096])
+def test_a_student_of_the_target_lands_where_two_steps_do(schedule, steps, prediction, student):
+    schedule = schedule(num_levels=8192)
+    module = wave(schedule, [(steps, 1)], teacher_prediction=prediction)
+    teacher, step = module.teacher_denoiser, 8192 / steps
+    assert teacher.prediction == prediction
+    t = step * torch.tensor([1, (steps + 1) // 2, steps], dtype=torch.float64)
+    z, level, end = noise(3, 1, 2, 2), schedule(t), schedule(t - step)
+    wanted = module._two_steps(teacher, z, t, step)
+    output = target(student, level, wanted, eps_from_x(level, z, wanted))
+    landed = ddim_step(decode(student, level, z, output), level, end)
+    expected, z_s = papers_target(teacher, z, t, step)
+    error = (landed - z_s).flatten(1).norm(dim=1) / z_s.flatten(1).norm(dim=1)
+    assert (error < 1e-10).all(), error
+    if steps <= 8:  # there the published quotient loses few digits
+        torch.testing.assert_close(wanted, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_last_target_is_the_teachers_last_estimate():
+    schedule = LinearSchedule()
+    x_t, x_mid = noise(2, 3, 1, 2, 2)
+    for t in (1000.0, 4.0):
+        level, mid, end = schedule(t), schedule(t / 2), schedule(0.0)
+        torch.testing.assert_close(
+            two_step_target(x_t, x_mid, level, mid, end), x_mid, rtol=0, atol=0
+        )
+
+
+class Distilled:
+    """The student that reproduces its target, of a teacher that may be one itself."""
+
+    def __init__(self, module, teacher, steps):
+        self.module, self.teacher, self.step = module, teacher, 1000 / steps
+        self.schedule = teacher.schedule
+
+    def __call__(self, z, t):
+        t = torch.as_tensor(t, dtype=torch.float64).expand(len(z))
+        x = self.module._two_steps(self.teacher, z, t, self.step)
+        return Prediction(x, eps_from_x(self.schedule(t), z, x))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("law", [ExactGaussian, ExactMixture])
+def test_a_ladder_of_perfect_students_draws_what_the_teacher_draws(law, schedule):
+    teacher = law(schedule())
+    module = wave(teacher.schedule, [(8, 1), (4, 1), (2, 1), (1, 1)])
+    z = noise(5, 1, 2, 2)
+    expected = DDIM()(teacher, z, linear(1000, 16))
+    student = teacher
+    for steps in (8, 4, 2, 1):
+        student = Distilled(module, student, steps)
+        drawn = DDIM()(student, z, linear(1000, steps))
+        torch.testing.assert_close(drawn, expected, rtol=1e-9, atol=1e-9)
+    # It is not the data that comes out, but the teacher's 16 steps: few steps differ.
+    assert not torch.allclose(DDIM()(teacher, z, linear(1000, 8)), expected, rtol=1e-6)
+
+
+# ---- the loss ---------------------------------------------------------------------------------
+
+
+class Reproducing(Denoiser):
+    """A student whose output is the teacher's target by the paper's formula, plus `miss`."""
+
+    def answer(self, teacher, steps, miss):
+        object.__setattr__(self, "parts", (teacher, self.schedule.num_levels / steps, miss))
+        object.__setattr__(self, "seen", [])
+        return self
+
+    def output(self, z, t):
+        teacher, step, miss = self.parts
+        self.seen.append(t)
+        level = self.schedule(t)
+        x, _ = papers_target(teacher, z, t, step)
+        return target(self.prediction, level, x, eps_from_x(level, z, x)) + miss
+
+
+@pytest.mark.parametrize("weight", ["truncated_snr", "snr_plus_one"])
+@pytest.mark.parametrize("prediction", ["x", "v"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_loss_is_the_weighted_error_of_x_against_the_target(schedule, prediction, weight):
+    module = wave(schedule(), prediction=prediction, loss_weight=weight)
+    losses = []
+    for miss in (0.0, 0.1):
+        student = Reproducing(Wave(), module.schedule, prediction, clip=False)
+        student.answer(module.teacher_denoiser, 8, miss)
+        x = noise(64, 1, 2, 2).clamp(-1, 1)
+        losses.append(module.loss(student, x, step_generators(3, x.device)))
+    level = module.schedule(student.seen[0])
+    per_x = 1.0 if prediction == "x" else level.sigma**2  # an error of v is sigma times one of x
+    expected = x_error_weight(weight, level) * per_x * 0.1**2
+    assert losses[0].max() < 1e-16 * max(1, expected.max())
+    torch.testing.assert_close(losses[1], expected, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("steps", [4, 60])
+def test_levels_are_the_students_own_and_equally_likely(steps):
+    # 60 * (1000 / 60) is more than 1000 in floating point.
+    module = wave(rounds=[(steps, 1)])
+    student = Reproducing(Wave(), module.schedule, "v", clip=False)
+    student.answer(module.teacher_denoiser, steps, 0.0)
+    count = 20_000
+    x = torch.zeros(count, 1, 2, 2, dtype=torch.float64)
+    module.loss(student, x, step_generators(0, x.device))
+    i = student.seen[0] * steps / 1000
+    torch.testing.assert_close(i, i.round(), rtol=0, atol=1e-9)
+    counts = torch.bincount(i.round().long(), minlength=steps + 1)
+    share = 1 / steps
+    assert counts[0] == 0
+    assert (counts[1:] - count * share).abs().max() < 5 * (count * share * (1 - share)) ** 0.5
+
+
+def test_classes_reach_the_teacher_too():
+    network = some_ddpm(network=tiny_unet(num_classes=3, dropout=0.0)).average.module
+    module = ProgressiveDistillation(network, rounds=[(4, 1)])
+    x = torch.zeros(2, 1, 8, 8)
+    seen = []
+    module.teacher.register_forward_hook(lambda _, arguments, output: seen.append(arguments[2]))
+    label = torch.tensor([2, 0])
+    denoiser = module._denoiser(module.network).condition(label)
+    module.loss(denoiser, x, step_generators(0, x.device))
+    assert len(seen) == 2
+    assert all(torch.equal(each, label) for each in seen)
+
+
+def test_gradients_reach_the_student_alone():
+    module = ProgressiveDistillation(some_ddpm().average.module, rounds=[(4, 1)], dropout=0.3)
+    module.train()
+    assert module.network.training
+    assert not any(part.training for part in [*module.teacher.modules(), module.average.module])
+    assert {m.p for m in module.network.modules() if isinstance(m, nn.Dropout)} == {0.3}
+    x = torch.zeros(4, 1, 8, 8)
+    denoiser = module._denoiser(module.network)
+    module.loss(denoiser, x, step_generators(0, x.device)).mean().backward()
+    with_gradient = {name for name, p in module.named_parameters() if p.grad is not None}
+    assert with_gradient == {f"network.{name}" for name, _ in module.network.named_parameters()}
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    assert {id(p) for g in groups for p in g["params"]} == {
+        id(p) for p in module.network.parameters()
+    }
+
+
+# ---- the ladder -------------------------------------------------------------------------------
+
+
+def save(module, path):
+    """Write a module as a trainer would, without a fit."""
+    t = trainer(path.parent)
+    t.strategy.connect(module)
+    t.save_checkpoint(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """Checkpoint of a v-teacher on the cosine schedule."""
+    module = some_ddpm(
+        schedule=CosineLogSNRSchedule(),
+        network=tiny_unet(dropout=0.1),
+        prediction="v",
+        loss_weight="snr_plus_one",
+        time_input="log_snr",
+        clip=False,
+    )
+    return save(module, tmp_path_factory.mktemp("teacher") / "v.ckpt")
+
+
+@pytest.fixture(scope="module")
+def eps_teacher(tmp_path_factory):
+    return save(some_ddpm(), tmp_path_factory.mktemp("teacher") / "eps.ckpt")
+
+
+def trainer(folder, *callbacks, **arguments):
+    return L.Trainer(
+        **{
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 0,
+            "max_epochs": -1,
+            "default_root_dir": folder,
+            "callbacks": list(callbacks),
+            **arguments,
+        }
+    )
+
+
+LADDER = [(4, 6), (2, 5), (1, 5)]  # after two updates of conversion it ends at update 18
+
+
+def ladder(teacher, **arguments):
+    # A run that resumes must not owe its result to the global generator.
+    seed_everything(arguments.pop("global_seed", 0), verbose=False)
+    return ProgressiveDistillation(
+        **{
+            "teacher": teacher,
+            "rounds": LADDER,
+            "conversion_updates": 2,
+            "ema_decay": 0.5,
+            "dropout": 0.1,
+            "optimizer": functools.partial(torch.optim.Adam, lr=1e-3),
+            **arguments,
+        }
+    )
+
+
+def fit(module, folder, *callbacks, ckpt_path=None, **arguments):
+    data = DigitsDataModule(batch_size=4, steps_per_epoch=8)
+    t = trainer(folder, *callbacks, **arguments)
+    t.fit(module, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    return t
+
+
+def clone(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Diary(Callback):
+    """What stands when an update is about to be made, and the average after it."""
+
+    def __init__(self):
+        self.pages = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        page = SimpleNamespace(
+            round=pl_module.round,
+            steps=pl_module.student_steps,
+            levels=pl_module.levels,
+            rate=optimizer.param_groups[0]["lr"],
+            states=len(optimizer.state),
+            averaged=int(pl_module.average.n_averaged),
+            prediction=pl_module.teacher_denoiser.prediction,
+            teacher=clone(pl_module.teacher),
+            network=clone(pl_module.network),
+            teacher_trains=pl_module.teacher.training,
+        )
+        self.pages.append(page)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.pages[-1].average = clone(pl_module.average.module)
+
+
+@pytest.fixture(scope="module")
+def whole(teacher, tmp_path_factory):
+    """An unbroken ladder: module, trainer, diary, and the folder with a checkpoint per update."""
+    folder = tmp_path_factory.mktemp("whole")
+    diary = Diary()
+    files = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    module = ladder(teacher, warmup_steps=1)
+    return module, fit(module, folder, diary, files), diary.pages, folder
+
+
+ROUND_OF_UPDATE = [-1] * 2 + [0] * 6 + [1] * 5 + [2] * 5
+
+
+def test_each_update_belongs_to_a_round(teacher):
+    module = ladder(teacher)
+    assert module.num_updates == 18
+    assert [module.round_at(update) for update in range(18)] == ROUND_OF_UPDATE
+    assert module.round_at(18) == 2
+    assert [module.start_of(index) for index in (-1, 0, 1, 2)] == [0, 2, 8, 13]
+    steps = []
+    for index in (-1, 0, 1, 2):
+        module.round = index
+        steps.append(module.student_steps)
+        torch.testing.assert_close(module.levels, linear(1000, steps[-1]), rtol=0, atol=0)
+    assert steps == [8, 4, 2, 1]
+    assert ladder(teacher, conversion_updates=0).round == 0
+    assert module.network.init_args["dropout"] == 0.1
+    assert module.teacher.init_args["dropout"] == 0.0
+
+
+def test_the_fit_ends_with_the_ladder_and_follows_its_rounds(whole):
+    _, t, pages, _ = whole
+    assert t.global_step == len(pages) == 18
+    assert [page.round for page in pages] == ROUND_OF_UPDATE
+    assert [page.steps for page in pages] == [8] * 2 + [4] * 6 + [2] * 5 + [1] * 5
+    assert all(len(page.levels) == page.steps + 1 for page in pages)
+    assert not any(page.teacher_trains for page in pages)
+
+
+def test_the_rate_warms_up_and_falls_to_zero_in_each_round(whole):
+    _, _, pages, _ = whole
+    expected = []
+    for updates in (2, 6, 5, 5):
+        expected += [1e-3 * min(1, (k + 1) / 2) * (1 - k / updates) for k in range(updates)]
+    assert [page.rate for page in pages] == pytest.approx(expected)
+
+
+def test_optimizer_and_average_begin_anew_in_each_round(whole):
+    module, _, pages, _ = whole
+    parameters = len(list(module.network.parameters()))
+    place = [k for updates in (2, 6, 5, 5) for k in range(updates)]
+    assert [page.averaged for page in pages] == place
+    assert [page.states for page in pages] == [parameters if k else 0 for k in place]
+
+
+def test_a_promoted_teacher_is_the_averaged_student_to_the_bit(whole, teacher):
+    _, _, pages, _ = whole
+    first = load_teacher(teacher).average.module.state_dict()
+    assert same(pages[0].teacher, first)
+    for k in range(1, 18):
+        if pages[k].round == pages[k - 1].round:
+            assert same(pages[k].teacher, pages[k - 1].teacher)
+            continue
+        assert same(pages[k].teacher, pages[k - 1].average)
+        assert same(pages[k].network, pages[k - 1].average)
+        assert not same(pages[k].teacher, pages[k - 1].network)
+        assert not same(pages[k].teacher, pages[k - 1].teacher)
+
+
+def test_a_checkpoint_holds_student_average_and_teacher_once_each(whole):
+    module, _, _, folder = whole
+    state = torch.load(folder / "step=18.ckpt", weights_only=True)
+    names = set(module.network.state_dict())
+    prefixes = ("network.", "average.module.", "teacher.")
+    assert set(state["state_dict"]) == {p + name for p in prefixes for name in names} | {
+        "average.n_averaged",
+        "_extra_state",
+    }
+    (optimizer,) = state["optimizer_states"]
+    assert len(optimizer["state"]) == len(list(module.network.parameters()))
+
+
+def test_a_checkpoint_alone_rebuilds_the_ladder(whole):
+    module, _, _, folder = whole
+    loaded = ProgressiveDistillation.load_from_checkpoint(
+        folder / "step=18.ckpt", map_location="cpu", weights_only=True, teacher=None
+    )
+    assert loaded.rounds == module.rounds
+    assert (loaded.round, loaded.student_steps, loaded.clip) == (2, 1, False)
+    assert loaded.schedule == CosineLogSNRSchedule()
+    assert loaded.time_input == "log_snr"
+    torch.testing.assert_close(loaded.sample([0, 1]), module.sample([0, 1]), rtol=0, atol=0)
+
+
+# ---- resuming ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "step",
+    [1, 2, 5, 8, 10, 13, 16],
+    ids=lambda step: f"{step}-{'boundary' if step in (2, 8, 13) else 'inside'}",
+)
+def test_a_resumed_ladder_ends_in_the_same_weights_bit_for_bit(whole, teacher, tmp_path, step):
+    module, _, pages, folder = whole
+    diary = Diary()
+    resumed = ladder(teacher, warmup_steps=1, global_seed=99)
+    fit(resumed, tmp_path, diary, ckpt_path=folder / f"step={step}.ckpt")
+    expected, got = module.state_dict(), resumed.state_dict()
+    assert expected.pop("_extra_state") == got.pop("_extra_state") == {"round": 2}
+    assert same(expected, got)
+    assert [page.rate for page in diary.pages] == [page.rate for page in pages[step:]]
+
+
+def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(
+    whole, teacher, tmp_path, monkeypatch
+):
+    write, saves = LocalFileOpener.write, []
+
+    def crash(self, content):
+        saves.append(len(content))
+        if len(saves) < 2:
+            return write(self, content)
+        write(self, content[: len(content) // 2])
+        raise InterruptedError
+
+    monkeypatch.setattr(LocalFileOpener, "write", crash)
+    files = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_last=True, save_top_k=0)
+    with pytest.raises(InterruptedError):  # at update 8, the end of a round
+        fit(ladder(teacher, warmup_steps=1), tmp_path, files)
+    monkeypatch.undo()
+    last = tmp_path / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    resumed = ladder(teacher, warmup_steps=1, global_seed=99)
+    fit(resumed, tmp_path, ckpt_path=last)
+    assert same(clone(whole[0].average.module), clone(resumed.average.module))
+
+
+# ---- teachers ---------------------------------------------------------------------------------
+
+
+def test_a_v_teacher_gives_all_that_is_not_said(teacher):
+    read, module = load_teacher(teacher), ladder(teacher, dropout=0.0)
+    assert module.schedule == read.schedule
+    assert module.first_prediction == "v"
+    assert (module.time_input, module.clip) == ("log_snr", False)
+    assert module.image_shape == read.image_shape
+    for network in (module.network, module.average.module, module.teacher):
+        assert same(clone(network), clone(read.average.module))
+
+
+def test_an_eps_teacher_is_read_as_such_until_it_is_converted(eps_teacher, tmp_path):
+    straight = ladder(eps_teacher, conversion_updates=0)
+    assert straight.schedule == LinearSchedule()
+    assert straight.teacher_denoiser.prediction == "eps"
+    diary = Diary()
+    module = ladder(eps_teacher, rounds=[(2, 1), (1, 1)])
+    fit(module, tmp_path, diary)
+    assert [page.prediction for page in diary.pages] == ["eps", "eps", "v", "v"]
+    diary = Diary()
+    fit(ladder(eps_teacher, rounds=[(2, 2), (1, 1)], conversion_updates=0), tmp_path, diary)
+    assert [page.prediction for page in diary.pages] == ["eps", "eps", "v"]
+
+
+def test_conversion_teaches_a_v_student_what_an_eps_teacher_says(eps_teacher, tmp_path):
+    module = ladder(
+        eps_teacher,
+        rounds=[(4, 1)],
+        conversion_updates=60,
+        clip_teacher=True,
+        dropout=0.0,
+        optimizer=functools.partial(torch.optim.Adam, lr=3e-3),
+    )
+    x = noise(256, 1, 8, 8).float().clamp(-1, 1)
+    losses = []
+    with torch.no_grad():
+        for _ in range(2):
+            denoiser = module._denoiser(module.network)
+            losses.append(module.loss(denoiser, x, step_generators(0, x.device)).mean())
+            if len(losses) == 1:
+                fit(module, tmp_path, max_steps=60)
+    assert module.round == -1
+    assert losses[1] < 0.5 * losses[0], losses
+
+
+def test_a_round_can_be_run_alone_from_a_student(whole, tmp_path):
+    module, _, _, _ = whole
+    path = tmp_path / "student.ckpt"
+    torch.save(module.student_checkpoint(), path)
+    student = DDPM.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    assert len(student.levels) == 2
+    torch.testing.assert_close(student.sample([0, 1]), module.sample([0, 1]), rtol=0, atol=0)
+    alone = ladder(str(path), rounds=[(1, 3)], conversion_updates=0)
+    assert alone.first_prediction == "v"
+    assert (alone.schedule, alone.time_input, alone.clip) == (
+        module.schedule,
+        module.time_input,
+        module.clip,
+    )
+    assert same(clone(alone.teacher), clone(module.average.module))
+    assert fit(alone, tmp_path).global_step == 3
+    assert not same(clone(alone.average.module), clone(alone.teacher))
+
+
+def test_a_ladder_can_be_gone_on_with_from_its_own_checkpoint(whole):
+    module, _, _, folder = whole
+    path = folder / "step=18.ckpt"
+    further = ladder(str(path), rounds=[(1, 3)], conversion_updates=0)
+    assert same(clone(further.teacher), clone(module.average.module))
+    assert further.rounds != module.rounds
+
+
+# ---- bad input --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rounds": [(8, 1), (3, 1)]}, "rounds must halve the steps: after 8 comes 4, got 3"),
+        ({"rounds": [(4, 1), (8, 1)]}, "rounds must halve the steps: after 4 comes 2, got 8"),
+        ({"rounds": [(3, 1), (1, 1)]}, "after 3 comes 1.5, got 1"),
+        ({"rounds": []}, "rounds must hold at least one pair"),
+        ({"rounds": [(4, 0)]}, r"rounds must hold pairs .* of at least 1, got \[4, 0\]"),
+        ({"rounds": [(0, 4)]}, r"got \[0, 4\]"),
+        ({"rounds": [(4,)]}, r"rounds must hold pairs .*, got \[4\]"),
+        ({"rounds": [(1001, 1)]}, r"num_steps must lie in \[1, 1000\].* got 1001"),
+        ({"prediction": "eps"}, "prediction must be 'x' or 'v' .* got 'eps': at the last level"),
+        (
+            {"prediction": "eps", "loss_weight": "truncated_snr"},
+            "prediction must be 'x' or 'v' .* got 'eps'",
+        ),
+        ({"prediction": "residual"}, "prediction must be 'x' or 'v' .* got 'residual'"),
+        ({"loss_weight": "snr_plus_two"}, "loss_weight must be one of .* got 'snr_plus_two'"),
+        ({"conversion_updates": -1}, "conversion_updates must not be negative, got -1"),
+        ({"warmup_steps": -2}, "warmup_steps must not be negative, got -2"),
+        ({"teacher": None}, "teacher must be given"),
+        ({"teacher": "nowhere.ckpt"}, "teacher 'nowhere.ckpt' is not a file"),
+        ({"schedule": LinearSchedule()}, "teacher .* has schedule CosineLogSNR.* given Linear"),
+        ({"time_input": "index"}, "teacher .* has time_input log_snr, .* given index"),
+        ({"image_shape": (1, 16, 16)}, r"teacher .* has image_shape .* given \(1, 16, 16\)"),
+    ],
+)
+def test_wrong_arguments_are_refused(teacher, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ladder(teacher, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"channels": 12}, "has another network than the student"),
+        (
+            {"image_size": 16, "attention": [8]},
+            r"has image_shape \(1, 8, 8\), .* \(1, 16, 16\)",
+        ),
+    ],
+)
+def test_a_network_that_is_not_the_teachers_is_refused_before_training(
+    teacher, tmp_path, change, message
+):
+    module = ladder(
+        teacher,
+        network=tiny_unet(**change),
+        schedule=CosineLogSNRSchedule(),
+        time_input="log_snr",
+    )
+    with pytest.raises(ValueError, match=message):
+        fit(module, tmp_path)
+    assert module.global_step == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"not a checkpoint", {"state_dict": {}}, torch.zeros(3), [1]],
+    ids=["bytes", "no arguments", "tensor", "list"],
+)
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "other.ckpt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=r"teacher .*other.ckpt' cannot be read as a checkpoint"):
+        ladder(str(path))
+
+
+def test_a_checkpoint_of_an_unknown_class_is_refused_by_name(tmp_path):
+    path = tmp_path / "other.ckpt"
+    torch.save({"hyper_parameters": {"_class_path": "os.system"}}, path)
+    with pytest.raises(ValueError, match=r"os.system is no DiffusionModule"):
+        ladder(str(path))
+
+
+def test_a_checkpoint_whose_weights_do_not_fit_is_refused(tmp_path):
+    path = save(tiny_ddpm(), tmp_path / "model.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["hyper_parameters"]["network"]["init_args"]["channels"] = 12
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"teacher .*model.ckpt' cannot be read"):
+        ladder(path)
+
+
+def test_conversion_evaluates_at_levels_that_exist():
+    # The teacher of 600 steps would have 1200, more than there are levels.
+    module = wave(rounds=[(600, 1), (300, 1)], conversion_updates=1)
+    assert module.round == -1
+    assert len(module.levels) <= 1001
+
+
+def test_states_of_the_loss_are_noisy_images_at_the_students_levels():
+    module = wave(rounds=[(2, 1)])
+    seen = []
+    module.teacher.register_forward_hook(lambda _, arguments, output: seen.append(arguments))
+    x = 0.5 * torch.ones(20_000, 1, 2, 2, dtype=torch.float64)
+    student = Reproducing(Wave(), module.schedule, "v", clip=False)
+    student.answer(wave().teacher_denoiser, 2, 0.0)
+    module.loss(student, x, step_generators(0, x.device))
+    (z, _), (_, mid_index) = seen
+    t = student.seen[0]
+    assert set(t.tolist()) == {500.0, 1000.0}
+    torch.testing.assert_close(mid_index.double(), t - 250 - 1)
+    for each in (500.0, 1000.0):
+        level, states = module.schedule(each), z[t == each]
+        bound = 5 / states.numel() ** 0.5
+        assert abs(states.mean() - 0.5 * level.alpha) < bound
+        assert abs(states.std() - level.sigma) < bound
