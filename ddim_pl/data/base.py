@@ -426,8 +426,11 @@ class ImageDataModule(LightningDataModule, ABC):
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
     def _loader(self, source: ImageSet, order: DistributedSampler[Draw]) -> DataLoader[Batch]:
+        return self._loader_of(DrawnImages(source), order)
+
+    def _loader_of(self, dataset: Dataset[Batch], order: Any) -> DataLoader[Batch]:
         return ResumableLoader(
-            DrawnImages(source),
+            dataset,
             sampler=order,
             batch_size=None,
             num_workers=self.num_workers,

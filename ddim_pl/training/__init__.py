@@ -2,6 +2,7 @@
 
 from ddim_pl.training.base import DiffusionModule
 from ddim_pl.training.ddpm import DDPM
+from ddim_pl.training.luhman import LuhmanDistillation
 from ddim_pl.training.progressive import ProgressiveDistillation
 
-__all__ = ["DDPM", "DiffusionModule", "ProgressiveDistillation"]
+__all__ = ["DDPM", "DiffusionModule", "LuhmanDistillation", "ProgressiveDistillation"]

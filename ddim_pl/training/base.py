@@ -33,7 +33,7 @@ from ddim_pl.training.warmup import Warmup
 
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]
 
 
 class DiffusionModule(L.LightningModule, ABC):
@@ -111,12 +111,13 @@ class DiffusionModule(L.LightningModule, ABC):
     # ---- what the method is -------------------------------------------------------------------
 
     @abstractmethod
-    def loss(self, denoiser: Denoiser, x: Tensor, generators: StepGenerators) -> Tensor:
+    def loss(self, denoiser: Denoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Loss of each image, `(B,)`.
 
         Args:
-            denoiser: The network to judge, in training or averaged.
-            x: Images in [-1, 1], `(B, C, H, W)`.
+            denoiser: The network to judge, in training or averaged, told the batch's labels.
+            batch: Images in [-1, 1], `(B, C, H, W)`, their labels `(B,)`, and what else the data
+                module gives.
             generators: Sources of all noise.
         """
 
@@ -252,11 +253,10 @@ class DiffusionModule(L.LightningModule, ABC):
     # ---- parts --------------------------------------------------------------------------------
 
     def _mean_loss(self, network: nn.Module, batch: Batch, seed: int) -> Tensor:
-        x, label = batch
         denoiser = self._denoiser(network)
         if self.num_classes is not None:
-            denoiser = denoiser.condition(label)
-        return self.loss(denoiser, x, step_generators(seed, x.device)).mean()
+            denoiser = denoiser.condition(batch[1])
+        return self.loss(denoiser, batch, step_generators(seed, batch[0].device)).mean()
 
     def _log_loss(self, name: str, batch: Batch, batch_idx: int) -> None:
         seed = derive_seed(self.seed, batch_idx, self.global_rank)

@@ -13,7 +13,7 @@ from ddim_pl.denoiser import Denoiser
 from ddim_pl.noise import StepGenerators, randn
 from ddim_pl.prediction import LossWeight, check_loss_weight, output_error_weight, target
 from ddim_pl.schedules import DiscreteSchedule, NoiseSchedule
-from ddim_pl.training.base import DiffusionModule
+from ddim_pl.training.base import Batch, DiffusionModule
 from ddim_pl.transitions import q_sample
 
 LevelSampling = Literal["uniform", "antithetic"]
@@ -111,8 +111,9 @@ class DDPM(DiffusionModule):
         self.min_snr_gamma = min_snr_gamma
         self.level_sampling = level_sampling
 
-    def loss(self, denoiser: Denoiser, x: Tensor, generators: StepGenerators) -> Tensor:
+    def loss(self, denoiser: Denoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Denoising loss of each image at a random level, `(B,)`."""
+        x = batch[0]
         t = draw_levels(self.schedule, len(x), self.level_sampling, generators.host)
         eps = randn(x.shape, generators.device, x)
         return denoising_loss(

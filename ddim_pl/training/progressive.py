@@ -28,7 +28,7 @@ from ddim_pl.prediction import (
 )
 from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.timesteps import linear
-from ddim_pl.training.base import DiffusionModule, OptimizerCallable
+from ddim_pl.training.base import Batch, DiffusionModule, OptimizerCallable
 from ddim_pl.training.ddpm import DDPM
 from ddim_pl.training.hyperparameters import INSTANTIATOR, describe, import_path
 from ddim_pl.training.teacher import (
@@ -202,7 +202,9 @@ class ProgressiveDistillation(DiffusionModule):
     @property
     def levels(self) -> Tensor:
         """Levels of the present student, `(N + 1,)`."""
-        return linear(self.schedule.num_levels, self.student_steps)
+        # A teacher that is being converted may have more steps than there are whole levels.
+        most = self.schedule.num_levels if self.round < 0 else self.student_steps
+        return linear(self.schedule.num_levels, min(self.student_steps, most))
 
     def begin_from(self, teacher: DiffusionModule) -> None:
         """Take over a teacher's weights, for the student and for what it learns from."""
@@ -268,8 +270,9 @@ class ProgressiveDistillation(DiffusionModule):
             self.teacher, self.schedule, prediction, self.clip_teacher, self.time_input
         )
 
-    def loss(self, denoiser: Denoiser, x: Tensor, generators: StepGenerators) -> Tensor:
+    def loss(self, denoiser: Denoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Weighted squared error of the student's x against the target, `(B,)`."""
+        x = batch[0]
         eps = randn(x.shape, generators.device, x)
         teacher = self.teacher_denoiser.condition(denoiser.label)
         steps = self.student_steps
@@ -280,7 +283,8 @@ class ProgressiveDistillation(DiffusionModule):
                 t = (1 - u) * self.schedule.num_levels
                 wanted = teacher(q_sample(x, eps, self.schedule(t)), t).x
             else:
-                t = ((u * steps).floor() + 1) * step
+                # In this order the last level is T exactly, not a rounding above.
+                t = ((u * steps).floor() + 1) * self.schedule.num_levels / steps
                 wanted = self._two_steps(teacher, q_sample(x, eps, self.schedule(t)), t, step)
         level = self.schedule(t)
         z = q_sample(x, eps, level)

@@ -24,7 +24,7 @@ def load_teacher(path: str) -> DiffusionModule:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         kind = _module_class(checkpoint["hyper_parameters"]["_class_path"])
         return kind.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
         raise ValueError(
             f"teacher {path!r} cannot be read as a checkpoint of this package "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): give another file"

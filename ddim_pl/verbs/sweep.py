@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from ddim_pl.samplers import Sampler
 from ddim_pl.timesteps import has_own_length, load_levels, make_levels, save_levels
 from ddim_pl.timesteps import strategies as known_strategies
 from ddim_pl.training import DiffusionModule
+from ddim_pl.training.fingerprint import digest_of, fingerprint
 from ddim_pl.verbs.devices import Device, at_least, check_images, on_every_device
 from ddim_pl.verbs.levels import check_steps, search_levels
 from ddim_pl.verbs.report import label_rows, markdown, plot_distances, write_csv, write_text
@@ -162,7 +163,10 @@ def sweep(
     _check_strategies(strategies)
     # What else is wrong shows now: too many steps, a file that does not fit.
     _ = list(_cells(model, ways, [s for s in strategies if s != ADAPTIVE], num_steps, None))
-    checkpoint = _fingerprint(model, ckpt_path)
+    file: dict[str, Any] = {}
+    if ckpt_path is not None:
+        file = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = fingerprint(model, file.get("state_dict"))
 
     def work(device: Device) -> None:
         folder = device.folder(output, name)
@@ -269,31 +273,11 @@ def _cells(
                 yield Cell(sampler, strategy, levels)
 
 
-def _fingerprint(model: DiffusionModule, ckpt_path: str | None) -> str:
-    """A name for the averaged weights and what reads them."""
-    state = model.state_dict()
-    if ckpt_path is not None:
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
-        state = checkpoint["state_dict"]
-    average = {name: values for name, values in state.items() if name.startswith("average.")}
-    return digest_of(average, repr(replace(model.denoiser, network=nn.Identity())))
-
-
 def _identity(data: ImageDataModule) -> str:
     """A name for the real images: how many they are, and what a hundred of them look like."""
     count = data.num_reference
     some = torch.arange(min(count, 100)) * count // min(count, 100)
     return f"{type(data).__name__} {count} {digest_of({'images': data.train_set.images(some)})}"
-
-
-def digest_of(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """A fingerprint of tensors with their names, and of a text."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        values = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _adaptive_file(

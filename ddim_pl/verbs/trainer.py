@@ -4,6 +4,7 @@ import lightning as L
 
 from ddim_pl.verbs.interpolate import interpolate
 from ddim_pl.verbs.levels import levels
+from ddim_pl.verbs.pairs import pairs
 from ddim_pl.verbs.reconstruct import reconstruct
 from ddim_pl.verbs.sample import sample
 from ddim_pl.verbs.sweep import sweep
@@ -16,6 +17,7 @@ class Trainer(L.Trainer):
     interpolate = interpolate
     reconstruct = reconstruct
     levels = levels
+    pairs = pairs
     sweep = sweep
 
 

@@ -66,7 +66,7 @@ def student(version, steps):
 
 
 def rows(version):
-    return list(csv.DictReader((version / "students" / "students.csv").open()))
+    return list(csv.DictReader((version / "students" / "students.csv").read_text().splitlines()))
 
 
 def test_each_round_leaves_a_checkpoint_a_picture_and_a_line(run):
@@ -150,7 +150,7 @@ def test_a_students_config_is_that_of_a_plain_model(run):
     assert not any(name.endswith("Students") for name in names)
 
 
-@pytest.mark.parametrize("stop", [5, 10, 15])
+@pytest.mark.parametrize("stop", [5, 15])
 def test_a_run_stopped_before_a_round_was_closed_writes_the_same_files(run, tmp_path, stop):
     config, version = run
     config = yaml.safe_load(yaml.safe_dump(config))

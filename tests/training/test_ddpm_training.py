@@ -59,7 +59,7 @@ def test_a_step_depends_on_its_seed_alone():
     losses = []
     for seed, disturbance in ((5, 0), (5, 1), (6, 0)):
         torch.manual_seed(disturbance)
-        losses.append(module.loss(denoiser, x, step_generators(seed, x.device)))
+        losses.append(module.loss(denoiser, (x,), step_generators(seed, x.device)))
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
     assert not torch.equal(losses[0], losses[2])
 
@@ -189,7 +189,7 @@ def test_training_lowers_the_loss():
     optimizer = torch.optim.Adam(module.network.parameters(), lr=3e-3)
     denoiser = Denoiser(module.network, module.schedule)
     for step in range(60):
-        loss = module.loss(denoiser, x, step_generators(step, x.device)).mean()
+        loss = module.loss(denoiser, (x,), step_generators(step, x.device)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,0 +1,32 @@
+"""Names for what results depend on: digests of tensors and of models."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ddim_pl.training.base import DiffusionModule
+
+
+def digest_of(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """A fingerprint of tensors with their names, and of a text."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        values = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(model: DiffusionModule, state: Mapping[str, Tensor] | None = None) -> str:
+    """A name for a model's averaged weights and what reads them.
+
+    Args:
+        model: The model.
+        state: Its state, if that is not loaded yet.
+    """
+    state = model.state_dict() if state is None else state
+    average = {name: values for name, values in state.items() if name.startswith("average.")}
+    return digest_of(average, repr(replace(model.denoiser, network=nn.Identity())))

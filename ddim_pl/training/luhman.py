@@ -1,0 +1,270 @@
+"""Distillation in a single step (Luhman & Luhman 2021).
+
+A deterministic teacher maps each latent to an image; the student learns that map, `x = student(z,
+T)`, by regression on pairs that were drawn beforehand.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ddim_pl.data.teacher_pairs import PairBatch, PairStore, TeacherPairsDataModule, shards_of
+from ddim_pl.denoiser import Denoiser, TimeInput
+from ddim_pl.noise import StepGenerators
+from ddim_pl.prediction import PredictionType
+from ddim_pl.samplers import DDIM, Sampler
+from ddim_pl.schedules import LinearSchedule, NoiseSchedule
+from ddim_pl.timesteps import make_levels
+from ddim_pl.training.base import (
+    Batch,
+    DiffusionModule,
+    LRSchedulerCallable,
+    OptimizerCallable,
+)
+from ddim_pl.training.fingerprint import fingerprint
+from ddim_pl.training.teacher import (
+    check_same_kind,
+    copy_weights,
+    load_teacher,
+    set_dropout,
+    student_network,
+)
+
+Loss = Literal["l2", "l1"]
+
+
+class LuhmanDistillation(DiffusionModule):
+    """Train a student that answers in one network evaluation.
+
+    The student begins with the teacher's weights and sees the last level only. `fit` makes the
+    pairs first, as far as they are missing; its data module is `TeacherPairsDataModule`.
+
+    Args:
+        network: By default a copy of the teacher's; a checkpoint of this module holds it here.
+        schedule: By default the teacher's.
+        teacher: Checkpoint of the teacher.
+        loss: "l2", half the squared error (Luhman & Luhman 2021, eq. 8), or "l1", the absolute
+            one, as in their CIFAR-10 experiment.
+        prediction: How the student's output is read; by default "residual", `x = z - F`, if the
+            teacher predicts eps, as in the paper, and else as the teacher's.
+        teacher_sampler: Deterministic; by default DDIM with eta = 0.
+        teacher_timesteps: Strategy of the teacher's levels; the paper has "quadratic", and on LSUN
+            "linear".
+        teacher_num_steps: The teacher's steps; the paper has 100, and 50 on LSUN.
+        pair_batch_size: Images in a batch while pairs are made, on each device.
+        dropout: Dropout of the student.
+        time_input: By default the teacher's.
+        image_shape: By default the teacher's.
+        clip: Clip the student's images to [-1, 1] when it samples; by default as the teacher does.
+        optimizer: As in `DiffusionModule`; the paper has Adam with betas 0.9 and 0.98.
+        lr_scheduler: As in `DiffusionModule`.
+        warmup_steps: As in `DiffusionModule`.
+        ema_decay: As in `DiffusionModule`; the paper has 0.995.
+        compile: As in `DiffusionModule`.
+        seed: As in `DiffusionModule`.
+
+    Raises:
+        ValueError: If the teacher cannot be read or does not fit, its sampler is stochastic, or an
+            argument is out of range.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | None = None,
+        schedule: NoiseSchedule | None = None,
+        *,
+        teacher: str | None = None,
+        loss: Loss = "l2",
+        prediction: PredictionType | None = None,
+        teacher_sampler: Sampler | None = None,
+        teacher_timesteps: str = "quadratic",
+        teacher_num_steps: int = 100,
+        pair_batch_size: int = 500,
+        dropout: float = 0.0,
+        time_input: TimeInput | None = None,
+        image_shape: tuple[int, int, int] | None = None,
+        clip: bool | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 0,
+        ema_decay: float = 0.995,
+        compile: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if loss not in get_args(Loss):
+            raise ValueError(f"loss must be one of {get_args(Loss)}, got {loss!r}")
+        if pair_batch_size < 1:
+            raise ValueError(f"pair_batch_size must be at least 1, got {pair_batch_size}")
+        if teacher_sampler is not None and not teacher_sampler.encodes:
+            raise ValueError(
+                f"teacher_sampler must be deterministic, got {teacher_sampler}: with noise in it "
+                "a latent has no one image; use DDIM with eta 0"
+            )
+        read = load_teacher(teacher) if teacher is not None and network is None else None
+        if read is not None:
+            # Under the arguments' own names, by which a checkpoint will hold what was found.
+            network = student_network(read, dropout)
+            schedule = schedule or read.schedule
+            time_input = time_input or read.time_input
+            prediction = prediction or _reading(read.prediction)
+            image_shape = image_shape or read.image_shape
+            clip = read.clip if clip is None else clip
+        if network is None:
+            raise ValueError("teacher must be given: a checkpoint to distil")
+        if prediction == "eps":
+            raise ValueError(
+                "prediction must be 'residual', 'x' or 'v' for a student of one step, got 'eps': "
+                "at the last level eps says nothing of the image"
+            )
+        set_dropout(network, dropout)
+        last = float((schedule or LinearSchedule()).num_levels)
+        super().__init__(
+            network,
+            schedule,
+            prediction=prediction or "residual",
+            time_input=time_input or "index",
+            image_shape=image_shape,
+            clip=True if clip is None else clip,
+            timesteps=[last],
+            num_steps=1,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            warmup_steps=warmup_steps,
+            ema_decay=ema_decay,
+            compile=compile,
+            seed=seed,
+        )
+        self.teacher_path = teacher
+        self.error = loss
+        self.teacher_sampler = teacher_sampler or DDIM()
+        self.teacher_levels = make_levels(teacher_timesteps, self.schedule, teacher_num_steps)
+        self.pair_batch_size = pair_batch_size
+        if read is not None:
+            check_same_kind(read, self, str(teacher))
+            self.begin_from(read)
+
+    def begin_from(self, teacher: DiffusionModule) -> None:
+        """Take over a teacher's weights."""
+        for network in (self.network, self.average.module):
+            copy_weights(teacher.average.module, network)
+
+    def loss(self, denoiser: Denoiser, batch: Batch, generators: StepGenerators) -> Tensor:
+        """Error of the student's image against the teacher's, `(B,)`."""
+        pairs = cast(PairBatch, batch)
+        unclipped = dataclasses.replace(denoiser, clip=False)
+        error = unclipped(pairs.latents, self.levels[0]).x - pairs.images
+        each = error.abs() if self.error == "l1" else error.square() / 2
+        return each.flatten(1).mean(1)
+
+    # ---- Lightning ----------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Make the pairs that are missing, and begin from the teacher if this is a new run."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, TeacherPairsDataModule):
+            raise ValueError(
+                "LuhmanDistillation needs ddim_pl.data.teacher_pairs.TeacherPairsDataModule as "
+                f"its data module, got {type(data).__name__}"
+            )
+        if self.teacher_path is None:
+            raise ValueError("teacher must be given for fit: a checkpoint to distil")
+        teacher = load_teacher(self.teacher_path)
+        check_same_kind(teacher, self, self.teacher_path)
+        if self.trainer.ckpt_path is None:
+            self.begin_from(teacher)
+        store = data.open(recipe_of(teacher, self.teacher_sampler, self.teacher_levels))
+        bar = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        teacher.to(self.device)
+        if self.trainer.is_global_zero:
+            store.begin()
+        with self.trainer.precision_plugin.forward_context():
+            make_pairs(
+                store,
+                teacher,
+                self.teacher_sampler,
+                self.teacher_levels,
+                rank=self.trainer.global_rank,
+                world_size=self.trainer.world_size,
+                batch_size=self.pair_batch_size,
+                progress=bar,
+            )
+        self.trainer.strategy.barrier("pairs made")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Leave the loss out: it is one of pairs, which a test does without."""
+
+
+def recipe_of(teacher: DiffusionModule, sampler: Sampler, levels: Tensor) -> dict[str, Any]:
+    """All that a pair depends on but its seed and index."""
+    return {
+        "teacher": fingerprint(teacher),
+        "sampler": str(sampler),
+        "levels": levels.tolist(),
+        "shape": list(teacher.image_shape),
+        "num_classes": teacher.num_classes,
+    }
+
+
+@torch.no_grad()
+def make_pairs(
+    store: PairStore,
+    teacher: DiffusionModule,
+    sampler: Sampler,
+    levels: Tensor,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int = 500,
+    progress: bool = False,
+) -> int:
+    """Draw this rank's shards that are missing or damaged; return how many.
+
+    A shard is written while the next one is drawn.
+
+    Args:
+        store: Where to.
+        teacher: Draws with its averaged weights.
+        sampler: Deterministic sampler.
+        levels: Its levels, `(S + 1,)`.
+        rank: This process.
+        world_size: Number of processes.
+        batch_size: Images in a batch.
+        progress: Show a progress bar.
+
+    Raises:
+        OSError: If the disk is full; the shards before are kept.
+    """
+    missing = [shard for shard in shards_of(store, rank, world_size) if not store.is_whole(shard)]
+    total = sum(len(store.indices(shard)) for shard in missing)
+    with (
+        ThreadPoolExecutor(1) as writer,
+        tqdm(total=total, desc="teacher pairs", unit="pair", disable=not progress) as bar,
+    ):
+        writing: Future[None] | None = None
+        for shard in missing:
+            parts = []
+            for batch in _batches(store.indices(shard), batch_size):
+                images = teacher.sample(
+                    batch, sampler=sampler, levels=levels, seed=store.recipe["seed"]
+                )
+                parts.append(images.float().cpu())
+                bar.update(len(batch))
+            if writing is not None:
+                writing.result()  # raises what the writing raised
+            writing = writer.submit(store.write, shard, torch.cat(parts))
+        if writing is not None:
+            writing.result()
+    return len(missing)
+
+
+def _batches(indices: range, size: int) -> Iterable[range]:
+    return (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+def _reading(teacher: PredictionType) -> PredictionType:
+    return "residual" if teacher == "eps" else teacher

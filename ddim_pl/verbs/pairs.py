@@ -1,0 +1,70 @@
+"""`main.py pairs`: the pairs of a teacher, ahead of a distillation in one step."""
+
+from pathlib import Path
+
+import lightning as L
+
+from ddim_pl.data.teacher_pairs import PairStore
+from ddim_pl.training import DiffusionModule
+from ddim_pl.training.luhman import make_pairs, recipe_of
+from ddim_pl.verbs.devices import Device, at_least, on_every_device
+from ddim_pl.verbs.sources import check_deterministic
+
+
+def pairs(
+    trainer: L.Trainer,
+    model: DiffusionModule,
+    ckpt_path: str | None = None,
+    *,
+    folder: str,
+    num_pairs: int,
+    shard_size: int = 10_000,
+    pair_seed: int = 0,
+    batch_size: int = 500,
+) -> None:
+    """Draw pairs (latent, image) with a teacher, for LuhmanDistillation to train on.
+
+    `fit` makes the pairs itself when they are missing; this makes them alone, with the sampler,
+    timesteps and number of steps of `--model`, which must be those of the distillation. What is
+    there already is kept.
+
+    Args:
+        trainer: Gives the devices.
+        model: The teacher; its sampler must be deterministic.
+        ckpt_path: Checkpoint, or "last".
+        folder: Where to write.
+        num_pairs: How many; as many as the data module's num_pairs and num_validation together.
+        shard_size: Pairs in a file.
+        pair_seed: Seed of the latents.
+        batch_size: Images in a batch, on each device.
+
+    Raises:
+        ValueError: If the sampler is stochastic, a number does not fit, or the folder holds the
+            pairs of another teacher.
+    """
+    at_least(1, num_pairs=num_pairs, shard_size=shard_size, batch_size=batch_size)
+    at_least(0, pair_seed=pair_seed)
+    check_deterministic(model.sampler)
+
+    def work(device: Device) -> None:
+        recipe = {**recipe_of(model, model.sampler, model.levels), "seed": pair_seed}
+        store = PairStore(Path(folder), recipe, num_pairs=num_pairs, shard_size=shard_size)
+        device.wait()  # all have read the manifest before one writes it
+        if device.is_first:
+            store.begin()
+        with device.trainer.precision_plugin.forward_context():
+            made = make_pairs(
+                store,
+                model,
+                model.sampler,
+                model.levels,
+                rank=device.rank,
+                world_size=device.world_size,
+                batch_size=batch_size,
+                progress=device.shows_progress,
+            )
+        device.wait()
+        if device.is_first:
+            print(f"{num_pairs} pairs are in {folder}; {made} shards were made now")
+
+    on_every_device(trainer, model, work, ckpt_path=ckpt_path)
