@@ -30,6 +30,7 @@ def trainer(folder, **arguments):
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        enable_checkpointing=False,
         default_root_dir=folder,
         limit_val_batches=1,
         num_sanity_val_steps=0,
@@ -244,7 +245,7 @@ def test_a_stopped_fit_ends_with_the_weights_of_an_unbroken_one(tmp_path, teache
     t.fit(half, pairs(tmp_path, steps_per_epoch=5))
     t.save_checkpoint(tmp_path / "half.ckpt")
     rest = student(teacher_file)
-    trainer(tmp_path / "b", max_steps=7).fit(
+    trainer(tmp_path / "c", max_steps=7).fit(
         rest, pairs(tmp_path, steps_per_epoch=5), ckpt_path=tmp_path / "half.ckpt"
     )
     for name, value in whole.state_dict().items():
