@@ -29,6 +29,10 @@ class Device:
         self.world_size: int = trainer.world_size
         self.shows_progress = progress and self.rank == 0
 
+    def of(self, model: DiffusionModule) -> "Device":
+        """The same device for another model, which must be there already."""
+        return Device(self.trainer, model, self.run, self.shows_progress)
+
     @property
     def is_first(self) -> bool:
         """Whether this device writes what all have made."""

@@ -47,20 +47,21 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join([head, rule.replace(" ", ""), *body]) + "\n"
 
 
-def plot_distances(path: Path, rows: Sequence[Row], key: str) -> None:
+def plot_distances(path: Path, rows: Sequence[Row], key: str, series: Sequence[str]) -> None:
     """Plot a distance against steps and against network evaluations, a line per way of sampling.
 
     Args:
         path: PNG to write.
-        rows: Hold "sampler", "timesteps", "steps", "network evaluations" and `key`.
+        rows: Hold "steps", "network evaluations" and `key`.
         key: Name of the distance.
+        series: Name of the line that each row belongs to.
     """
     # The figure is drawn without pyplot, which would choose a backend for the whole process.
     from matplotlib.figure import Figure
 
     lines: dict[str, list[Row]] = {}
-    for row in rows:
-        lines.setdefault(f"{row['sampler']}, {row['timesteps']}", []).append(row)
+    for name, row in zip(series, rows, strict=True):
+        lines.setdefault(name, []).append(row)
     figure = Figure(figsize=(12, 5), layout="constrained")
     for axes, x in zip(figure.subplots(1, 2), ("steps", "network evaluations"), strict=True):
         for name, points in lines.items():

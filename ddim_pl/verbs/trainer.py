@@ -2,6 +2,7 @@
 
 import lightning as L
 
+from ddim_pl.verbs.compare import compare
 from ddim_pl.verbs.interpolate import interpolate
 from ddim_pl.verbs.levels import levels
 from ddim_pl.verbs.pairs import pairs
@@ -19,6 +20,7 @@ class Trainer(L.Trainer):
     levels = levels
     pairs = pairs
     sweep = sweep
+    compare = compare
 
 
 VERBS = tuple(name for name in vars(Trainer) if not name.startswith("_"))

@@ -1,0 +1,97 @@
+"""Students beside their teacher: each with its own steps, and kept where it was measured."""
+
+import csv
+
+import pytest
+import torch
+from tiny import some_ddpm, tiny_ddpm, tiny_unet
+
+from ddim_pl.data.digits import DigitsDataModule
+from ddim_pl.images import read_png
+from ddim_pl.metrics.digits import DigitsFeatures
+from ddim_pl.metrics.quality import SampleQuality
+from ddim_pl.training import ProgressiveDistillation
+from ddim_pl.verbs import Trainer
+
+
+def trainer(folder):
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=folder,
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A teacher, and a run of students of four and two steps."""
+    teacher = some_ddpm()
+    t = trainer(tmp_path)
+    t.strategy.connect(teacher)
+    t.save_checkpoint(tmp_path / "teacher.ckpt")
+    ladder = ProgressiveDistillation(
+        teacher=str(tmp_path / "teacher.ckpt"), rounds=[(4, 1), (2, 1)]
+    )
+    folder = tmp_path / "ladder" / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    for round_, steps in enumerate((4, 2)):
+        ladder.round = round_
+        next(ladder.average.module.parameters()).data += 0.1
+        file = folder / f"student-{steps:04d}-steps.ckpt"
+        torch.save(ladder.student_checkpoint(), file)
+    return teacher, folder
+
+
+def compare(folder, teacher, students, **arguments):
+    settings = {
+        "features": DigitsFeatures,
+        "num_samples": 40,
+        "num_shown": 4,
+        "output": str(folder),
+        **arguments,
+    }
+    trainer(folder).compare(teacher, DigitsDataModule(), students=students, **settings)
+    return list(csv.DictReader((folder / "distillation.csv").read_text().splitlines()))
+
+
+def test_every_student_has_its_own_steps_and_the_teacher_as_many(tmp_path, run):
+    teacher, folder = run
+    rows = compare(tmp_path / "out", teacher, [str(folder.parent)], num_steps=[8, 4, 2])
+    assert [(row["model"], row["steps"]) for row in rows] == [
+        *(("teacher, DDIM", n) for n in "842"),
+        *(("ladder", n) for n in "42"),
+    ]
+    values = [float(row["digits_fd"]) for row in rows]
+    assert len(set(values)) == 5
+    for name in ("distillation.png", "grids.png"):
+        assert read_png(tmp_path / "out" / name).shape[1] > 100
+    assert (tmp_path / "out" / "distillation.md").read_text().count("\n| ") == 6
+
+
+def test_what_was_measured_is_kept(tmp_path, run, monkeypatch):
+    teacher, folder = run
+    first = compare(tmp_path / "out", teacher, [str(folder)], num_steps=[2])
+    calls, original = [], SampleQuality.compute
+    monkeypatch.setattr(SampleQuality, "compute", lambda s: calls.append(1) or original(s))
+    assert compare(tmp_path / "out", teacher, [str(folder)], num_steps=[2]) == first
+    assert not calls
+
+
+def test_wrong_students_are_errors(tmp_path, run):
+    teacher, folder = run
+    (tmp_path / "empty").mkdir()
+    for students, message in (
+        ([], "students must name at least one"),
+        ([str(tmp_path / "empty")], "holds no student"),
+        (["gone.ckpt"], "is not a file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(tmp_path / "out", teacher, students)
+    other = tiny_ddpm(network=tiny_unet(image_size=16, attention=[8]))
+    with pytest.raises(ValueError, match="draws images of shape"):
+        compare(tmp_path / "out", other, [str(folder)])
+    assert not (tmp_path / "out").exists()
