@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 	$(BIN)/python main.py predict --config configs/digits/ddpm.yaml --ckpt_path last
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
