@@ -132,9 +132,7 @@ class BitsPerDim(L.Callback):
         progress: bool,
     ) -> list[Tensor]:
         """The numbers to be averaged, `(B,)` each."""
-        denoiser = module.denoiser
-        if label is not None:
-            denoiser = denoiser.condition(label.to(module.device))
+        denoiser = module.conditioned(label)
         seed, images = module.seed, indices.tolist()
         with trainer.precision_plugin.forward_context():  # as samples are drawn
             bound = variational_bound(

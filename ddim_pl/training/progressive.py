@@ -192,7 +192,7 @@ class ProgressiveDistillation(DiffusionModule):
     @property
     def round_updates(self) -> int:
         """Updates of the present round."""
-        return self.conversion_updates if self.round < 0 else self.rounds[self.round].updates
+        return self._updates_of(self.round)
 
     @property
     def round_is_over(self) -> bool:
@@ -344,10 +344,12 @@ class ProgressiveDistillation(DiffusionModule):
 
     def _rate(self, update: int) -> float:
         index = self.round_at(update)
-        updates = self.conversion_updates if index < 0 else self.rounds[index].updates
         made = update - self.start_of(index)
         warm = min(1.0, (made + 1) / (self.round_warmup + 1))
-        return warm * max(0.0, 1 - made / updates)
+        return warm * max(0.0, 1 - made / self._updates_of(index))
+
+    def _updates_of(self, index: int) -> int:
+        return self.conversion_updates if index < 0 else self.rounds[index].updates
 
 
 def _check_rounds(rounds: Sequence[Sequence[int]]) -> tuple[Round, ...]:

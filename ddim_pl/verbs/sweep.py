@@ -206,7 +206,5 @@ def _write_report(
     )
     series = [f"{cell.sampler}, {cell.timesteps}" for cell, _, _ in done]
     plot_distances(folder / "sweep.png", rows, measure.quality.keys[0], series)
-    images = []
-    for _, key, _ in done:
-        images.append(shown_images(folder, key, measure.num_shown))
+    images = [shown_images(folder, key, measure.num_shown) for _, key, _ in done]
     label_rows(folder / "grids.png", [cell.name for cell, _, _ in done], images)
