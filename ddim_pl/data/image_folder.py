@@ -23,6 +23,8 @@ MEMORY_LIMIT = 4 * 2**30
 PROGRESS_BAR_FROM = 1000
 
 Item = TypeVar("Item")
+# The part of an image from (left, upper), inclusive, to (right, lower), exclusive, in pixels.
+Box = tuple[int, int, int, int]
 
 
 def find_images(root: Path) -> list[Path]:
@@ -57,17 +59,25 @@ def class_names(root: Path, paths: list[Path]) -> list[str]:
     return sorted({parts[0] for parts in parents}) if all(parents) else []
 
 
-def decode(path: Path, image_size: int, channels: int, resize: bool) -> Tensor:
+def decode(
+    path: Path,
+    image_size: int,
+    channels: int,
+    resize: bool,
+    *,
+    box: Box | None = None,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Tensor:
     """Return an image file as uint8 (`channels`, `image_size`, `image_size`).
 
     An image is turned upright as its EXIF entry says, laid on white where it is transparent, and
-    made RGB or gray. With `resize`, its largest central square is resampled by Lanczos' filter,
-    widened when reducing, so without aliasing: the shorter side becomes `image_size` and the
-    longer is cropped.
+    made RGB or gray. With a `box` only that part of it is kept. With `resize`, the largest central
+    square is resampled by the filter `resample`, widened when reducing, so without aliasing: the
+    shorter side becomes `image_size` and the longer is cropped.
 
     Raises:
-        ValueError: If the file cannot be decoded, has more than 8 bits per channel, or, without
-            `resize`, has another size.
+        ValueError: If the file cannot be decoded, has more than 8 bits per channel, does not hold
+            the `box`, or, without `resize`, has another size.
     """
     try:
         with Image.open(path) as file:
@@ -75,15 +85,16 @@ def decode(path: Path, image_size: int, channels: int, resize: bool) -> Tensor:
     # Decoders meet broken bytes with OSError, SyntaxError, struct.error and more.
     except Exception as error:
         raise ValueError(f"{path} cannot be read ({error}); replace or remove it") from error
+    _check_size(path, image.size, image_size, resize, box)
+    if box is not None:
+        image = image.crop(box)
     if resize:
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
-    elif image.size != (image_size, image_size):
-        raise _wrong_size(path, image.size, image_size)
+        image = ImageOps.fit(image, (image_size, image_size), resample)
     pixels = torch.from_numpy(np.array(image))
     return pixels.reshape(image_size, image_size, channels).permute(2, 0, 1).contiguous()
 
 
-def check_header(path: Path, image_size: int, resize: bool) -> None:
+def check_header(path: Path, image_size: int, resize: bool, *, box: Box | None = None) -> None:
     """Check an image file without decoding it: its header, its checksums (PNG), and its size.
 
     Raises:
@@ -96,15 +107,13 @@ def check_header(path: Path, image_size: int, resize: bool) -> None:
             file.verify()
     except Exception as error:
         raise ValueError(f"{path} cannot be read ({error}); replace or remove it") from error
-    if not resize and size != (image_size, image_size):
-        raise _wrong_size(path, size, image_size)
+    _check_size(path, size, image_size, resize, box)
 
 
 class FileImages:
     """An image set too large for memory, decoded whenever it is asked for.
 
-    Its files are checked at the start by `check_header`, which finds all but damage in the midst
-    of a file that has no checksums (JPEG); that stops training with the file's name.
+    A file that turns out to be broken stops training with its name.
     """
 
     def __init__(
@@ -113,14 +122,13 @@ class FileImages:
         labels: Tensor,
         num_classes: int,
         shape: tuple[int, int, int],
-        resize: bool,
+        decode_file: Callable[[Path], Tensor],
     ) -> None:
         self.shape = shape
         self.num_classes = num_classes
         self._paths = paths
         self._labels = labels
-        self._decode = partial(decode, image_size=shape[1], channels=shape[0], resize=resize)
-        _for_each(partial(check_header, image_size=shape[1], resize=resize), paths, "Checking")
+        self._decode = decode_file
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -138,6 +146,51 @@ class FileImages:
     def labels(self, indices: Tensor) -> Tensor:
         """Return the int64 labels (B,) at int64 indices (B,)."""
         return self._labels[indices]
+
+
+def image_set(
+    paths: list[Path],
+    labels: Tensor,
+    num_classes: int,
+    *,
+    image_size: int,
+    channels: int,
+    resize: bool,
+    box: Box | None = None,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> ImageSet:
+    """Return image files as an image set, decoded now if they fit into `MEMORY_LIMIT`.
+
+    The files of a larger set are checked by `check_header`, which finds all but damage in the
+    midst of a file that has no checksums (JPEG), and decoded as they are asked for.
+
+    Args:
+        paths: The files.
+        labels: Their classes, int64 (N,).
+        num_classes: Number of classes.
+        image_size: As in `decode`, like all that follow.
+        channels: 3 for RGB, 1 for gray.
+        resize: Whether to resize, rather than to demand that size.
+        box: Part of each image to keep.
+        resample: Filter to resize with.
+
+    Raises:
+        ValueError: As `decode`.
+    """
+    shape = (channels, image_size, image_size)
+    decode_file = partial(
+        decode,
+        image_size=image_size,
+        channels=channels,
+        resize=resize,
+        box=box,
+        resample=resample,
+    )
+    if len(paths) * channels * image_size**2 > MEMORY_LIMIT:
+        check = partial(check_header, image_size=image_size, resize=resize, box=box)
+        _for_each(check, paths, "Checking")
+        return FileImages(paths, labels, num_classes, shape, decode_file)
+    return TensorImages(_decode_all(paths, shape, decode_file), labels, num_classes)
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -212,12 +265,14 @@ class ImageFolderDataModule(ImageDataModule):
             assert self.val_root is not None
             root = Path(self.val_root).expanduser()
             paths = find_images(root)
-        labels = _labels(root, paths, names)
-        num_classes = max(1, len(names))
-        shape = (self.channels, self.image_size, self.image_size)
-        if len(paths) * self.channels * self.image_size**2 > MEMORY_LIMIT:
-            return FileImages(paths, labels, num_classes, shape, self.resize)
-        return TensorImages(_decode_all(paths, shape, self.resize), labels, num_classes)
+        return image_set(
+            paths,
+            _labels(root, paths, names),
+            max(1, len(names)),
+            image_size=self.image_size,
+            channels=self.channels,
+            resize=self.resize,
+        )
 
 
 def _with_channels(image: Image.Image, channels: int) -> Image.Image:
@@ -252,12 +307,14 @@ def _labels(root: Path, paths: list[Path], names: list[str]) -> Tensor:
     return torch.tensor(labels)
 
 
-def _decode_all(paths: list[Path], shape: tuple[int, int, int], resize: bool) -> Tensor:
+def _decode_all(
+    paths: list[Path], shape: tuple[int, int, int], decode_file: Callable[[Path], Tensor]
+) -> Tensor:
     """Return all images as uint8 (N, C, H, W)."""
     images = torch.empty((len(paths), *shape), dtype=torch.uint8)
 
     def place(index: int) -> None:
-        images[index] = decode(paths[index], shape[1], shape[0], resize)
+        images[index] = decode_file(paths[index])
 
     _for_each(place, range(len(paths)), "Decoding")
     return images
@@ -273,11 +330,24 @@ def _for_each(function: Callable[[Item], None], items: Sequence[Item], verb: str
             pass
 
 
-def _wrong_size(path: Path, size: tuple[int, int], image_size: int) -> ValueError:
-    return ValueError(
-        f"{path} has {size[0]}x{size[1]} pixels in place of {image_size}x{image_size}; "
-        "set `resize: true`, or bring all images to that size"
-    )
+def _check_size(
+    path: Path, size: tuple[int, int], image_size: int, resize: bool, box: Box | None
+) -> None:
+    width, height = size
+    if box is not None:
+        left, upper, right, lower = box
+        # PIL would fill what lies outside with black without a word.
+        if right > width or lower > height:
+            raise ValueError(
+                f"{path} has {width}x{height} pixels, too few to cut out columns {left} to "
+                f"{right} and rows {upper} to {lower}; replace it by an image that has them"
+            )
+        width, height = right - left, lower - upper
+    if not resize and (width, height) != (image_size, image_size):
+        raise ValueError(
+            f"{path} has {width}x{height} pixels in place of {image_size}x{image_size}; "
+            "set `resize: true`, or bring all images to that size"
+        )
 
 
 def _num_threads() -> int:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ddim_pl.data import image_folder
-from ddim_pl.data.image_folder import ImageFolderDataModule, decode
+from ddim_pl.data.image_folder import ImageFolderDataModule, check_header, decode
 
 SIZE = 8
 
@@ -100,6 +100,30 @@ def test_transparent_pixels_turn_white_and_photographs_upright(tmp_path: Path) -
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     turned = decode(tmp_path / "turned.png", SIZE, 1, resize=False)
     torch.testing.assert_close(turned[0], torch.from_numpy(pixels[::-1].copy()))
+
+
+def test_a_box_is_cut_out_before_resizing(tmp_path: Path) -> None:
+    pixels = write(tmp_path / "0.png", size=(24, 16))
+    cut = decode(tmp_path / "0.png", SIZE, 3, resize=False, box=(5, 2, 5 + SIZE, 2 + SIZE))
+    torch.testing.assert_close(cut, torch.from_numpy(pixels)[:, 2 : 2 + SIZE, 5 : 5 + SIZE])
+    flat = np.zeros((16, 24), dtype=np.uint8)
+    flat[:, 12:] = 255
+    Image.fromarray(flat).save(tmp_path / "halves.png")
+    assert (
+        decode(tmp_path / "halves.png", SIZE, 1, resize=True, box=(12, 4, 24, 16)) == 255
+    ).all()
+
+
+@pytest.mark.parametrize("box", [(20, 0, 28, 8), (0, 9, 8, 17)], ids=["right", "below"])
+def test_a_box_that_leaves_the_image_is_refused(
+    tmp_path: Path, box: tuple[int, int, int, int]
+) -> None:
+    write(tmp_path / "0.png", size=(24, 16))
+    message = r"0\.png has 24x16 pixels, too few to cut out columns"
+    with pytest.raises(ValueError, match=message):
+        decode(tmp_path / "0.png", SIZE, 3, resize=True, box=box)
+    with pytest.raises(ValueError, match=message):
+        check_header(tmp_path / "0.png", SIZE, resize=True, box=box)
 
 
 def test_val_root_has_the_classes_of_root(tmp_path: Path) -> None:
