@@ -53,6 +53,7 @@ def test_a_config_parses(config, capsys) -> None:
     ("config", "parameters"),
     [
         ("cifar10/ddpm", 35_746_307),
+        ("cifar10/teacher", 60_004_099),
         ("celeba/ddpm", 78_700_803),
         ("celeba/teacher", 91_126_787),
         ("lsun_bedroom/ddpm", 113_673_219),
