@@ -173,9 +173,11 @@ class DiffusionCLI(LightningCLI):
         )
         if self.subcommand in ("predict", *VERBS) or getattr(rank_zero_only, "rank", 0) != 0:
             return  # other ranks wait for the first one's download, which Lightning sees to
+        module = cast(DiffusionModule, self.model)
+        if self.subcommand == "fit":
+            module.check_data(self.datamodule)
         self.datamodule.prepare_data()
         self.datamodule.setup(self.subcommand)
-        module = cast(DiffusionModule, self.model)
         if isinstance(self.datamodule, ImageDataModule):
             _check_fit(module, self.datamodule)
         for callback in cast(list[Any], self.trainer.callbacks):  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from ddim_pl.prediction import Prediction, PredictionType, decode, eps_from_x
+from ddim_pl.prediction import Prediction, PredictionType, decode, eps_from_x, merge_both
 from ddim_pl.schedules import NoiseSchedule, to_device
 
 TimeInput = Literal["index", "log_snr"]
@@ -71,10 +71,14 @@ class Denoiser:
         return torch.arctan(torch.exp(-log_snr / 2)) * (1000 / (torch.pi / 2))
 
     def output(self, z: Tensor, t: Tensor) -> Tensor:
-        """Raw network output `(B, ...)`, in the dtype of `z`, at levels `t`, `()` or `(B,)`."""
+        """Network output `(B, ...)`, in the dtype of `z`, at levels `t`, `()` or `(B,)`.
+
+        That of a network which answers "both" x and eps is their v.
+        """
         time = to_device(self.network_time(t).float(), z).expand(z.shape[0])
         out = self.network(z, time) if self.label is None else self.network(z, time, self.label)
-        return out.to(z.dtype)
+        out = out.to(z.dtype)
+        return merge_both(self.schedule(t), out) if self.prediction == "both" else out
 
     def __call__(self, z: Tensor, t: Tensor | float) -> Prediction:
         """Estimate the clean image and the noise.
@@ -97,3 +101,9 @@ class Denoiser:
     def condition(self, label: Tensor | None) -> "Denoiser":
         """The same denoiser with class labels `(B,)` given to every call of the network."""
         return replace(self, label=label)
+
+    def select(self, samples: Tensor) -> "Denoiser":
+        """The same denoiser for a batch of these samples, int64 `(N,)`, of its own batch."""
+        if self.label is None:
+            return self
+        return self.condition(self.label[samples.to(self.label.device)])

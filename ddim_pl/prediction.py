@@ -2,7 +2,10 @@
 
 A network output `F` estimates `a x + b eps`: eps-prediction has the row `(a, b) = (0, 1)`,
 x-prediction `(1, 0)`, v-prediction `(-sigma_t, alpha_t)` (Salimans & Ho 2022, appendix D), and
-"residual", `F = z - x`, the row `(alpha_t - 1, sigma_t)` (Luhman & Luhman 2021, section 3).
+"residual", `F = z - x`, the row `(alpha_t - 1, sigma_t)` (Luhman & Luhman 2021, section 3). A
+network that answers "both" x and eps, in twice the channels, is read as the v of the two, `alpha_t
+eps_hat - sigma_t x_hat`, which decodes to Salimans & Ho's `sigma_t^2 x_hat + alpha_t (z - sigma_t
+eps_hat)` (section 4) and leaves no other formula to them.
 Together with `z = alpha x + sigma eps` the row gives both `x` and `eps`: with `d = alpha b - sigma
 a`,
 
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from ddim_pl.schedules import Level, expand
 
-PredictionType = Literal["eps", "x", "v", "residual"]
+PredictionType = Literal["eps", "x", "v", "residual", "both"]
 LossWeight = Literal["snr", "truncated_snr", "snr_plus_one", "min_snr", "uniform"]
 
 
@@ -39,11 +42,26 @@ def row(kind: PredictionType, level: Level) -> tuple[Tensor, Tensor]:
             return zero, one
         case "x":
             return one, zero
-        case "v":
+        case "v" | "both":
             return -level.sigma, level.alpha
         case "residual":
             return level.alpha - 1, level.sigma
     raise ValueError(f"prediction must be one of {get_args(PredictionType)}, got {kind!r}")
+
+
+def merge_both(level: Level, output: Tensor) -> Tensor:
+    """The v, `(B, C, ...)`, of a network output `(B, 2 C, ...)` that holds x and then eps.
+
+    Raises:
+        ValueError: If the number of channels is odd.
+    """
+    if output.shape[1] % 2:
+        raise ValueError(
+            f"prediction='both' needs an even number of output channels, got {output.shape[1]}: "
+            "set the network's out_channels to twice its in_channels"
+        )
+    x, eps = output.chunk(2, dim=1)
+    return target("v", level, x, eps)
 
 
 def target(kind: PredictionType, level: Level, x: Tensor, eps: Tensor) -> Tensor:
@@ -59,7 +77,7 @@ def decode(kind: PredictionType, level: Level, z: Tensor, output: Tensor) -> Pre
         kind: What the network predicts.
         level: Scales of `z`, shape `()` or `(B,)`.
         z: Noisy states, `(B, ...)`.
-        output: Network output, `(B, ...)`.
+        output: Network output, `(B, ...)`; that of "both" already merged, see `merge_both`.
 
     Returns:
         Estimates that satisfy `z = alpha x + sigma eps`.
@@ -127,7 +145,11 @@ def output_error_weight(
     """
     if kind in ("x", "residual"):  # an error of the output is one of x
         return x_error_weight(weight, level, gamma=gamma)
-    if (kind, weight) in {("eps", "snr"), ("v", "snr_plus_one")}:
+    if (kind, weight) in {
+        ("eps", "snr"),
+        ("v", "snr_plus_one"),
+        ("both", "snr_plus_one"),
+    }:
         return torch.ones_like(level.alpha)
     a, b = row(kind, level)
     factor = (level.sigma / (level.alpha * b - level.sigma * a)) ** 2

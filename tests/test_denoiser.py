@@ -19,16 +19,17 @@ KINDS = get_args(PredictionType)
 
 
 class Recorder(nn.Module):
-    """Returns `scale * z` and remembers its arguments."""
+    """Returns `scale * z`, for "both" twice, and remembers its arguments."""
 
-    def __init__(self, scale: float = 2.0) -> None:
+    def __init__(self, scale: float = 2.0, kind: PredictionType = "eps") -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(scale))
+        self.copies = 2 if kind == "both" else 1
         self.seen: list[tuple[Tensor, ...]] = []
 
     def forward(self, z: Tensor, t: Tensor, *label: Tensor) -> Tensor:
         self.seen.append((z, t, *label))
-        return self.scale * z
+        return torch.cat([self.scale * z] * self.copies, dim=1)
 
 
 def batch(count: int = 6) -> tuple[Tensor, Tensor]:
@@ -44,7 +45,7 @@ def test_estimates_explain_the_state_also_after_clipping(kind: PredictionType, c
     z, t = batch(100)
     t[:2] = torch.tensor([1.0, 1000.0])
     schedule = LinearSchedule()
-    x, eps = Denoiser(Recorder(), schedule, kind, clip=clip)(z, t)
+    x, eps = Denoiser(Recorder(kind=kind), schedule, kind, clip=clip)(z, t)
     assert x.dtype == eps.dtype == z.dtype
     torch.testing.assert_close(q_sample(x, eps, schedule(t)), z, rtol=0, atol=1e-5)
     assert (x.abs().max() <= 1) == clip
@@ -53,7 +54,8 @@ def test_estimates_explain_the_state_also_after_clipping(kind: PredictionType, c
 @pytest.mark.parametrize("kind", KINDS)
 def test_clipping_leaves_estimates_inside_the_range_alone(kind: PredictionType) -> None:
     z, t = batch()
-    denoisers = [Denoiser(Recorder(0.5), LinearSchedule(), kind, clip=c) for c in (True, False)]
+    network = Recorder(0.5, kind)
+    denoisers = [Denoiser(network, LinearSchedule(), kind, clip=c) for c in (True, False)]
     clipped, free = (denoiser(z.double(), t) for denoiser in denoisers)
     inside = free.x.abs() <= 1
     assert inside.any()

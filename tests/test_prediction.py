@@ -13,6 +13,7 @@ from ddim_pl.prediction import (
     check_loss_weight,
     decode,
     eps_from_x,
+    merge_both,
     output_error_weight,
     row,
     target,
@@ -152,7 +153,7 @@ def test_pairs_that_are_not_refused_have_bounded_weights(
 
 def test_unknown_names_list_the_known_ones() -> None:
     level = LinearSchedule()(1)
-    with pytest.raises(ValueError, match=r"\('eps', 'x', 'v', 'residual'\).*'noise'"):
+    with pytest.raises(ValueError, match=r"\('eps', 'x', 'v', 'residual', 'both'\).*'noise'"):
         row("noise", level)
     with pytest.raises(ValueError, match=r"'snr', 'truncated_snr'.*'flat'"):
         x_error_weight("flat", level)
@@ -166,3 +167,24 @@ def test_noise_of_an_image_explains_the_state() -> None:
     t, x, z = states(seed=5)
     level = LinearSchedule()(t)
     torch.testing.assert_close(q_sample(x, eps_from_x(level, z, x), level), z)
+
+
+@every_schedule
+def test_both_estimates_merge_as_in_the_paper(schedule: NoiseSchedule) -> None:
+    """Salimans & Ho 2022, section 4: `x = sigma^2 x_hat + alpha (z - sigma eps_hat)`."""
+    t, x, eps = states()
+    level = schedule(t)
+    z = q_sample(x, eps, level)
+    x_hat, eps_hat = torch.randn(
+        2, *x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    decoded = decode("both", level, z, merge_both(level, torch.cat([x_hat, eps_hat], 1)))
+    alpha, sigma = (each.reshape(-1, 1, 1, 1) for each in level)
+    wanted = sigma**2 * x_hat + alpha * (z - sigma * eps_hat)
+    torch.testing.assert_close(decoded.x, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_an_odd_number_of_channels_cannot_hold_both() -> None:
+    level = LinearSchedule()(torch.tensor([5.0]))
+    with pytest.raises(ValueError, match="out_channels"):
+        merge_both(level, torch.zeros(1, 3, 2, 2))

@@ -44,7 +44,8 @@ class DiffusionModule(L.LightningModule, ABC):
     Args:
         network: Module `forward(z, t)`; with `num_classes` set on it, `forward(z, t, label)`.
         schedule: Noise schedule; by default that of DDPM, linear with 1000 levels.
-        prediction: What the network predicts: "eps", "x" or "v".
+        prediction: What the network predicts: "eps", "x", "v", "residual", or "both" x and eps,
+            for which it needs twice the output channels; see `ddim_pl.prediction`.
         time_input: What the network is fed for a level, see `Denoiser`.
         image_shape: `(C, H, W)` of an image; by default read off the network.
         clip: Clip estimates of the clean image to [-1, 1] when sampling.
@@ -96,6 +97,7 @@ class DiffusionModule(L.LightningModule, ABC):
         self.num_steps = num_steps
         _ = self.levels  # a wrong strategy or number of steps shows now, not after hours
         self.image_shape = _image_shape(network, image_shape)
+        _check_channels(network, self.image_shape[0], prediction)
         self.network = network
         self.average = exponential_average(network, ema_decay)
         self.prediction = prediction
@@ -119,6 +121,13 @@ class DiffusionModule(L.LightningModule, ABC):
             batch: Images in [-1, 1], `(B, C, H, W)`, their labels `(B,)`, and what else the data
                 module gives.
             generators: Sources of all noise.
+        """
+
+    def check_data(self, datamodule: L.LightningDataModule | None) -> None:
+        """See, before a fit writes anything, that the data is of the kind that `loss` needs.
+
+        Raises:
+            ValueError: If it is not.
         """
 
     # ---- how to sample it ---------------------------------------------------------------------
@@ -297,3 +306,14 @@ def _image_shape(network: nn.Module, shape: Iterable[int] | None) -> tuple[int, 
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"image_shape must be (channels, height, width), got {shape}")
     return shape
+
+
+def _check_channels(network: nn.Module, channels: int, prediction: PredictionType) -> None:
+    """See that a network that tells its output channels has as many as are read."""
+    wanted = 2 * channels if prediction == "both" else channels
+    found = getattr(network, "out_channels", wanted)
+    if found != wanted:
+        raise ValueError(
+            f"prediction={prediction!r} reads {wanted} channels but the network has out_channels="
+            f"{found}: 'both' takes twice the channels of an image, every other as many"
+        )

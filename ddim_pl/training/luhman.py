@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, cast, get_args
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -163,9 +164,12 @@ class LuhmanDistillation(DiffusionModule):
 
     # ---- Lightning ----------------------------------------------------------------------------
 
-    def on_fit_start(self) -> None:
-        """Make the pairs that are missing, and begin from the teacher if this is a new run."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+    def check_data(self, datamodule: L.LightningDataModule | None) -> None:
+        """See that there are pairs of this teacher, or a place for them."""
+        self._open(datamodule)
+
+    def _open(self, data: L.LightningDataModule | None) -> tuple[DiffusionModule, PairStore]:
+        """The teacher, and its pairs, of which some may not be made yet."""
         if not isinstance(data, TeacherPairsDataModule):
             raise ValueError(
                 "LuhmanDistillation needs ddim_pl.data.teacher_pairs.TeacherPairsDataModule as "
@@ -175,9 +179,13 @@ class LuhmanDistillation(DiffusionModule):
             raise ValueError("teacher must be given for fit: a checkpoint to distil")
         teacher = load_teacher(self.teacher_path)
         check_same_kind(teacher, self, self.teacher_path)
+        return teacher, data.open(recipe_of(teacher, self.teacher_sampler, self.teacher_levels))
+
+    def on_fit_start(self) -> None:
+        """Make the pairs that are missing, and begin from the teacher if this is a new run."""
+        teacher, store = self._open(self.trainer.datamodule)  # type: ignore[attr-defined]
         if self.trainer.ckpt_path is None:
             self.begin_from(teacher)
-        store = data.open(recipe_of(teacher, self.teacher_sampler, self.teacher_levels))
         bar = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
         teacher.to(self.device)
         if self.trainer.is_global_zero:

@@ -65,7 +65,7 @@ class ProgressiveDistillation(DiffusionModule):
         conversion_updates: Updates before the first round in which the student learns the
             teacher's own estimates at all levels: of use where the student predicts something
             else, as with an eps-prediction teacher.
-        prediction: What the student predicts, "v" or "x".
+        prediction: What the student predicts, "v" or "x"; "both" x and eps, if its teacher does.
         loss_weight: Weight on the squared error of x: "truncated_snr" or "snr_plus_one" (the
             paper's two), or any other of `ddim_pl.prediction.LossWeight`.
         clip_teacher: Clip the teacher's estimates to [-1, 1]; the paper does not.
@@ -109,10 +109,10 @@ class ProgressiveDistillation(DiffusionModule):
         compile: bool = False,
         seed: int = 0,
     ) -> None:
-        if prediction not in ("x", "v"):
+        if prediction not in ("x", "v", "both"):
             raise ValueError(
-                f"prediction must be 'x' or 'v' for a student, got {prediction!r}: at the last "
-                "level eps says nothing of the image, and a student of one step sees no other"
+                f"prediction must be 'v', 'x' or 'both' for a student, got {prediction!r}: at the "
+                "last level eps says nothing of the image, and a student of one step sees no other"
             )
         check_loss_weight(prediction, loss_weight)
         self.rounds = _check_rounds(rounds)

@@ -227,18 +227,25 @@ def test_a_grid_of_no_images_is_refused():
         Students(num_images=0)
 
 
-@pytest.mark.slow
-def test_two_processes_end_the_ladder_and_leave_the_students(tmp_path):
-    config = write_config(ladder_config(tmp_path), tmp_path / "config.yaml")
+def two_processes(folder, *arguments):
+    """A fit of two processes that was started in `folder`."""
     done = subprocess.run(
-        [sys.executable, ROOT / "main.py", "fit", "--config", config, "--trainer.devices", "2"],
-        cwd=tmp_path,
+        [sys.executable, ROOT / "main.py", "fit", *map(str, arguments), "--trainer.devices", "2"],
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_end_the_ladder_leave_the_students_and_resume(tmp_path):
+    config = ladder_config(tmp_path)
+    files = config["trainer"]["callbacks"][-1]["init_args"]
+    files["every_n_train_steps"] = 1
+    two_processes(tmp_path, "--config", write_config(config, tmp_path / "config.yaml"))
     version = tmp_path / "tiny" / "version_0"
     assert [f.name for f in version.parent.iterdir()] == ["version_0"]
     assert [row["steps"] for row in rows(version)] == ["4", "2", "1"]
@@ -253,3 +260,14 @@ def test_two_processes_end_the_ladder_and_leave_the_students(tmp_path):
     last = torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 15
     assert last["state_dict"]["_extra_state"] == {"round": 2}
+
+    # Stopped inside the second round, it ends in the same weights.
+    (inside,) = version.glob("checkpoints/*step=7.ckpt")
+    inside = inside.rename(tmp_path / "inside.ckpt")
+    (version / "checkpoints" / "last.ckpt").unlink()
+    two_processes(tmp_path, "--ckpt_path", inside, "--trainer.logger.init_args.name", "resumed")
+    again = tmp_path / "resumed" / "version_0" / "checkpoints" / "last.ckpt"
+    resumed = torch.load(again, weights_only=True)["state_dict"]
+    for name, value in last["state_dict"].items():
+        if name != "_extra_state":
+            assert torch.equal(resumed[name], value), name

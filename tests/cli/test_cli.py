@@ -261,6 +261,18 @@ def test_wrong_command_is_one_line_of_error(arguments, message, tmp_path, capsys
     assert not (tmp_path / "runs").exists()
 
 
+def test_pairs_are_asked_for_before_a_run_of_luhmans_begins(run, tmp_path, capsys):
+    _, _, last = run
+    config = tiny_config(tmp_path / "runs")
+    config["model"] = {
+        "class_path": "ddim_pl.training.LuhmanDistillation",
+        "init_args": {"teacher": str(last), "teacher_num_steps": 4},
+    }
+    line = fails(["fit", "--config", write_config(config, tmp_path / "config.yaml")], capsys)
+    assert re.search("needs .*TeacherPairsDataModule", line), line
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_checkpoint_of_another_network_is_one_line_of_error(run, tmp_path, capsys):
     config, _, last = run
     other = yaml.safe_load(Path(config).read_text())

@@ -513,6 +513,23 @@ def test_conversion_teaches_a_v_student_what_an_eps_teacher_says(eps_teacher, tm
     assert losses[1] < 0.9 * losses[0], losses
 
 
+def test_a_teacher_of_both_x_and_eps_has_such_students(tmp_path):
+    network = tiny_unet(out_channels=2, dropout=0.0)
+    module = some_ddpm(network=network, prediction="both", loss_weight="snr_plus_one")
+    path = save(module, tmp_path / "both.ckpt")
+    student = ladder(path, prediction="both", rounds=[(2, 1), (1, 1)], conversion_updates=0)
+    z = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([1.0, 500.0, 1000.0])
+    torch.testing.assert_close(student.denoiser(z, t), module.denoiser(z, t), rtol=0, atol=0)
+    fit(student, tmp_path)
+    assert not same(clone(student.average.module), clone(student.teacher))
+    assert student.sample([0, 1]).shape == (2, 1, 8, 8)
+    with pytest.raises(
+        ValueError, match="'v' reads 1 channels but the network has out_channels=2"
+    ):
+        ladder(path)
+
+
 def test_a_round_can_be_run_alone_from_a_student(whole, tmp_path):
     module, _, _, _ = whole
     path = tmp_path / "student.ckpt"
@@ -554,12 +571,15 @@ def test_a_ladder_can_be_gone_on_with_from_its_own_checkpoint(whole):
         ({"rounds": [(0, 4)]}, r"got \[0, 4\]"),
         ({"rounds": [(4,)]}, r"rounds must hold pairs .*, got \[4\]"),
         ({"rounds": [(1001, 1)]}, r"num_steps must lie in \[1, 1000\].* got 1001"),
-        ({"prediction": "eps"}, "prediction must be 'x' or 'v' .* got 'eps': at the last level"),
+        (
+            {"prediction": "eps"},
+            "prediction must be 'v', 'x' or 'both' .* got 'eps': at the last level",
+        ),
         (
             {"prediction": "eps", "loss_weight": "truncated_snr"},
-            "prediction must be 'x' or 'v' .* got 'eps'",
+            "prediction must be 'v', 'x' or 'both' .* got 'eps'",
         ),
-        ({"prediction": "residual"}, "prediction must be 'x' or 'v' .* got 'residual'"),
+        ({"prediction": "residual"}, "prediction must be 'v', 'x' or 'both' .* got 'residual'"),
         ({"loss_weight": "snr_plus_two"}, "loss_weight must be one of .* got 'snr_plus_two'"),
         ({"conversion_updates": -1}, "conversion_updates must not be negative, got -1"),
         ({"warmup_steps": -2}, "warmup_steps must not be negative, got -2"),
