@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks.fid import FrechetDistance
 from ddim_pl.data.base import ImageDataModule
+from ddim_pl.inversion import Method
 from ddim_pl.samplers import Sampler
 from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.training import DiffusionModule
@@ -243,10 +244,11 @@ def _check_fit(module: DiffusionModule, data: ImageDataModule) -> None:
 def _one_line(message: str) -> str:
     """The message in one line; of jsonargparse's nested reports only the reason at their core."""
     unknown = re.match(
-        r'Parser key "(samplers?|schedule)":.*Given value: (.*)', message, re.DOTALL
+        r'Parser key "(samplers?|schedule|method)":.*Given value: (.*)', message, re.DOTALL
     )
     if unknown:
-        base = NoiseSchedule if unknown[1] == "schedule" else Sampler
+        bases: dict[str, type[Any]] = {"schedule": NoiseSchedule, "method": Method}
+        base = bases.get(unknown[1], Sampler)
         value = re.sub(r"NestedArg\(key='class_path', val=(.*)\)", r"\1", unknown[2]).strip()
         known = ", ".join(sorted(kind.__name__ for kind in _concrete(base)))
         return f"{unknown[1]} cannot be {value}: known are {known}, or any class by its full path"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddim_pl.prediction import Prediction
-from ddim_pl.schedules import Level, expand
+from ddim_pl.schedules import Level, expand, to_device
 
 Variance = Literal["small", "large"]
 
@@ -79,6 +79,53 @@ def two_step_target(x_t: Tensor, x_mid: Tensor, t: Level, mid: Level, s: Level) 
 
     weight = gain(mid, s) / gain(t, s)
     return expand(weight, x_mid) * x_mid + expand(1 - weight, x_t) * x_t
+
+
+def ddim_chain(z: Tensor, x: Tensor, levels: Level) -> Tensor:
+    """All states of a deterministic DDIM chain from the estimates made on the way, `(B, S, ...)`.
+
+    A step `alpha_s x + sigma_s (z - alpha_t x) / sigma_t` adds `(rho_s - rho_t) x` to `z / sigma`,
+    with `rho = alpha / sigma`. So the state after k steps is
+
+        z_k = sigma_k (z_0 / sigma_0 + sum_{j < k} (rho_{j+1} - rho_j) x_j),
+
+    which Pokle et al. 2022, eq. 9, write with estimates of eps. All terms of this form have the
+    same sign: it neither loses digits at the noisy end, where alpha almost vanishes, nor is it
+    wrong if the estimates are clipped.
+
+    Args:
+        z: Start states at the first level, `(B, ...)`.
+        x: Estimates of the clean image at all levels but the last, `(B, S, ...)`.
+        levels: The falling levels, `(S + 1,)` or `(B, S + 1)`; the last alone may be without
+            noise.
+    """
+    alpha, sigma = (each if each.ndim == 2 else each[None] for each in levels)
+    noisy = sigma > 0
+    rho = alpha / torch.where(noisy, sigma, 1)
+    gain = torch.where(noisy[:, 1:], rho[:, 1:] - rho[:, :-1], 0)
+    scaled = _rows(1 / sigma[:, :1], x) * z[:, None] + (_rows(gain, x) * x).cumsum(1)
+    states = _rows(sigma[:, 1:], x) * scaled
+    if noisy.all():
+        return states
+    # Without noise the state is the last estimate: sigma rho = alpha, and the rest vanishes.
+    return states + _rows(torch.where(noisy, 0, alpha)[:, 1:], x) * x
+
+
+def implied_x(z: Tensor, z_s: Tensor, t: Level, s: Level) -> Tensor:
+    """The x with which one deterministic DDIM step leads from `z` at level t to `z_s`, `(B, ...)`.
+
+    `(z_s - sigma_s / sigma_t z) / (alpha_s - sigma_s / sigma_t alpha_t)` (Salimans & Ho 2022,
+    appendix G), in float64, since close levels make it a quotient of small differences.
+    """
+    ratio = s.sigma / t.sigma
+    numerator = z_s.double() - expand(ratio, z.double()) * z.double()
+    return (numerator / expand(s.alpha - ratio * t.alpha, numerator)).to(z)
+
+
+def _rows(coefficient: Tensor, like: Tensor) -> Tensor:
+    """Make float64 coefficients `(1 or B, S)` multiply `(B, S, ...)`."""
+    there = to_device(coefficient.to(like.dtype), like)
+    return there.reshape(*there.shape, *(1,) * (like.ndim - 2))
 
 
 def ddim_forward(z: Tensor, x: Tensor, s: Level, t: Level, *, eta: float) -> tuple[Tensor, Tensor]:

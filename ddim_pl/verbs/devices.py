@@ -57,6 +57,12 @@ class Device:
         there = values.to(self.model.device)
         return cast(Tensor, self.trainer.strategy.reduce(there, reduce_op="sum")).cpu()
 
+    def gather(self, values: Tensor) -> Tensor:
+        """All devices' values, of one shape everywhere, `(devices, ...)` on the CPU."""
+        every = torch.zeros(self.world_size, *values.shape, dtype=values.dtype)
+        every[self.rank] = values.cpu()
+        return self.sum(every)
+
     def agree(self, value: T) -> T:
         """The first device's value, on all of them."""
         return self.trainer.strategy.broadcast(value)

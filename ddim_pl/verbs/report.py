@@ -82,6 +82,32 @@ def plot_distances(path: Path, rows: Sequence[Row], key: str, series: Sequence[s
         axes.tick_params(which="minor", labelsize=7)
         axes.grid(visible=True, which="both", alpha=0.25)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    _save_figure(figure, path)
+
+
+def plot_lines(
+    path: Path, axes_of: Mapping[str, Sequence[float]], lines: Mapping[str, Sequence[float]]
+) -> None:
+    """Plot lines against each of several axes, the values logarithmic.
+
+    Args:
+        path: PNG to write.
+        axes_of: What the lines are plotted against, a picture each, by name.
+        lines: Positive values by name, as many as an axis has.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(axes_of), 3.5), layout="constrained")
+    for axes, (name, x) in zip(figure.subplots(1, len(axes_of)), axes_of.items(), strict=True):
+        for label, values in lines.items():
+            axes.plot(x, values, label=label)
+        axes.set(xlabel=name, yscale="log")
+        axes.grid(visible=True, which="both", alpha=0.25)
+    axes.legend()
+    _save_figure(figure, path)
+
+
+def _save_figure(figure: Any, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     part = path.with_name(path.name + ".part")

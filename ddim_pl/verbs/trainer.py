@@ -4,6 +4,7 @@ import lightning as L
 
 from ddim_pl.verbs.compare import compare
 from ddim_pl.verbs.interpolate import interpolate
+from ddim_pl.verbs.invert import invert
 from ddim_pl.verbs.levels import levels
 from ddim_pl.verbs.pairs import pairs
 from ddim_pl.verbs.reconstruct import reconstruct
@@ -17,6 +18,7 @@ class Trainer(L.Trainer):
     sample = sample
     interpolate = interpolate
     reconstruct = reconstruct
+    invert = invert
     levels = levels
     pairs = pairs
     sweep = sweep
