@@ -4,8 +4,22 @@ from ddim_pl.samplers.base import Sampler, State
 from ddim_pl.samplers.ddim import DDIM
 from ddim_pl.samplers.ddpm import DDPM
 from ddim_pl.samplers.dpm_solver import DPMSolverPP
+from ddim_pl.samplers.gamma import GammaExact, GammaMoment, GammaQuantile, GammaReport
 from ddim_pl.samplers.heun import Heun
 from ddim_pl.samplers.pndm import PNDM
 from ddim_pl.samplers.repaint import RePaint
 
-__all__ = ["DDIM", "DDPM", "PNDM", "DPMSolverPP", "Heun", "RePaint", "Sampler", "State"]
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "PNDM",
+    "DPMSolverPP",
+    "GammaExact",
+    "GammaMoment",
+    "GammaQuantile",
+    "GammaReport",
+    "Heun",
+    "RePaint",
+    "Sampler",
+    "State",
+]
