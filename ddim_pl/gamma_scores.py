@@ -120,7 +120,9 @@ def from_normal_score(score: Tensor, shape: Tensor) -> Tensor:
     if small.any():
         parts = [each[small] for each in (u, low, high, y, shape)]
         for _ in range(12):
-            parts[0] = _newton(parts[0], *parts[1:])
+            before, parts[0] = parts[0], _newton(parts[0], *parts[1:])
+            if ((parts[0] - before).abs() < 1e-9).all():  # and the next change 1e-18
+                break
         u = u.masked_scatter(small, parts[0])
     return torch.expm1(u) * shape.sqrt()
 
