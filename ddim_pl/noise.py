@@ -102,18 +102,18 @@ def standard_gamma(concentration: Tensor, generator: Generators | None) -> Tenso
     if generator is None:
         return torch._standard_gamma(float64(concentration))
     if isinstance(generator, torch.Generator):
-        source = _withfloat64(generator)
+        source = _with_float64(generator)
         return torch._standard_gamma(concentration.double().to(source.device), generator=source)
     _check_count(generator, concentration.shape)
     if not generator:
         return float64(concentration)
-    sources = [_withfloat64(each) for each in generator]
+    sources = [_with_float64(each) for each in generator]
     rows = concentration.double().to(sources[0].device)
     pairs = zip(rows, sources, strict=True)
     return torch.stack([torch._standard_gamma(row, generator=source) for row, source in pairs])
 
 
-def _withfloat64(generator: torch.Generator) -> torch.Generator:
+def _with_float64(generator: torch.Generator) -> torch.Generator:
     """The generator, or where its device has no float64, one on the CPU that it seeds."""
     if generator.device.type != "mps":
         return generator

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddim_pl.noise import GammaNoise, Noise, float64
 from ddim_pl.prediction import Prediction
-from ddim_pl.schedules import Level, expand
+from ddim_pl.schedules import Level, expand, to_device
 
 Variance = Literal["small", "large"]
 
@@ -231,8 +231,8 @@ def thinning_step(
     """
     x, eps = prediction
     wide = float64(eps)
-    root = expand(noise.concentration(t).sqrt(), wide)
-    wide = wide.clamp(min=-root) if root.ndim == 0 else torch.maximum(wide, -root)
+    root = to_device(expand(noise.concentration(t).sqrt(), wide), wide)
+    wide = torch.maximum(wide, -root)
     r = (s.sigma / t.sigma * (t.alpha / s.alpha)).square()
     fresh = transition_variance(t, s).sqrt() / t.sigma
     spread = (root + wide) / (root.square() + 1).sqrt() * float64(beta)
