@@ -71,7 +71,8 @@ class BitsPerDim(L.Callback):
         """See that there will be images and terms to measure, before the run begins.
 
         Raises:
-            ValueError: If the data module has no images, or `num_terms` is above the bound's.
+            ValueError: If the data module has no images, `num_terms` is above the bound's, or the
+                model's noise is not Gaussian, which both values are those of.
         """
         if stage not in ("validate", "test"):
             return
@@ -82,6 +83,11 @@ class BitsPerDim(L.Callback):
                 f"ddim_pl.data.base.ImageDataModule), got {type(datamodule).__name__}"
             )
         assert isinstance(pl_module, DiffusionModule)
+        if not pl_module.noise.is_gaussian:
+            raise ValueError(
+                f"BitsPerDim knows Gaussian noise only, and the model has {pl_module.noise}: "
+                "leave it out of the callbacks"
+            )
         most = pl_module.schedule.num_levels - 1
         if self.num_terms is not None and self.num_terms > most:
             raise ValueError(

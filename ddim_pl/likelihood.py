@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddim_pl.denoiser import Denoise, Denoiser
-from ddim_pl.noise import Generators, randn
+from ddim_pl.noise import Generators, float64, randn
 from ddim_pl.schedules import Level, NoiseSchedule, expand, to_device
 from ddim_pl.transitions import q_sample
 
@@ -104,7 +104,7 @@ def variational_bound(
         )
     every = denoiser.schedule(levels)
     first, last = Level(*(c[0] for c in every)), Level(*(c[-1] for c in every))
-    squares = _sum(_float64(x).square())
+    squares = _sum(float64(x).square())
     constant = last.alpha**2 + 2 * last.sigma.log()
     prior = (squares * last.alpha**2 - x[0].numel() * constant) / 2
 
@@ -118,7 +118,7 @@ def variational_bound(
     for index, factor in tqdm(terms, desc="bound", disable=not progress, leave=False):
         level = Level(every.alpha[index + 1], every.sigma[index + 1])
         z = q_sample(x, randn(x.shape, generator, x), level)
-        error = _sum(_float64(x - denoiser(z, levels[index + 1]).x).square())
+        error = _sum(float64(x - denoiser(z, levels[index + 1]).x).square())
         diffusion += to_device(weight[index] * factor, error) * error
     return Bound(*(part / (x[0].numel() * math.log(2)) for part in (prior, diffusion, decoder)))
 
@@ -137,8 +137,8 @@ def log_discretised(x: Tensor, mean: Tensor, std: Tensor | float) -> Tensor:
     Returns:
         Natural logarithms in float64, of the shape of `x`.
     """
-    k = (_float64(x) * 127.5 + 127.5).round()
-    centre = k / 127.5 - 1 - _float64(mean)
+    k = (float64(x) * 127.5 + 127.5).round()
+    centre = k / 127.5 - 1 - float64(mean)
     low = torch.where(k > 0, (centre - 0.5 / 127.5) / std, -torch.inf)
     high = torch.where(k < 255, (centre + 0.5 / 127.5) / std, torch.inf)
     # In the left tail both integrals are small and keep their digits.
@@ -262,7 +262,7 @@ def _log_density(
     angles = torch.atan2(every.sigma, every.alpha)
     middles = schedule.level_at(-2 * torch.tan((angles[:-1] + angles[1:]) / 2).log())
     z = every.alpha[0] * y
-    integral = torch.zeros_like(_sum(_float64(y)))
+    integral = torch.zeros_like(_sum(float64(y)))
     steps = zip(levels[:-1], middles, levels[1:], angles.diff(), strict=True)
     bar = tqdm(steps, total=len(middles), desc="ODE", disable=not progress, leave=False)
     for t, m, s, h in bar:
@@ -273,7 +273,7 @@ def _log_density(
         z = z + h / 6 * (v1 + 2 * (v2 + v3) + v4)
         integral += h / 6 * (d1 + 2 * (d2 + d3) + d4)
     size = y[0].numel()
-    prior = -(_sum(_float64(z).square()) + size * math.log(2 * math.pi)) / 2
+    prior = -(_sum(float64(z).square()) + size * math.log(2 * math.pi)) / 2
     return prior + integral + size * every.alpha[0].log()
 
 
@@ -288,14 +288,14 @@ def _field(
     # Derivatives of z alone: what a parameter holds in `grad` stays as it is.
     if probes is not None:
         parts = [
-            _sum(_float64(probe * torch.autograd.grad(v, z, probe, retain_graph=True)[0]))
+            _sum(float64(probe * torch.autograd.grad(v, z, probe, retain_graph=True)[0]))
             for probe in probes
         ]
         return v.detach(), torch.stack(parts).mean(0)
-    total = torch.zeros_like(_sum(_float64(v.detach())))
+    total = torch.zeros_like(_sum(float64(v.detach())))
     for i in range(z[0].numel()):
         value = v.flatten(1)[:, i].sum()  # images do not see one another
-        total += _float64(torch.autograd.grad(value, z, retain_graph=True)[0].flatten(1)[:, i])
+        total += float64(torch.autograd.grad(value, z, retain_graph=True)[0].flatten(1)[:, i])
     return v.detach(), total
 
 
@@ -338,18 +338,13 @@ def _uniform(shape: tuple[int, ...], generator: Generators, like: Tensor) -> Ten
     return torch.stack(rows).to(like)
 
 
-def _float64(values: Tensor) -> Tensor:
-    """In float64, on the same device unless that is Apple's, which has none."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
-
-
 def _sum(values: Tensor) -> Tensor:
     """Sum over each image, `(B,)`."""
     return values.flatten(1).sum(1)
 
 
 def _check_pixels(x: Tensor) -> None:
-    k = _float64(x) * 127.5 + 127.5
+    k = float64(x) * 127.5 + 127.5
     # float32 holds the grid to 1e-5 of its spacing; a thousandth is another image.
     if not ((k - k.round()).abs() < 1e-3).all() or not ((k > -0.5) & (k < 255.5)).all():
         raise ValueError(

@@ -8,10 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ddim_pl.noise import GammaNoise, Noise, float64
 from ddim_pl.prediction import Prediction
 from ddim_pl.schedules import Level, expand, to_device
 
 Variance = Literal["small", "large"]
+
+NEWTON_STEPS = 16
+"""Of `quantile_target` at most; it takes three or four, and eight next to the support's edge."""
 
 
 def q_sample(x: Tensor, eps: Tensor, t: Level) -> Tensor:
@@ -198,3 +202,118 @@ def posterior(
     )
     std = var_ts.sqrt() if variance == "large" else s.sigma / t.sigma * var_ts.sqrt()
     return mean, std
+
+
+# Steps of noise that is not Gaussian. All of them need the estimates' eps to be that of its law.
+
+
+def quantile_step(prediction: Prediction, noise: Noise, t: Level, s: Level) -> Tensor:
+    """Deterministic step `alpha_s x + sigma_s eps_s`, where eps_s holds the quantiles of eps.
+
+    `eps_s = F_s^{-1}(F_t(eps))` by the noise's own law, so that with the true x the marginal at
+    `s` is exact. For Gaussian noise it is DDIM with `eta = 0`. The levels may rise (encoding).
+
+    Args:
+        prediction: Estimates at level `t`, each `(B, ...)`.
+        noise: Law of the noise.
+        t: Level of the state.
+        s: Level to go to.
+    """
+    return ddim_step(Prediction(prediction.x, noise.transport(prediction.eps, t, s)), t, s)
+
+
+def quantile_target(noise: Noise, x: Tensor, z: Tensor, z_s: Tensor, t: Level, s: Level) -> Tensor:
+    """The x with which one `quantile_step` leads from `z` to `z_s`, float64 `(B, ...)`.
+
+    The step ends in `z_s = alpha_s / alpha_t z - D(eps)` with `D(eps) = alpha_s sigma_t / alpha_t
+    eps - sigma_s T(eps)` and `x = (z - sigma_t eps) / alpha_t`. For Gamma noise D increases, as
+    the quantiles of a smaller shape are closer to one another (Saunders & Moran 1978), and is
+    concave, as a smaller shape is more skewed (van Zwet 1964): Newton's method finds its root from
+    anywhere.
+
+    Args:
+        noise: Law of the noise.
+        x: A guess, `(B, ...)`: `two_step_target` is close.
+        z: States at level `t`, float64.
+        z_s: States at level `s`, float64; such as deterministic steps from `z` can reach.
+        t: Level of the states.
+        s: Cleaner level.
+    """
+    slope = expand(s.alpha * t.sigma / t.alpha, z)
+    wanted = expand(s.alpha / t.alpha, z) * z - z_s
+    scale = expand(s.sigma, z)
+    eps = (z - expand(t.alpha, z) * x) / expand(t.sigma, z)
+    for _ in range(NEWTON_STEPS):
+        moved = noise.transport(eps, t, s)
+        # Q' in [0, 1): the derivative of the quantile map of the Gamma variables themselves.
+        log_ratio = noise.log_density(eps, t) - noise.log_density(moved, s)
+        ratio = (log_ratio.exp() * scale / slope).nan_to_num(0, 0, 0)
+        step = (slope * eps - scale * moved - wanted) / (slope * (1 - ratio.clamp(0, 1 - 1e-9)))
+        eps = eps - step
+        if (step.abs() <= 1e-9 * (1 + eps.abs())).all():  # and the next one 1e-18
+            break
+    return (z - expand(t.sigma, z) * eps) / expand(t.alpha, z)
+
+
+def thinning_step(
+    prediction: Prediction, beta: Tensor, noise: GammaNoise, t: Level, s: Level
+) -> Tensor:
+    """Draw from the posterior `q(z_s | z_t, x)` of Gamma diffusion, `(B, ...)`, for `s < t`.
+
+    If `G ~ Gamma(K_t, 1)` and `B ~ Beta(K_s, K_t - K_s)` are independent, `B G ~ Gamma(K_s, 1)`.
+    So `z_s = alpha_s x + theta_s (B G - K_s)` with `G = K_t + sqrt(K_t) eps`. With the
+    standardised B and `r = K_s / K_t` that is `alpha_s x + sigma_s eps_s`,
+
+        eps_s = sqrt(r) eps + sqrt(1 - r) G / sqrt(K_t (K_t + 1)) beta,
+
+    which has no differences of large numbers, and tends to DDPM's posterior as K grows. Where an
+    estimate puts eps below the support, G is taken to be its edge, 0.
+
+    Args:
+        prediction: Estimates at level `t`, each `(B, ...)`.
+        beta: Standardised draws of `Beta(K_s, K_t - K_s)`, `(B, ...)`, see `thinning_shapes`.
+        noise: Law of the noise.
+        t: Level of the state.
+        s: Cleaner level.
+    """
+    x, eps = prediction
+    wide = float64(eps)
+    root = to_device(expand(noise.concentration(t).sqrt(), wide), wide)
+    wide = torch.maximum(wide, -root)
+    r = (s.sigma / t.sigma * (t.alpha / s.alpha)).square()
+    fresh = transition_variance(t, s).sqrt() / t.sigma
+    spread = (root + wide) / (root.square() + 1).sqrt() * float64(beta)
+    eps_s = expand(r.sqrt(), wide) * wide + expand(fresh, wide) * spread
+    return ddim_step(Prediction(x, eps_s.to(eps)), t, s)
+
+
+def thinning_shapes(noise: GammaNoise, t: Level, s: Level) -> tuple[Tensor, Tensor]:
+    """Shapes `(K_s, K_t - K_s)` of a Gamma diffusion's states and of its step from s to t."""
+    k_t = noise.concentration(t)
+    share = transition_variance(t, s) / t.sigma**2
+    return k_t * (s.sigma / t.sigma * (t.alpha / s.alpha)).square(), k_t * share
+
+
+def report_step(
+    prediction: Prediction, fresh: Tensor, t: Level, s: Level, *, eta: float = 1.0
+) -> Tensor:
+    """The report's Gamma-DDIM step `C z_t + D x + c (g - E g)`, `(B, ...)` (its eq. 18).
+
+    `C = (alpha_s - c alpha_t) / (alpha_t (1 + alpha_s))`, `D = (alpha_s^2 + c alpha_t) / (1 +
+    alpha_s)`, `g ~ Gamma(K_t - K_s, theta_t)` and `c` of `ddim_noise_scale`. As `C alpha_t + D =
+    alpha_s` it keeps the mean. The variance becomes `C^2 sigma_t^2 + c^2 (1 - alpha_t^2 /
+    alpha_s^2)`, which is not `sigma_s^2`: the derivation equates variables that are equal in law
+    only, and whose shapes double at every step.
+
+    Args:
+        prediction: Estimates at level `t`, each `(B, ...)`.
+        fresh: Standardised draws of Gamma noise of shape `K_t - K_s`, `(B, ...)`.
+        t: Level of the state.
+        s: Cleaner level.
+        eta: Scale of the fresh noise, as in `ddim_step`.
+    """
+    x, eps = prediction
+    c = ddim_noise_scale(t, s, eta)
+    kept = (s.alpha - c * t.alpha) / (t.alpha * (1 + s.alpha)) * t.sigma
+    std = c * transition_variance(t, s).sqrt()
+    return expand(s.alpha, x) * x + expand(kept, x) * eps + expand(std, x) * fresh

@@ -51,7 +51,10 @@ def tiny_config(folder: Path, **trainer: Any) -> dict[str, Any]:
         "model": {
             "class_path": "ddim_pl.training.DDPM",
             "init_args": {
-                "network": {"class_path": "ddim_pl.networks.unet.UNet", "init_args": NETWORK},
+                "network": {
+                    "class_path": "ddim_pl.networks.unet.UNet",
+                    "init_args": dict(NETWORK),
+                },
                 "schedule": {"class_path": "ddim_pl.schedules.LinearSchedule"},
                 "sampler": {"class_path": "ddim_pl.samplers.DDIM", "init_args": {"eta": 0.0}},
                 "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}},

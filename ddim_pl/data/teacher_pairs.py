@@ -9,7 +9,7 @@ checksum is made again; a folder of another teacher is refused.
 import errno
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ddim_pl.data.base import BatchOrder, Draw, EachOnce, ImageDataModule, ImageSet
 from ddim_pl.noise import latents
+
+Latents = Callable[[int, Iterable[int], Sequence[int]], tuple[Tensor, list[torch.Generator]]]
+"""Makes the latents of a seed, given indices and shape, as `ddim_pl.noise.latents`."""
 
 
 class PairBatch(NamedTuple):
@@ -164,8 +167,11 @@ class PairStore:
 class DrawnPairs(Dataset[PairBatch]):
     """A torch dataset whose index is a `Draw` and whose item is a whole `PairBatch`."""
 
-    def __init__(self, store: PairStore, first: int, count: int) -> None:
+    def __init__(
+        self, store: PairStore, first: int, count: int, make_latents: Latents = latents
+    ) -> None:
         self.store = store
+        self.make_latents = make_latents
         self.first = first
         self.count = count
 
@@ -177,7 +183,7 @@ class DrawnPairs(Dataset[PairBatch]):
         """Return the pairs, their latents made anew."""
         indices = draw.indices + self.first
         recipe = self.store.recipe
-        z, _ = latents(recipe["seed"], indices.tolist(), recipe["shape"])
+        z, _ = self.make_latents(recipe["seed"], indices.tolist(), recipe["shape"])
         classes = recipe.get("num_classes")
         label = indices % classes if classes else torch.zeros_like(indices)
         return PairBatch(self.store.images(indices), label, z)
@@ -243,6 +249,7 @@ class TeacherPairsDataModule(ImageDataModule):
         self.shard_size = shard_size
         self.pair_seed = pair_seed
         self._store: PairStore | None = None
+        self._latents: Latents = latents
 
     def prepare_data(self) -> None:
         """Download the real images, if they are to be."""
@@ -252,12 +259,14 @@ class TeacherPairsDataModule(ImageDataModule):
         """Return the real images."""
         return self.source.load(train)
 
-    def open(self, recipe: dict[str, Any]) -> PairStore:
+    def open(self, recipe: dict[str, Any], make_latents: Latents = latents) -> PairStore:
         """Return the pairs of a teacher, of which some may not be made yet.
 
         Args:
             recipe: What the teacher draws with, see `PairStore`.
+            make_latents: Makes the latents it draws from; by default Gaussian.
         """
+        self._latents = make_latents
         self._store = PairStore(
             self.folder,
             {**recipe, "seed": self.pair_seed},
@@ -296,7 +305,7 @@ class TeacherPairsDataModule(ImageDataModule):
         return super().val_dataloader()
 
     def _pair_loader(self, first: int, count: int, order: Any) -> DataLoader[Any]:
-        pairs: Any = DrawnPairs(self.store, first, count)
+        pairs: Any = DrawnPairs(self.store, first, count, self._latents)
         return self._loader_of(pairs, order)
 
 

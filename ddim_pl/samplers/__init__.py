@@ -5,6 +5,7 @@ from ddim_pl.samplers.ddim import DDIM
 from ddim_pl.samplers.ddpm import DDPM
 from ddim_pl.samplers.deq import DEQ
 from ddim_pl.samplers.dpm_solver import DPMSolverPP
+from ddim_pl.samplers.gamma import GammaExact, GammaMoment, GammaQuantile, GammaReport
 from ddim_pl.samplers.heun import Heun
 from ddim_pl.samplers.paradigms import ParaDiGMS
 from ddim_pl.samplers.pndm import PNDM
@@ -16,6 +17,10 @@ __all__ = [
     "DEQ",
     "PNDM",
     "DPMSolverPP",
+    "GammaExact",
+    "GammaMoment",
+    "GammaQuantile",
+    "GammaReport",
     "Heun",
     "ParaDiGMS",
     "RePaint",

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddim_pl.denoiser import Denoise
-from ddim_pl.noise import Generators
+from ddim_pl.noise import GaussianNoise, Generators, Noise
 
 
 class State(NamedTuple):
@@ -41,6 +41,11 @@ class Sampler(ABC):
     def num_evaluations(self, levels: Tensor) -> int:
         """How often the network is called on the way through `levels`, `(S + 1,)`."""
         return len(levels) - 1
+
+    @property
+    def noise(self) -> Noise:
+        """The law of noise that this sampler is made for."""
+        return GaussianNoise()
 
     @property
     def encodes(self) -> bool:

@@ -5,7 +5,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import lightning as L
 import torch
@@ -17,9 +17,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ddim_pl.denoiser import Denoiser, TimeInput
-from ddim_pl.noise import StepGenerators, derive_seed, latents, step_generators
+from ddim_pl.noise import (
+    GaussianNoise,
+    Noise,
+    StepGenerators,
+    derive_seed,
+    latents,
+    step_generators,
+)
 from ddim_pl.prediction import PredictionType
-from ddim_pl.samplers import DDIM, Sampler
+from ddim_pl.samplers import Sampler
+from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.schedules import LinearSchedule, NoiseSchedule
 from ddim_pl.timesteps import make_levels
 from ddim_pl.training.averaging import exponential_average
@@ -34,6 +42,7 @@ from ddim_pl.training.warmup import Warmup
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 Batch = tuple[Tensor, ...]
+Loss = Literal["l2", "l1"]
 
 
 class DiffusionModule(L.LightningModule, ABC):
@@ -44,12 +53,14 @@ class DiffusionModule(L.LightningModule, ABC):
     Args:
         network: Module `forward(z, t)`; with `num_classes` set on it, `forward(z, t, label)`.
         schedule: Noise schedule; by default that of DDPM, linear with 1000 levels.
+        noise: Law of the noise; by default Gaussian. With another, latents are drawn from it too.
         prediction: What the network predicts: "eps", "x", "v", "residual", or "both" x and eps,
             for which it needs twice the output channels; see `ddim_pl.prediction`.
         time_input: What the network is fed for a level, see `Denoiser`.
         image_shape: `(C, H, W)` of an image; by default read off the network.
         clip: Clip estimates of the clean image to [-1, 1] when sampling.
-        sampler: Sampler for evaluation; by default DDIM with eta = 0.
+        sampler: Sampler for evaluation; by default the deterministic one of the noise, which for
+            Gaussian noise is DDIM with eta = 0.
         timesteps: Name of a strategy in `ddim_pl.timesteps`, a `.json` file that `main.py levels`
             wrote, or the levels themselves.
         num_steps: Steps of the sampler; not used when `timesteps` is a list, or a strategy with a
@@ -71,6 +82,7 @@ class DiffusionModule(L.LightningModule, ABC):
         network: nn.Module,
         schedule: NoiseSchedule | None = None,
         *,
+        noise: Noise | None = None,
         prediction: PredictionType = "eps",
         time_input: TimeInput = "index",
         image_shape: tuple[int, int, int] | None = None,
@@ -92,7 +104,10 @@ class DiffusionModule(L.LightningModule, ABC):
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         self.schedule = schedule or LinearSchedule()
-        self.sampler = sampler or DDIM()
+        self.noise = noise or GaussianNoise()
+        self._told: set[Sampler] = set()
+        self.sampler = sampler or default_sampler(self.noise)
+        self._check_noise(self.sampler)
         self.timesteps = timesteps
         self.num_steps = num_steps
         _ = self.levels  # a wrong strategy or number of steps shows now, not after hours
@@ -179,15 +194,36 @@ class DiffusionModule(L.LightningModule, ABC):
             Images `(B, C, H, W)`, float32 about [-1, 1].
         """
         indices = [int(i) for i in indices]
-        z, generators = latents(self.seed if seed is None else seed, indices, self.image_shape)
+        levels = self.levels if levels is None else levels
+        z, generators = self.latents(indices, levels[0], seed=seed)
         if label is None:
             label = self.label_of(indices)
+        if sampler is not None:
+            self._check_noise(sampler)
         return (sampler or self.sampler)(
             self.conditioned(label),
             z.to(self.device),
-            self.levels if levels is None else levels,
+            levels,
             generator=generators,
             progress=progress,
+        )
+
+    def latents(
+        self, indices: Iterable[int], level: Tensor | float, *, seed: int | None = None
+    ) -> tuple[Tensor, list[torch.Generator]]:
+        """Start noise `(B, C, H, W)` of the noise's law, on the CPU, and the images' generators.
+
+        Args:
+            indices: Which images, B numbers.
+            level: Level that sampling starts at.
+            seed: By default this module's.
+        """
+        return latents(
+            self.seed if seed is None else seed,
+            indices,
+            self.image_shape,
+            noise=self.noise,
+            level=self.schedule(level),
         )
 
     def label_of(self, indices: Iterable[int]) -> Tensor | None:
@@ -260,6 +296,17 @@ class DiffusionModule(L.LightningModule, ABC):
         }
 
     # ---- parts --------------------------------------------------------------------------------
+
+    def _check_noise(self, sampler: Sampler) -> None:
+        """Warn, once, of a sampler that is made for another law of noise."""
+        if sampler.noise == self.noise or sampler in self._told:
+            return
+        self._told.add(sampler)
+        rank_zero_warn(
+            f"{sampler} is made for {sampler.noise}, but the model is one of {self.noise}: its "
+            f"steps do not keep that law; use {default_sampler(self.noise)}, or another sampler "
+            "of the same noise"
+        )
 
     def _mean_loss(self, network: nn.Module, batch: Batch, seed: int) -> Tensor:
         denoiser = self._denoiser(network)

@@ -2,6 +2,8 @@
 
 The network learns to undo noise: `z_t = alpha_t x + sigma_t eps` at a random level `t`, loss
 `w(t) ||x - x_hat(z_t, t)||^2`. With eps-prediction and `w = SNR` that is `||eps - eps_hat||^2`.
+The noise may be of any law, see `ddim_pl.noise`: with Gamma noise this is the training of Nachmani
+et al. 2021.
 """
 
 from typing import Any, Literal, get_args
@@ -10,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ddim_pl.denoiser import Denoiser
-from ddim_pl.noise import StepGenerators, randn
+from ddim_pl.noise import StepGenerators
 from ddim_pl.prediction import LossWeight, check_loss_weight, output_error_weight, target
 from ddim_pl.schedules import DiscreteSchedule, NoiseSchedule
-from ddim_pl.training.base import Batch, DiffusionModule
+from ddim_pl.training.base import Batch, DiffusionModule, Loss
 from ddim_pl.transitions import q_sample
 
 LevelSampling = Literal["uniform", "antithetic"]
@@ -50,16 +52,18 @@ def denoising_loss(
     *,
     weight: LossWeight,
     gamma: float = 5.0,
+    loss: Loss = "l2",
 ) -> Tensor:
-    """Weighted squared error of the denoiser, per image and averaged over its dimensions.
+    """Weighted error of the denoiser, per image and averaged over its dimensions.
 
     Args:
         denoiser: Network to judge.
         x: Clean images, `(B, ...)`.
         t: Levels, `(B,)`.
         eps: Standardised noise, `(B, ...)`.
-        weight: Weight on the error of x, see `ddim_pl.prediction.x_error_weight`.
+        weight: Weight on the squared error of x, see `ddim_pl.prediction.x_error_weight`.
         gamma: Bound of "min_snr".
+        loss: "l2", or "l1" for the absolute error, weighted by the square root.
 
     Returns:
         Losses, `(B,)`.
@@ -68,6 +72,8 @@ def denoising_loss(
     output = denoiser.output(q_sample(x, eps, level), t)
     error = output - target(denoiser.prediction, level, x, eps)
     weights = output_error_weight(denoiser.prediction, weight, level, gamma=gamma)
+    if loss == "l1":
+        return weights.sqrt().to(x) * error.abs().flatten(1).mean(1)
     return weights.to(x) * error.square().flatten(1).mean(1)
 
 
@@ -82,6 +88,8 @@ class DDPM(DiffusionModule):
             DDPM), "truncated_snr", "snr_plus_one" (with v-prediction the plain v loss), "min_snr",
             "uniform".
         min_snr_gamma: Bound of "min_snr".
+        loss: "l2", the squared error, or "l1", the absolute one. Nachmani et al. 2021 write l1 for
+            Gamma noise, and their code has l2.
         level_sampling: "uniform" or "antithetic", see `draw_levels`.
         **kwargs: Arguments of `DiffusionModule`.
 
@@ -96,6 +104,7 @@ class DDPM(DiffusionModule):
         *,
         loss_weight: LossWeight = "snr",
         min_snr_gamma: float = 5.0,
+        loss: Loss = "l2",
         level_sampling: LevelSampling = "uniform",
         **kwargs: Any,
     ) -> None:
@@ -107,15 +116,24 @@ class DDPM(DiffusionModule):
             raise ValueError(
                 f"level_sampling must be one of {get_args(LevelSampling)}, got {level_sampling!r}"
             )
+        if loss not in get_args(Loss):
+            raise ValueError(f"loss must be one of {get_args(Loss)}, got {loss!r}")
         self.loss_weight = loss_weight
         self.min_snr_gamma = min_snr_gamma
+        self.error: Loss = loss
         self.level_sampling = level_sampling
 
     def loss(self, denoiser: Denoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Denoising loss of each image at a random level, `(B,)`."""
         x = batch[0]
         t = draw_levels(self.schedule, len(x), self.level_sampling, generators.host)
-        eps = randn(x.shape, generators.device, x)
+        eps = self.noise.draw(x.shape, self.schedule(t), generators.device, x)
         return denoising_loss(
-            denoiser, x, t, eps, weight=self.loss_weight, gamma=self.min_snr_gamma
+            denoiser,
+            x,
+            t,
+            eps,
+            weight=self.loss_weight,
+            gamma=self.min_snr_gamma,
+            loss=self.error,
         )

@@ -29,4 +29,7 @@ def fingerprint(model: DiffusionModule, state: Mapping[str, Tensor] | None = Non
     """
     state = model.state_dict() if state is None else state
     average = {name: values for name, values in state.items() if name.startswith("average.")}
-    return digest_of(average, repr(replace(model.denoiser, network=nn.Identity())))
+    text = repr(replace(model.denoiser, network=nn.Identity()))
+    if not model.noise.is_gaussian:
+        text += repr(model.noise)
+    return digest_of(average, text)

@@ -7,7 +7,8 @@ T)`, by regression on pairs that were drawn beforehand.
 import dataclasses
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, cast, get_args
+from functools import partial
+from typing import Any, cast, get_args
 
 import lightning as L
 import torch
@@ -16,14 +17,16 @@ from tqdm.auto import tqdm
 
 from ddim_pl.data.teacher_pairs import PairBatch, PairStore, TeacherPairsDataModule, shards_of
 from ddim_pl.denoiser import Denoiser, TimeInput
-from ddim_pl.noise import StepGenerators
+from ddim_pl.noise import Noise, StepGenerators, latents
 from ddim_pl.prediction import PredictionType
-from ddim_pl.samplers import DDIM, Sampler
+from ddim_pl.samplers import Sampler
+from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.schedules import LinearSchedule, NoiseSchedule
 from ddim_pl.timesteps import make_levels
 from ddim_pl.training.base import (
     Batch,
     DiffusionModule,
+    Loss,
     LRSchedulerCallable,
     OptimizerCallable,
 )
@@ -36,8 +39,6 @@ from ddim_pl.training.teacher import (
     student_network,
 )
 
-Loss = Literal["l2", "l1"]
-
 
 class LuhmanDistillation(DiffusionModule):
     """Train a student that answers in one network evaluation.
@@ -48,12 +49,14 @@ class LuhmanDistillation(DiffusionModule):
     Args:
         network: By default a copy of the teacher's; a checkpoint of this module holds it here.
         schedule: By default the teacher's.
+        noise: By default the teacher's.
         teacher: Checkpoint of the teacher.
         loss: "l2", half the squared error (Luhman & Luhman 2021, eq. 8), or "l1", the absolute
             one, as in their CIFAR-10 experiment.
         prediction: How the student's output is read; by default "residual", `x = z - F`, if the
             teacher predicts eps, as in the paper, and else as the teacher's.
-        teacher_sampler: Deterministic; by default DDIM with eta = 0.
+        teacher_sampler: Deterministic; by default that of the noise, which for Gaussian noise is
+            DDIM with eta = 0.
         teacher_timesteps: Strategy of the teacher's levels; the paper has "quadratic", and on LSUN
             "linear".
         teacher_num_steps: The teacher's steps; the paper has 100, and 50 on LSUN.
@@ -79,6 +82,7 @@ class LuhmanDistillation(DiffusionModule):
         network: nn.Module | None = None,
         schedule: NoiseSchedule | None = None,
         *,
+        noise: Noise | None = None,
         teacher: str | None = None,
         loss: Loss = "l2",
         prediction: PredictionType | None = None,
@@ -111,6 +115,7 @@ class LuhmanDistillation(DiffusionModule):
             # Under the arguments' own names, by which a checkpoint will hold what was found.
             network = student_network(read, dropout)
             schedule = schedule or read.schedule
+            noise = noise or read.noise
             time_input = time_input or read.time_input
             prediction = prediction or _reading(read.prediction)
             image_shape = image_shape or read.image_shape
@@ -127,6 +132,7 @@ class LuhmanDistillation(DiffusionModule):
         super().__init__(
             network,
             schedule,
+            noise=noise,
             prediction=prediction or "residual",
             time_input=time_input or "index",
             image_shape=image_shape,
@@ -142,7 +148,8 @@ class LuhmanDistillation(DiffusionModule):
         )
         self.teacher_path = teacher
         self.error = loss
-        self.teacher_sampler = teacher_sampler or DDIM()
+        self.teacher_sampler = teacher_sampler or default_sampler(self.noise)
+        self._check_noise(self.teacher_sampler)
         self.teacher_levels = make_levels(teacher_timesteps, self.schedule, teacher_num_steps)
         self.pair_batch_size = pair_batch_size
         if read is not None:
@@ -179,7 +186,12 @@ class LuhmanDistillation(DiffusionModule):
             raise ValueError("teacher must be given for fit: a checkpoint to distil")
         teacher = load_teacher(self.teacher_path)
         check_same_kind(teacher, self, self.teacher_path)
-        return teacher, data.open(recipe_of(teacher, self.teacher_sampler, self.teacher_levels))
+        first = teacher.schedule(self.teacher_levels[0])
+        store = data.open(
+            recipe_of(teacher, self.teacher_sampler, self.teacher_levels),
+            partial(latents, noise=teacher.noise, level=first),
+        )
+        return teacher, store
 
     def on_fit_start(self) -> None:
         """Make the pairs that are missing, and begin from the teacher if this is a new run."""

@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ddim_pl.denoiser import Denoiser, TimeInput
-from ddim_pl.noise import StepGenerators, randn
+from ddim_pl.noise import Noise, StepGenerators, float64
 from ddim_pl.prediction import (
     LossWeight,
+    Prediction,
     PredictionType,
     check_loss_weight,
     eps_from_x,
     output_error_weight,
     target,
 )
-from ddim_pl.schedules import NoiseSchedule
+from ddim_pl.schedules import Level, NoiseSchedule
 from ddim_pl.timesteps import linear
 from ddim_pl.training.base import Batch, DiffusionModule, OptimizerCallable
 from ddim_pl.training.ddpm import DDPM
@@ -38,7 +39,13 @@ from ddim_pl.training.teacher import (
     set_dropout,
     student_network,
 )
-from ddim_pl.transitions import ddim_step, q_sample, two_step_target
+from ddim_pl.transitions import (
+    ddim_step,
+    q_sample,
+    quantile_step,
+    quantile_target,
+    two_step_target,
+)
 
 
 class Round(NamedTuple):
@@ -51,13 +58,15 @@ class Round(NamedTuple):
 class ProgressiveDistillation(DiffusionModule):
     """Halve the number of steps of a teacher, round after round.
 
-    Network, schedule and time input are the teacher's. Each round begins from its teacher's
+    Network, schedule, noise and time input are the teacher's. Each round begins from its teacher's
     weights with a fresh optimizer state, a fresh average, and a rate that falls linearly to 0.
     Sampling and evaluation use the student of the present round with its own number of steps.
 
     Args:
         network: By default a copy of the teacher's; a checkpoint of this module holds it here.
         schedule: By default the teacher's.
+        noise: By default the teacher's. The deterministic steps are those of its law,
+            `quantile_step`, of which DDIM is the Gaussian case.
         teacher: Checkpoint of the teacher: any of this package, of eps-, x- or v-prediction; also
             a student, to go on from it.
         rounds: The ladder, `(student steps, updates)` each: the teacher's number of steps is twice
@@ -92,6 +101,7 @@ class ProgressiveDistillation(DiffusionModule):
         network: nn.Module | None = None,
         schedule: NoiseSchedule | None = None,
         *,
+        noise: Noise | None = None,
         rounds: list[tuple[int, int]],
         teacher: str | None = None,
         conversion_updates: int = 0,
@@ -127,6 +137,7 @@ class ProgressiveDistillation(DiffusionModule):
             # Under the arguments' own names, by which a checkpoint will hold what was found.
             network = student_network(read, dropout)
             schedule = schedule or read.schedule
+            noise = noise or read.noise
             time_input = time_input or read.time_input
             teacher_prediction = read.prediction
             image_shape = image_shape or read.image_shape
@@ -137,6 +148,7 @@ class ProgressiveDistillation(DiffusionModule):
         super().__init__(
             network,
             schedule,
+            noise=noise,
             prediction=prediction,
             time_input=time_input or "index",
             image_shape=image_shape,
@@ -229,6 +241,7 @@ class ProgressiveDistillation(DiffusionModule):
         arguments = {
             "network": describe(self.network),
             "schedule": describe(self.schedule),
+            "noise": describe(self.noise),
             "loss_weight": self.loss_weight,
             "prediction": self.prediction,
             "time_input": self.time_input,
@@ -273,21 +286,19 @@ class ProgressiveDistillation(DiffusionModule):
     def loss(self, denoiser: Denoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Weighted squared error of the student's x against the target, `(B,)`."""
         x = batch[0]
-        eps = randn(x.shape, generators.device, x)
         teacher = self.teacher_denoiser.condition(denoiser.label)
         steps = self.student_steps
         step = self.schedule.num_levels / steps
         u = torch.rand(len(x), generator=generators.host, dtype=torch.float64)
-        with torch.no_grad():
-            if self.round < 0:
-                t = (1 - u) * self.schedule.num_levels
-                wanted = teacher(q_sample(x, eps, self.schedule(t)), t).x
-            else:
-                # In this order the last level is T exactly, not a rounding above.
-                t = ((u * steps).floor() + 1) * self.schedule.num_levels / steps
-                wanted = self._two_steps(teacher, q_sample(x, eps, self.schedule(t)), t, step)
+        if self.round < 0:
+            t = (1 - u) * self.schedule.num_levels
+        else:
+            # In this order the last level is T exactly, not a rounding above.
+            t = ((u * steps).floor() + 1) * self.schedule.num_levels / steps
         level = self.schedule(t)
-        z = q_sample(x, eps, level)
+        z = q_sample(x, self.noise.draw(x.shape, level, generators.device, x), level)
+        with torch.no_grad():
+            wanted = teacher(z, t).x if self.round < 0 else self._two_steps(teacher, z, t, step)
         error = denoiser.output(z, t) - target(
             self.prediction, level, wanted, eps_from_x(level, z, wanted)
         )
@@ -297,10 +308,22 @@ class ProgressiveDistillation(DiffusionModule):
     def _two_steps(self, teacher: Denoiser, z: Tensor, t: Tensor, step: float) -> Tensor:
         """The target, `(B, ...)`, for states `z` at levels `t` that are multiples of `step`."""
         t_mid, s = t - step / 2, (t - step).clamp(min=0)
-        level, mid = self.schedule(t), self.schedule(t_mid)
+        level, mid, end = self.schedule(t), self.schedule(t_mid), self.schedule(s)
         first = teacher(z, t)
-        second = teacher(ddim_step(first, level, mid), t_mid)
-        return two_step_target(first.x, second.x, level, mid, self.schedule(s))
+        if self.noise.is_gaussian:
+            second = teacher(ddim_step(first, level, mid), t_mid)
+            return two_step_target(first.x, second.x, level, mid, end)
+        # In float64, since what a short step adds is told from the difference of its ends.
+        z_t, x_t = float64(z), float64(first.x)
+        z_mid = self._step(x_t, z_t, level, mid)
+        x_mid = float64(teacher(z_mid.to(z), t_mid).x)
+        z_s = self._step(x_mid, z_mid, mid, end)
+        guess = two_step_target(x_t, x_mid, level, mid, end)
+        return quantile_target(self.noise, guess, z_t, z_s, level, end).to(z)
+
+    def _step(self, x: Tensor, z: Tensor, t: Level, s: Level) -> Tensor:
+        """The deterministic step of the noise from states `z` and estimates `x`."""
+        return quantile_step(Prediction(x, eps_from_x(t, z, x)), self.noise, t, s)
 
     # ---- Lightning ----------------------------------------------------------------------------
 

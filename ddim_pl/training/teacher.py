@@ -61,11 +61,12 @@ def check_same_kind(teacher: DiffusionModule, student: DiffusionModule, path: st
     """See that a student can begin from a teacher's weights.
 
     Raises:
-        ValueError: If image size, schedule, time input or network differ.
+        ValueError: If image size, schedule, noise, time input or network differ.
     """
     pairs = {
         "image_shape": (teacher.image_shape, student.image_shape),
         "schedule": (teacher.schedule, student.schedule),
+        "noise": (teacher.noise, student.noise),
         "time_input": (teacher.time_input, student.time_input),
     }
     for name, (theirs, ours) in pairs.items():

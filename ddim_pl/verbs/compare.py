@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from ddim_pl.samplers import DDIM
+from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.timesteps import linear
 from ddim_pl.training import DiffusionModule
 from ddim_pl.training.fingerprint import fingerprint
@@ -16,8 +16,6 @@ from ddim_pl.training.teacher import load_teacher
 from ddim_pl.verbs.cells import Cell, found_or_measured, measure_of, shown_images
 from ddim_pl.verbs.devices import Device, at_least, check_images, on_every_device
 from ddim_pl.verbs.report import label_rows, markdown, plot_distances, write_csv, write_text
-
-TEACHER = "teacher, DDIM"
 
 
 def compare(
@@ -38,6 +36,8 @@ def compare(
     output: str | None = None,
 ) -> None:
     """Measure students with their own steps, and their teacher with DDIM at as many and more.
+
+    A teacher of Gamma noise is measured with the deterministic sampler of that noise.
 
     Writes `distillation.csv`, `distillation.md`, the plot `distillation.png` of the distance
     against steps, and `grids.png`, in which each row is one student and each column one latent. A
@@ -87,8 +87,9 @@ def compare(
         tasks += [(file, 0) for file in files]
         for i, (file, count) in enumerate(tasks):
             if file is None:
-                cell = Cell(DDIM(), "linear", linear(model.schedule.num_levels, count))
-                who, drawing, key_of = TEACHER, device, teacher
+                sampler = default_sampler(model.noise)
+                cell = Cell(sampler, "linear", linear(model.schedule.num_levels, count))
+                who, drawing, key_of = f"teacher, {type(sampler).__name__}", device, teacher
             else:
                 student = load_teacher(file).to(model.device).eval()
                 cell = Cell(student.sampler, "own", student.levels)

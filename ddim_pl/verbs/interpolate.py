@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ddim_pl.images import grid, to_uint8, write_png
 from ddim_pl.latents import encode, slerp
-from ddim_pl.noise import latents
 from ddim_pl.training import DiffusionModule
 from ddim_pl.verbs.devices import Device, at_least, check_images, check_label, on_every_device
 from ddim_pl.verbs.sources import (
@@ -133,7 +132,7 @@ def _ends(
     first = list(range(num_pairs))
     # The partner of latent i is i + P, of whatever class: both ends are drawn as the first's.
     indices = [index for i in first for index in (i, i + num_pairs)]
-    z, _ = latents(model.seed if seed is None else seed, indices, model.image_shape)
+    z, _ = model.latents(indices, model.levels[0], seed=seed)
     classes = model.label_of([i for i in first for _ in range(2)])
     if classes is not None and label is not None:
         classes = torch.full_like(classes, label)

@@ -7,7 +7,6 @@ import lightning as L
 from torch import Tensor
 
 from ddim_pl.adaptive import StepErrors, candidate_levels, cheapest_levels, one_step_errors
-from ddim_pl.noise import latents
 from ddim_pl.timesteps import save_levels
 from ddim_pl.training import DiffusionModule
 from ddim_pl.verbs.devices import Device, at_least, on_every_device
@@ -83,7 +82,7 @@ def search_levels(
     starts = range(0, len(mine), batch_size)
     for start in device.progress(starts, len(starts), "searching levels"):
         batch = mine[start : start + batch_size]
-        z, _ = latents(SEARCH_SEED + model.seed, batch, model.image_shape)
+        z, _ = model.latents(batch, candidates[0], seed=SEARCH_SEED + model.seed)
         denoiser = model.conditioned(model.label_of(batch))
         with device.trainer.precision_plugin.forward_context():
             more = one_step_errors(

@@ -76,5 +76,5 @@ def check_deterministic(sampler: Sampler) -> None:
     if not sampler.encodes:
         raise ValueError(
             f"{sampler} draws noise and cannot encode: use a deterministic sampler, such as "
-            "--model.sampler DDIM --model.sampler.eta 0"
+            "--model.sampler DDIM --model.sampler.eta 0, or GammaQuantile for Gamma noise"
         )

@@ -1,0 +1,190 @@
+"""Samplers of Gamma diffusion (Nachmani et al. 2021): four steps, from an approximation to exact.
+
+With `z_t = alpha_t x + sigma_t eps_t`, eps_t a standardised Gamma variable of shape `K_t`, each of
+them draws eps_s from eps_t. Given the true x, "exact" and "quantile" have the Gamma marginal at
+every pair of levels, "moment" its mean and variance, "report" its mean only; docs/gamma.md has
+the proofs. The start states must have the law of the noise too: `DiffusionModule.sample` draws
+them from the module's noise, and `ddim_pl.noise.latents` takes that noise and `levels[0]`.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor
+
+from ddim_pl.denoiser import Denoise
+from ddim_pl.noise import GammaNoise, Generators, Noise, standardised_beta, standardised_gamma
+from ddim_pl.prediction import Prediction
+from ddim_pl.samplers.base import Sampler, State
+from ddim_pl.samplers.ddim import DDIM
+from ddim_pl.schedules import Level, expand
+from ddim_pl.transitions import (
+    ddim_step,
+    quantile_step,
+    report_step,
+    thinning_shapes,
+    thinning_step,
+)
+
+
+@dataclass(frozen=True)
+class GammaSampler(Sampler):
+    """What the samplers of Gamma diffusion share; they implement `step`.
+
+    Args:
+        theta_0: Scale of the noise, that of the model's `GammaNoise`.
+
+    Raises:
+        ValueError: If `theta_0` is not positive.
+    """
+
+    theta_0: float = 0.001
+
+    def __post_init__(self) -> None:
+        _ = self.noise
+
+    @property
+    def noise(self) -> GammaNoise:
+        """The law of the states."""
+        return GammaNoise(self.theta_0)
+
+    @abstractmethod
+    def step(
+        self, prediction: Prediction, t: Level, s: Level, generator: Generators | None
+    ) -> Tensor:
+        """States at level `s` from estimates at level `t`."""
+
+    def steps(
+        self, denoiser: Denoise, z: Tensor, levels: Tensor, generator: Generators | None
+    ) -> Iterator[State]:
+        """Yield the state after each step."""
+        for t, s in pairwise(levels):
+            prediction = denoiser(z, t)
+            z = self.step(prediction, denoiser.schedule(t), denoiser.schedule(s), generator)
+            yield State(s, z, prediction.x)
+
+
+@dataclass(frozen=True)
+class GammaMoment(GammaSampler):
+    """DDIM with Gamma noise in the place of the Gaussian (Nachmani et al. 2021, algorithm 4).
+
+    A sum of Gamma variables of different scales is no Gamma variable: with the true x, the mean
+    and the variance are right and the shape is not.
+
+    Args:
+        theta_0: Scale of the noise, that of the model's `GammaNoise`.
+        eta: As in `DDIM`; 1 is the paper's DDPM.
+
+    Raises:
+        ValueError: If `theta_0` is not positive or `eta` lies outside [0, 1].
+    """
+
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        DDIM(self.eta)
+
+    def step(
+        self, prediction: Prediction, t: Level, s: Level, generator: Generators | None
+    ) -> Tensor:
+        """`ddim_step`, its noise that of level `s`."""
+        x = prediction.x
+        noise = self.noise.draw(x.shape, s, generator, x) if self.eta > 0 else None
+        return ddim_step(prediction, t, s, eta=self.eta, noise=noise)
+
+
+@dataclass(frozen=True)
+class GammaReport(GammaSampler):
+    """The report's Gamma-DDIM, its eq. 18. It is there to be compared: its variance drifts.
+
+    The step to a level without noise gives the estimate of x, as the report's eq. 8.
+
+    Args:
+        theta_0: Scale of the noise, that of the model's `GammaNoise`.
+        eta: Scale of the fresh noise, which the report leaves open, as in `DDIM`.
+
+    Raises:
+        ValueError: If `theta_0` is not positive or `eta` lies outside [0, 1].
+    """
+
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        DDIM(self.eta)
+
+    def step(
+        self, prediction: Prediction, t: Level, s: Level, generator: Generators | None
+    ) -> Tensor:
+        """`report_step`."""
+        x = prediction.x
+        if s.sigma == 0:
+            return expand(s.alpha, x) * x
+        _, fresh = thinning_shapes(self.noise, t, s)
+        noise = standardised_gamma(x.shape, fresh, generator, x)
+        return report_step(prediction, noise, t, s, eta=self.eta)
+
+
+@dataclass(frozen=True)
+class GammaExact(GammaSampler):
+    """Ancestral sampling of Gamma diffusion: a Beta share of the noise stays at each step.
+
+    It is the posterior of the forward process, as `DDPM` is for Gaussian noise, to which it tends
+    as theta_0 falls: with the true x, the marginals are Gamma for any two levels.
+
+    Args:
+        theta_0: Scale of the noise, that of the model's `GammaNoise`.
+
+    Raises:
+        ValueError: If `theta_0` is not positive.
+    """
+
+    def step(
+        self, prediction: Prediction, t: Level, s: Level, generator: Generators | None
+    ) -> Tensor:
+        """`thinning_step`."""
+        kept, removed = thinning_shapes(self.noise, t, s)
+        shape = prediction.x.shape
+        beta = standardised_beta(shape, kept, removed, generator, prediction.x)
+        return thinning_step(prediction, beta, self.noise, t, s)
+
+
+@dataclass(frozen=True)
+class GammaQuantile(GammaSampler):
+    """The deterministic sampler of Gamma diffusion: every step keeps the noise's quantiles.
+
+    It is to Gamma noise what DDIM with `eta = 0` is to Gaussian noise, to which it tends as
+    theta_0 falls; so it encodes and interpolates, and it has no `eta`. With the true x, the
+    marginals are Gamma for any two levels.
+
+    Args:
+        theta_0: Scale of the noise, that of the model's `GammaNoise`.
+
+    Raises:
+        ValueError: If `theta_0` is not positive.
+    """
+
+    def step(
+        self, prediction: Prediction, t: Level, s: Level, generator: Generators | None
+    ) -> Tensor:
+        """`quantile_step`; the levels may rise (encoding)."""
+        return quantile_step(prediction, self.noise, t, s)
+
+    def _may_rise(self, levels: Tensor) -> bool:
+        return bool((levels.diff() > 0).all())
+
+
+def default_sampler(noise: Noise) -> Sampler:
+    """The deterministic sampler of a law of noise: one that encodes, and can be distilled.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if noise.is_gaussian:
+        return DDIM()
+    if isinstance(noise, GammaNoise):
+        return GammaQuantile(noise.theta_0)
+    raise ValueError(f"sampler must be given: none is known for {noise}")
