@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,16 +31,30 @@ class Students(L.Callback):
     Args:
         num_images: Images in a grid.
         columns: Images in a row; by default the grid is about square.
+        max_measured_steps: Students of more steps are not measured, which would take as many
+            evaluations of the network for every image; None measures all.
 
     Raises:
-        ValueError: If `num_images` is less than 1.
+        ValueError: If a number is less than 1.
     """
 
-    def __init__(self, num_images: int = 80, *, columns: int | None = None) -> None:
-        if num_images < 1:
-            raise ValueError(f"num_images must be at least 1, got {num_images}")
+    def __init__(
+        self,
+        num_images: int = 80,
+        *,
+        columns: int | None = None,
+        max_measured_steps: int | None = None,
+    ) -> None:
+        for name, value in {
+            "num_images": num_images,
+            "max_measured_steps": max_measured_steps,
+        }.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.num_images = num_images
         self.columns = columns
+        self.max_measured_steps = max_measured_steps
+        self._closed = -1  # the last round that was
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """See that there will be students, and load what measures them."""
@@ -62,13 +77,20 @@ class Students(L.Callback):
         if module.round < module.round_at(module.global_step):
             self._close(trainer, module)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close the last round, if the fit got there; also one that resumes with no update left.
-
-        (Such a fit has no `on_train_end`.)
-        """
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the last round, if the fit got there."""
         module = cast(ProgressiveDistillation, pl_module)
         if module.round_is_over:
+            self._close(trainer, module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the last round of a fit that resumed with no update left, and so did not train.
+
+        Lightning has moved the module to the CPU by now.
+        """
+        module = cast(ProgressiveDistillation, pl_module)
+        if module.round_is_over and self._closed != module.round:
+            module.to(trainer.strategy.root_device)
             self._close(trainer, module)
 
     @torch.no_grad()
@@ -79,7 +101,7 @@ class Students(L.Callback):
         name = f"student-{module.student_steps:04d}-steps"
         row: dict[str, Any] = {"steps": module.student_steps, "updates": module.round_updates}
         measure = _measure_of(trainer)
-        if measure is not None:
+        if measure is not None and module.student_steps <= (self.max_measured_steps or math.inf):
             values = measure.measure(trainer, module)
             row |= {key: float(value) for key, value in values.items()}
             for logger in trainer.loggers:
@@ -95,6 +117,7 @@ class Students(L.Callback):
             _add_row(run / "students" / "students.csv", row)
             _save(trainer, module, run / "checkpoints" / f"{name}.ckpt")
         trainer.strategy.barrier("student written")
+        self._closed = module.round
 
 
 def _measure_of(trainer: L.Trainer) -> FrechetDistance | None:

@@ -175,7 +175,7 @@ class DiffusionCLI(LightningCLI):
         if self.subcommand in ("predict", *VERBS) or getattr(rank_zero_only, "rank", 0) != 0:
             return  # other ranks wait for the first one's download, which Lightning sees to
         module = cast(DiffusionModule, self.model)
-        if self.subcommand == "fit":
+        if self.subcommand == "fit" and not self.config["fit"].get("ckpt_path"):
             module.check_data(self.datamodule)
         self.datamodule.prepare_data()
         self.datamodule.setup(self.subcommand)

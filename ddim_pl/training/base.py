@@ -125,6 +125,9 @@ class DiffusionModule(L.LightningModule, ABC):
         self.seed = seed
         _ = self.denoiser  # so do a wrong prediction or time input
 
+    distilled_steps: int | None = None
+    """Steps that the averaged network was distilled for, if it was: it knows no other levels."""
+
     # ---- what the method is -------------------------------------------------------------------
 
     @abstractmethod

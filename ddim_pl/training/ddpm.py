@@ -91,6 +91,8 @@ class DDPM(DiffusionModule):
         loss: "l2", the squared error, or "l1", the absolute one. Nachmani et al. 2021 write l1 for
             Gamma noise, and their code has l2.
         level_sampling: "uniform" or "antithetic", see `draw_levels`.
+        distilled_steps: Steps that the network was distilled for, in the checkpoint of a student;
+            None for a model that knows all levels.
         **kwargs: Arguments of `DiffusionModule`.
 
     Raises:
@@ -106,6 +108,7 @@ class DDPM(DiffusionModule):
         min_snr_gamma: float = 5.0,
         loss: Loss = "l2",
         level_sampling: LevelSampling = "uniform",
+        distilled_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(network, schedule, **kwargs)
@@ -122,6 +125,7 @@ class DDPM(DiffusionModule):
         self.min_snr_gamma = min_snr_gamma
         self.error: Loss = loss
         self.level_sampling = level_sampling
+        self.distilled_steps = distilled_steps
 
     def loss(self, denoiser: Denoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Denoising loss of each image at a random level, `(B,)`."""

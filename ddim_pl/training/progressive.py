@@ -34,6 +34,7 @@ from ddim_pl.training.ddpm import DDPM
 from ddim_pl.training.hyperparameters import INSTANTIATOR, describe, import_path
 from ddim_pl.training.teacher import (
     check_same_kind,
+    check_steps,
     copy_weights,
     load_teacher,
     set_dropout,
@@ -169,7 +170,7 @@ class ProgressiveDistillation(DiffusionModule):
         self.round_warmup = warmup_steps
         self.round = self.round_at(0)
         if read is not None:
-            check_same_kind(read, self, str(teacher))
+            self._check_teacher(read)
             self.begin_from(read)
 
     # ---- the ladder ---------------------------------------------------------------------------
@@ -218,10 +219,28 @@ class ProgressiveDistillation(DiffusionModule):
         most = self.schedule.num_levels if self.round < 0 else self.student_steps
         return linear(self.schedule.num_levels, min(self.student_steps, most))
 
+    @property
+    def distilled_steps(self) -> int | None:  # type: ignore[override]
+        """Steps of the present student, the only ones it knows."""
+        return None if self.round < 0 else self.student_steps
+
     def begin_from(self, teacher: DiffusionModule) -> None:
-        """Take over a teacher's weights, for the student and for what it learns from."""
+        """Begin the ladder with a teacher's weights, for the student and what it learns from."""
         for network in (self.network, self.average.module, self.teacher):
             copy_weights(teacher.average.module, network)
+        self.average.n_averaged.zero_()
+        self.round = self.round_at(0)
+
+    def _check_teacher(self, teacher: DiffusionModule) -> None:
+        """See that the ladder can begin from a teacher."""
+        path = str(self.teacher_path)
+        check_same_kind(teacher, self, path)
+        if teacher.prediction != self.first_prediction:
+            raise ValueError(
+                f"teacher {path!r} predicts {teacher.prediction!r}, but is read as "
+                f"{self.first_prediction!r}: set teacher_prediction, or leave network out"
+            )
+        check_steps(teacher, 2 * self.rounds[0].steps, path)
 
     def promote(self) -> None:
         """Make the averaged student the teacher of the next round, and begin that."""
@@ -250,6 +269,7 @@ class ProgressiveDistillation(DiffusionModule):
             "sampler": describe(self.sampler),
             "timesteps": "linear",
             "num_steps": self.student_steps,
+            "distilled_steps": self.student_steps,
             "seed": self.seed,
         }
         return {
@@ -338,15 +358,23 @@ class ProgressiveDistillation(DiffusionModule):
         super().setup(stage)
         if self.compile_network:
             self.teacher.compile()
-        if stage != "fit":
-            return
-        if self.teacher_path is not None and self.trainer.ckpt_path is None:
-            # A config that was read from a checkpoint names the network, and a teacher to read.
-            read = load_teacher(self.teacher_path)
-            check_same_kind(read, self, self.teacher_path)
-            self.begin_from(read)
-        if self.trainer.max_steps == -1:
+        if stage == "fit" and self.trainer.max_steps == -1:
             self.trainer.fit_loop.epoch_loop.max_steps = self.num_updates
+
+    def check_data(self, datamodule: L.LightningDataModule | None) -> None:
+        """See that there is a teacher that the ladder can begin from."""
+        if self.teacher_path is not None:
+            self._check_teacher(load_teacher(self.teacher_path))
+
+    def on_fit_start(self) -> None:
+        """Begin with the teacher's weights, unless a run goes on, whose checkpoint holds all.
+
+        (A config that was read from a checkpoint names both a network and a teacher to read.)
+        """
+        if self.teacher_path is not None and self.trainer.ckpt_path is None:
+            read = load_teacher(self.teacher_path)
+            self._check_teacher(read)
+            self.begin_from(read)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Begin the next round where the last one's updates are made."""

@@ -85,6 +85,19 @@ def check_same_kind(teacher: DiffusionModule, student: DiffusionModule, path: st
         )
 
 
+def check_steps(teacher: DiffusionModule, steps: int, path: str) -> None:
+    """See that a teacher that was distilled itself is asked for the steps it knows.
+
+    Raises:
+        ValueError: If it was distilled to another number.
+    """
+    if teacher.distilled_steps not in (None, steps):
+        raise ValueError(
+            f"teacher {path!r} was distilled to {teacher.distilled_steps} steps and knows no "
+            f"other levels, but is asked for {steps}"
+        )
+
+
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Copy parameters and buffers of one network into another of the same kind."""

@@ -13,6 +13,7 @@ from tiny import NETWORK, tiny_config, write_config
 from ddim_pl.cli import main
 
 ROOT = Path(__file__).parents[2]
+UNET = "ddim_pl.networks.unet.UNet"
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +271,28 @@ def test_pairs_are_asked_for_before_a_run_of_luhmans_begins(run, tmp_path, capsy
     }
     line = fails(["fit", "--config", write_config(config, tmp_path / "config.yaml")], capsys)
     assert re.search("needs .*TeacherPairsDataModule", line), line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"network": {"class_path": UNET, "init_args": {**NETWORK, "channels": 12}}}, "network"),
+        ({"rounds": [[4, 2], [1, 2]]}, "rounds must halve the steps"),
+        ({"teacher": "gone.ckpt"}, "'gone.ckpt' is not a file"),
+        ({"prediction": "both"}, "'both' reads 2 channels"),
+    ],
+)
+def test_a_ladder_that_cannot_begin_leaves_no_run(run, tmp_path, capsys, arguments, message):
+    _, _, last = run
+    config = tiny_config(tmp_path / "runs")
+    settings = {"teacher": str(last), "rounds": [[4, 2], [2, 2]], "teacher_prediction": "eps"}
+    config["model"] = {
+        "class_path": "ddim_pl.training.ProgressiveDistillation",
+        "init_args": {**settings, **arguments},
+    }
+    line = fails(["fit", "--config", write_config(config, tmp_path / "config.yaml")], capsys)
+    assert message in line, line
     assert not (tmp_path / "runs").exists()
 
 

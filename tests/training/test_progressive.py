@@ -1,4 +1,5 @@
 import functools
+import shutil
 from types import SimpleNamespace
 
 import lightning as L
@@ -531,30 +532,73 @@ def test_a_teacher_of_both_x_and_eps_has_such_students(tmp_path):
 
 
 def test_a_round_can_be_run_alone_from_a_student(whole, tmp_path):
-    module, _, _, _ = whole
+    folder = whole[3]
+    two = ProgressiveDistillation.load_from_checkpoint(folder / "step=13.ckpt", weights_only=True)
+    assert (two.round, two.student_steps, two.distilled_steps) == (1, 2, 2)
     path = tmp_path / "student.ckpt"
-    torch.save(module.student_checkpoint(), path)
+    torch.save(two.student_checkpoint(), path)
     student = DDPM.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    assert len(student.levels) == 2
-    torch.testing.assert_close(student.sample([0, 1]), module.sample([0, 1]), rtol=0, atol=0)
+    assert len(student.levels) == 3
+    torch.testing.assert_close(student.sample([0, 1]), two.sample([0, 1]), rtol=0, atol=0)
     alone = ladder(str(path), rounds=[(1, 3)], conversion_updates=0)
     assert alone.first_prediction == "v"
     assert (alone.schedule, alone.time_input, alone.clip) == (
-        module.schedule,
-        module.time_input,
-        module.clip,
+        two.schedule,
+        two.time_input,
+        two.clip,
     )
-    assert same(clone(alone.teacher), clone(module.average.module))
+    assert same(clone(alone.teacher), clone(two.average.module))
     assert fit(alone, tmp_path).global_step == 3
     assert not same(clone(alone.average.module), clone(alone.teacher))
+    with pytest.raises(ValueError, match=r"was distilled to 2 steps .* is asked for 8"):
+        ladder(str(path), rounds=[(4, 3), (2, 3)])
 
 
 def test_a_ladder_can_be_gone_on_with_from_its_own_checkpoint(whole):
     module, _, _, folder = whole
-    path = folder / "step=18.ckpt"
-    further = ladder(str(path), rounds=[(1, 3)], conversion_updates=0)
-    assert same(clone(further.teacher), clone(module.average.module))
+    path = str(folder / "step=13.ckpt")
+    further = ladder(path, rounds=[(1, 3)], conversion_updates=0)
+    assert not same(clone(further.teacher), clone(module.average.module))
     assert further.rounds != module.rounds
+    with pytest.raises(ValueError, match=r"was distilled to 1 steps .* is asked for 2"):
+        ladder(str(folder / "step=18.ckpt"), rounds=[(1, 3)])
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+def test_a_run_goes_on_without_its_teachers_file(whole, teacher, tmp_path):
+    gone = shutil.copy(teacher, tmp_path / "gone.ckpt")
+    begun = ladder(str(gone), warmup_steps=1)
+    gone.unlink()
+    fit(begun, tmp_path, ckpt_path=whole[3] / "step=9.ckpt")
+    assert same(clone(begun.average.module), clone(whole[0].average.module))
+    # From the command line the network comes from the checkpoint, and no teacher is read at all.
+    read = ProgressiveDistillation.load_from_checkpoint(
+        whole[3] / "step=9.ckpt", weights_only=True, teacher=str(gone)
+    )
+    fit(read, tmp_path, ckpt_path=whole[3] / "step=9.ckpt")
+    assert same(clone(read.average.module), clone(whole[0].average.module))
+
+
+def test_a_new_fit_of_a_finished_ladder_begins_anew(whole, tmp_path):
+    again = ProgressiveDistillation.load_from_checkpoint(
+        whole[3] / "step=18.ckpt", weights_only=True
+    )
+    assert again.round == 2
+    diary = Diary()
+    seed_everything(0, verbose=False)
+    fit(again, tmp_path, diary)
+    assert [page.round for page in diary.pages] == [page.round for page in whole[2]]
+    assert diary.pages[0].averaged == 0
+
+
+def test_another_network_does_not_change_how_the_teacher_is_read(eps_teacher, tmp_path):
+    given = {"network": tiny_unet(), "schedule": LinearSchedule(), "rounds": [(4, 2)]}
+    module = ladder(eps_teacher, **given)
+    with pytest.raises(ValueError, match="predicts 'eps', but is read as 'v': set teacher_pred"):
+        fit(module, tmp_path)
+    told = ladder(eps_teacher, teacher_prediction="eps", conversion_updates=0, **given)
+    fit(told, tmp_path)
+    assert told.teacher_denoiser.prediction == "eps"
 
 
 # ---- bad input --------------------------------------------------------------------------------
