@@ -78,7 +78,7 @@ def plot_distances(path: Path, rows: Sequence[Row], key: str, series: Sequence[s
         axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
         axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(_two_and_five)
         axes.tick_params(which="minor", labelsize=7)
         axes.grid(visible=True, which="both", alpha=0.25)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
@@ -141,6 +141,12 @@ def label_rows(path: Path, names: Sequence[str], images: Sequence[Tensor], side:
             page.paste(Image.fromarray(pixels), (left + column * width, row * height))
     array = torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8)
     write_png(array.reshape(page.height, page.width, 3).permute(2, 0, 1), path)
+
+
+def _two_and_five(value: float, position: int | None = None) -> str:
+    """Label of a logarithmic axis' minor tick: for 2 and 5 of a decade only, so that they fit."""
+    first = round(value / 10 ** math.floor(math.log10(value)))
+    return f"{value:g}" if first in (2, 5) else ""
 
 
 def _apart(values: Sequence[int]) -> list[int]:
