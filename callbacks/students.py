@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch.trainer import call
 
 from callbacks.fid import FrechetDistance
+from ddim_pl.files import replacing
 from ddim_pl.images import grid, to_uint8, write_png
 from ddim_pl.training import ProgressiveDistillation
 from ddim_pl.training.hyperparameters import CONFIG_KEY
@@ -141,10 +142,8 @@ def _save(trainer: L.Trainer, module: ProgressiveDistillation, path: Path) -> No
             if not each["class_path"].endswith(f".{Students.__name__}")
         ]
         checkpoint[CONFIG_KEY] = yaml.safe_dump(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save(checkpoint, part)
-    part.replace(path)
+    with replacing(path) as part:
+        torch.save(checkpoint, part)
 
 
 def _add_row(path: Path, row: dict[str, Any]) -> None:
@@ -158,7 +157,5 @@ def _add_row(path: Path, row: dict[str, Any]) -> None:
     writer = csv.DictWriter(text, list(row), lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text.getvalue())
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(text.getvalue())

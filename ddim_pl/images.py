@@ -8,6 +8,8 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
+from ddim_pl.files import replacing
+
 
 def to_uint8(x: Tensor) -> Tensor:
     """Round images from [-1, 1] to uint8, `(B, C, H, W)`, clamping what lies outside."""
@@ -39,10 +41,8 @@ def write_png(image: Tensor, path: Path) -> None:
 
     The file appears whole or not at all.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    to_pil_image(image.cpu()).save(part, format="png")
-    part.replace(path)
+    with replacing(path) as part:
+        to_pil_image(image.cpu()).save(part, format="png")
 
 
 def read_png(path: Path) -> Tensor:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddim_pl.files import replacing
 from ddim_pl.schedules import NoiseSchedule
 
 Strategy = Callable[[NoiseSchedule, int], Tensor]
@@ -211,10 +212,8 @@ def save_levels(path: Path, schedule: NoiseSchedule, levels: Sequence[Tensor]) -
         "schedule": repr(schedule),
         "levels": {str(len(each) - 1): each.tolist() for each in levels},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def load_levels(path: Path, schedule: NoiseSchedule, num_steps: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ddim_pl.denoiser import Denoiser
+from ddim_pl.files import replacing
 from ddim_pl.images import read_png, to_uint8
 from ddim_pl.inversion import Implicit, Inversion, Method
 from ddim_pl.inversion import invert as find_latents
@@ -192,9 +193,8 @@ def _write(
     text: str,
 ) -> None:
     """Write all that there is to see and to go on with."""
-    part = folder / "latents.safetensors.part"
-    save_file({"latents": found["latents"]}, part)
-    part.replace(folder / "latents.safetensors")
+    with replacing(folder / "latents.safetensors") as part:
+        save_file({"latents": found["latents"]}, part)
     shown = {"images": real.images, "drawn first": found["first"], "drawn": found["images"]}
     pictures = [to_uint8(images[:GRID_IMAGES]) for images in shown.values()]
     label_rows(folder / "grid.png", list(shown), pictures)

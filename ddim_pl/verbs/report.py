@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddim_pl.files import replacing
 from ddim_pl.images import write_png
 
 Row = Mapping[str, Any]
@@ -17,9 +18,8 @@ Row = Mapping[str, Any]
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, with a line break at its end."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text.rstrip("\n") + "\n")
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(text.rstrip("\n") + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -108,11 +108,8 @@ def plot_lines(
 
 
 def _save_figure(figure: Any, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(picture.getvalue())
-    part.replace(path)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=110)
 
 
 def label_rows(path: Path, names: Sequence[str], images: Sequence[Tensor], side: int = 48) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddim_pl.files import replacing
 from ddim_pl.images import grid, to_uint8, write_png
 from ddim_pl.training import DiffusionModule
 from ddim_pl.verbs.devices import Device, at_least, check_label, on_every_device
@@ -110,7 +111,5 @@ def _write_npz(
     labels = model.label_of(indices)
     if labels is not None:
         arrays.append(np.full(len(images), label) if label is not None else labels.numpy())
-    part = folder / "samples.npz.part"
-    with part.open("wb") as file:
+    with replacing(folder / "samples.npz") as part, part.open("wb") as file:
         np.savez(file, *arrays)
-    part.replace(folder / "samples.npz")
