@@ -92,7 +92,7 @@ def main() -> None:
             for start in range(0, count, options.batch):
                 plain.sample(range(start, start + options.batch), levels=levels)
             bare = _now(device) - begin
-            recipe = {**recipe_of(plain, DDIM(), levels), "seed": 0}
+            recipe = {**recipe_of(plain, DDIM(), levels, precision="32-true"), "seed": 0}
             store = PairStore(
                 Path(folder, str(turn)), recipe, num_pairs=count, shard_size=options.batch
             )

@@ -176,6 +176,8 @@ class DiffusionCLI(LightningCLI):
             return  # other ranks wait for the first one's download, which Lightning sees to
         module = cast(DiffusionModule, self.model)
         if self.subcommand == "fit" and not self.config["fit"].get("ckpt_path"):
+            # As fit itself will: the data asks for its precision and its devices.
+            self.datamodule.trainer = self.trainer
             module.check_data(self.datamodule)
         self.datamodule.prepare_data()
         self.datamodule.setup(self.subcommand)

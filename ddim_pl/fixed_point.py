@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple, final, get_args
 import torch
 from torch import Tensor
 
+from ddim_pl.noise import float64
+
 Map = Callable[[Tensor], Tensor]
 Mixing = Literal["sample", "block", "triangular"]
 
@@ -75,6 +77,9 @@ class Solver(ABC):
             f: The map, which keeps the shape of its argument and must not mix samples.
             z: First guess, `(B, N, ...)`; at least two dimensions.
         """
+        if not len(z):
+            empty = torch.zeros(0)
+            return FixedPoint(z, empty.double()[None], empty.long(), empty.bool())
         propose = self._begin()
         best = torch.full((len(z),), torch.inf, dtype=torch.float64)
         done = torch.zeros(len(z), dtype=torch.bool)
@@ -100,6 +105,8 @@ class Picard(Solver):
     """Repeat the map. A strictly triangular map of S rows is solved exactly by S full sweeps."""
 
     def _begin(self) -> Callable[[Tensor, Tensor], Tensor]:
+        if self.damping == 1:  # without the old iterate, which may not be finite
+            return lambda z, image: image
         return lambda z, image: torch.lerp(z, image, self.damping)
 
 
@@ -136,21 +143,21 @@ class Anderson(Solver):
 
     def _begin(self) -> Callable[[Tensor, Tensor], Tensor]:
         iterates: list[Tensor] = []
-        residuals: list[Tensor] = []
+        images: list[Tensor] = []
         products = torch.empty(0)  # (B, N, m, m), of the residuals
 
         def propose(z: Tensor, image: Tensor) -> Tensor:
             nonlocal products
             iterates.append(z)
-            residuals.append(image - z)
+            images.append(image)
             if len(iterates) > self.memory:
-                del iterates[0], residuals[0]
-            products = _with_newest(products, residuals, blocks=self.mixing != "sample")
+                del iterates[0], images[0]
+            products = _with_newest(products, iterates, images, blocks=self.mixing != "sample")
             weights = mixing_weights(
                 _of_rows_before(products) if self.mixing == "triangular" else products,
                 self.regularisation,
             )
-            return _mixed(weights, iterates, residuals, self.damping)
+            return _mixed(weights, iterates, images, self.damping)
 
         return propose
 
@@ -188,13 +195,16 @@ def mixing_weights(products: Tensor, regularisation: float) -> Tensor:
     return weights
 
 
-def _with_newest(products: Tensor, residuals: list[Tensor], *, blocks: bool) -> Tensor:
+def _with_newest(
+    products: Tensor, iterates: list[Tensor], images: list[Tensor], *, blocks: bool
+) -> Tensor:
     """Inner products `(B, N, m, m)` of all residuals, given those of all but the newest."""
-    rows = [
-        residual.flatten(2) if blocks else residual.flatten(1)[:, None] for residual in residuals
-    ]
-    newest = rows[-1].double()
-    column = torch.stack([(newest * row).sum(-1) for row in rows], dim=-1)
+    rows = []
+    for z, image in zip(iterates, images, strict=True):
+        residual = image - z
+        rows.append(residual.flatten(2) if blocks else residual.flatten(1)[:, None])
+    newest = float64(rows[-1])
+    column = torch.stack([(newest * row.to(newest.device)).sum(-1) for row in rows], dim=-1)
     m = len(rows)
     grown = column.new_zeros(*column.shape[:-1], m, m)
     if m > 1:
@@ -210,21 +220,24 @@ def _of_rows_before(products: Tensor) -> Tensor:
 
 
 def _mixed(
-    weights: Tensor, iterates: list[Tensor], residuals: list[Tensor], damping: float
+    weights: Tensor, iterates: list[Tensor], images: list[Tensor], damping: float
 ) -> Tensor:
-    """The sum of `w_i (z_i + beta (f(z_i) - z_i))`, in the iterates' dtype."""
+    """The sum of `w_i ((1 - beta) z_i + beta f(z_i))`, in the iterates' dtype."""
     mixed = torch.zeros_like(iterates[0])
     shape = (*weights.shape[:2], *(1,) * (mixed.ndim - 2))
-    for i, (z, residual) in enumerate(zip(iterates, residuals, strict=True)):
-        mixed += weights[..., i].to(mixed).reshape(shape) * (z + damping * residual)
+    for i, (z, image) in enumerate(zip(iterates, images, strict=True)):
+        weight = weights[..., i].to(mixed).reshape(shape)
+        # What has no weight may be infinite: an old iterate, and with a full step every one.
+        value = image if damping == 1 else torch.lerp(z, image, damping)
+        mixed += torch.where(weight == 0, 0, weight * value)
     return mixed
 
 
 def _relative_residual(z: Tensor, image: Tensor) -> Tensor:
     """`||f(z) - z|| / ||f(z)||` of each sample, `(B,)` float64 on the CPU; infinite if not one."""
-    norm = (image - z).flatten(1).norm(dim=1).double()
-    size = image.flatten(1).norm(dim=1).double()
-    residual = torch.where(norm > 0, norm / size, torch.zeros_like(norm)).cpu()
+    norm = (image - z).flatten(1).norm(dim=1).cpu().double()
+    size = image.flatten(1).norm(dim=1).cpu().double()
+    residual = torch.where(norm == 0, torch.zeros_like(norm), norm / size)
     return residual.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 

@@ -7,6 +7,7 @@ The true gradient of a fixed point needs the inverse of `I - J`, J being the der
 """
 
 import time
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -46,13 +47,13 @@ class Drawn(NamedTuple):
         carry: What the method would like to be given next time, if anything.
         evaluations: Forward passes of the network for each sample, those that the gradient will
             repeat included, `(B,)`.
-        backward: Backward passes for each sample.
+        is_exact: Whether the images are `DDIM`'s to rounding, not to a solver's tolerance.
     """
 
     images: Tensor
     carry: Carry | None
     evaluations: Tensor
-    backward: int
+    is_exact: bool
 
 
 class Method(ABC):
@@ -96,7 +97,7 @@ class Sequential(Method):
                 else step(z, t, s)
             )
         passes = 2 * steps if self.checkpointing else steps
-        return Drawn(z, None, torch.full((len(z),), passes), steps)
+        return Drawn(z, None, torch.full((len(z),), passes), is_exact=True)
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,12 @@ class Implicit(Method):
         if carry is not None:
             start = carry.states + _response(denoiser.schedule(levels), z.detach() - carry.latents)
         chain = self.deq.solve(denoiser, z.detach(), levels, start=start)
+        if not chain.converged.all():
+            warnings.warn(
+                f"{int((~chain.converged).sum())} of {len(z)} chains did not converge in "
+                f"{self.deq.solver.max_sweeps} sweeps: raise max_sweeps or the tolerance",
+                stacklevel=2,
+            )
         carry = Carry(z.detach().clone(), chain.states)
         count = chain.evaluations + 1
         first = denoiser(z, levels[0])
@@ -144,7 +151,7 @@ class Implicit(Method):
             scale = denoiser.schedule(levels[-1]).alpha
             # The value of the solution with the gradient of the sum's first terms.
             images = chain.states[:, -1] + expand(scale, y) * (y - y.detach())
-            return Drawn(images, carry, count, 1)
+            return Drawn(images, carry, count, is_exact=False)
         states = chain.states
         for _ in range(self.applications):
             image = eps_chain(self.deq, denoiser, y, states, levels)
@@ -152,7 +159,7 @@ class Implicit(Method):
         # Again the solution's value: damping and rounding shift it a little.
         images = chain.states[:, -1] + (states[:, -1] - states[:, -1].detach())
         rest = self.applications * (len(levels) - 2)
-        return Drawn(images, carry, count + rest, 1 + rest)
+        return Drawn(images, carry, count + rest, is_exact=False)
 
 
 def eps_chain(deq: DEQ, denoiser: Denoise, y: Tensor, states: Tensor, levels: Tensor) -> Tensor:
@@ -202,8 +209,9 @@ class Progress(NamedTuple):
         update: Number of updates made.
         seconds: Since it began.
         evaluations: Forward passes of the network for each sample, on average.
-        loss: Mean over the images of `||x - x_hat||^2`, of the latents before the update.
-        best: The same of each image's best latent so far.
+        loss: Mean over the images of `||x - x_hat||^2` as the method draws them, after so many
+            updates.
+        best: The same of each image's best latent so far, as `DDIM` draws it.
     """
 
     update: int
@@ -239,12 +247,14 @@ def invert(
     num_updates: int = 1000,
     lr: float = 5e-3,
     max_seconds: float | None = None,
+    judge_every: int = 10,
     progress: bool = False,
 ) -> Inversion:
     """Find latents from which deterministic DDIM draws the images.
 
-    Adam with a constant rate, each image by itself; the latent of least loss is kept, the first
-    one included.
+    Adam with a constant rate, each image by itself. The latent of least loss is kept, of those
+    that are judged: all, if the method draws exactly what `DDIM` does; else the first, the last
+    and some between, drawn step by step for that.
 
     Args:
         denoiser: Estimates of the clean image and the noise, not clipped, as that has no gradient.
@@ -255,6 +265,7 @@ def invert(
         num_updates: Most updates.
         lr: Rate of Adam.
         max_seconds: Stop after this time, if that comes first.
+        judge_every: Updates between two judgements of a method that does not draw exactly.
         progress: Show a progress bar.
 
     Raises:
@@ -271,31 +282,46 @@ def invert(
         raise ValueError(f"num_updates must not be negative, got {num_updates}")
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr}: 5e-3 is usual")
+    if judge_every < 1:
+        raise ValueError(f"judge_every must be at least 1, got {judge_every}")
     method = method or Implicit()
     latents = z.detach().clone().requires_grad_(True)
     optimizer = torch.optim.Adam([latents], lr=lr)
-    best = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
-    kept, carry, curve, evaluations = z.detach().clone(), None, [], 0.0
+    best = torch.full((len(x),), torch.inf, dtype=torch.float64)
+    kept, images = z.detach().clone(), torch.zeros_like(x)
+    carry, curve, evaluations = None, [], 0.0
     begin = time.perf_counter()
     # One draw more than updates: the last latents are judged too.
     bar = trange(num_updates + 1, desc="inverting", disable=not progress, leave=False)
     for update in bar:
         drawn = method.draw(denoiser, latents, levels, carry)
         losses = (drawn.images - x).square().flatten(1).sum(1)
+        loss = float(losses.detach().mean())  # waits for the device
         carry, evaluations = drawn.carry, evaluations + float(drawn.evaluations.double().mean())
-        with torch.no_grad():
-            better = losses.double() < best
-            best = torch.where(better, losses.double(), best)
-            kept = torch.where(better.reshape(-1, *(1,) * (x.ndim - 1)), latents, kept)
+        late = max_seconds is not None and time.perf_counter() - begin >= max_seconds
+        last = update == num_updates or late
+        if drawn.is_exact or last or update % judge_every == 0:
+            found = drawn.images.detach()
+            if not drawn.is_exact:
+                found = DDIM()(denoiser, latents.detach(), levels)
+                evaluations += len(levels) - 1
+            true = _losses(found, x)
+            better = true < best
+            best = torch.where(better, true, best)
+            mask = better.to(x.device).reshape(-1, *(1,) * (x.ndim - 1))
+            kept = torch.where(mask, latents.detach(), kept)
+            images = torch.where(mask, found, images)
         seconds = time.perf_counter() - begin
-        loss = float(losses.detach().mean())
-        now = Progress(update, seconds, evaluations, loss, float(best.mean()))
-        curve.append(now)
-        bar.set_postfix(loss=now.loss, refresh=False)
-        if update == num_updates or (max_seconds is not None and seconds >= max_seconds):
+        curve.append(Progress(update, seconds, evaluations, loss, float(best.mean())))
+        bar.set_postfix(loss=loss, refresh=False)
+        if last:
             break
         optimizer.zero_grad()
         losses.sum().backward()
         optimizer.step()
-    images = DDIM()(denoiser, kept, levels)
-    return Inversion(kept, images, (images - x).double().square().flatten(1).sum(1), curve)
+    return Inversion(kept, images, best, curve)
+
+
+def _losses(images: Tensor, x: Tensor) -> Tensor:
+    """`||x - x_hat||^2` of each image, `(B,)` float64 on the CPU."""
+    return (images - x).square().flatten(1).sum(1).cpu().double()

@@ -22,6 +22,8 @@ from ddim_pl import gamma_scores
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
+_FACTOR = 2654435769  # 2^32 times the golden ratio's fraction, see `image_generators`
+
 
 def derive_seed(*words: int) -> int:
     """Mix integers, each at least 0, into one 32-bit seed (NumPy's SeedSequence).
@@ -62,7 +64,23 @@ def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]
     fraction, which keeps the starts of two seeds at least 2^32 / (sqrt(5) d) apart, d being their
     difference: with seeds below 38,000, no two have one of their first 50,000 images in common.
     """
-    return [torch.Generator().manual_seed((2654435769 * seed + int(i)) % 2**32) for i in indices]
+    return [torch.Generator().manual_seed((_FACTOR * seed + int(i)) % 2**32) for i in indices]
+
+
+def share_generators(seed_a: int, count_a: int, seed_b: int, count_b: int) -> bool:
+    """Whether two seeds have a generator in common among their first images.
+
+    Images `i < count_a` and `j < count_b` have the same one where `i - j` is the distance of the
+    seeds' starts mod 2^32, see `image_generators`.
+
+    >>> share_generators(0, 10, 0, 1), share_generators(0, 50_000, 1, 50_000)
+    (True, False)
+    >>> start = 2654435769  # of seed 1, before which lies all that seed 0 has up to there
+    >>> share_generators(0, start, 1, 1), share_generators(0, start + 1, 1, 1)
+    (False, True)
+    """
+    distance = _FACTOR * (seed_b - seed_a) % 2**32
+    return min(count_a, count_b) > 0 and (distance < count_a or 2**32 - distance < count_b)
 
 
 def randn(shape: Sequence[int], generator: Generators | None, like: Tensor) -> Tensor:
@@ -80,9 +98,11 @@ def randn(shape: Sequence[int], generator: Generators | None, like: Tensor) -> T
     # Drawn in float32 always, so that the dtype of the state does not change the picture.
     if generator is None or isinstance(generator, torch.Generator):
         device = like.device if generator is None else generator.device
-        return torch.randn(tuple(shape), generator=generator, device=device).to(like)
+        noise = torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)
+        return noise.to(like)
     _check_count(generator, shape)
-    noise = torch.empty(tuple(shape), device=generator[0].device if generator else like.device)
+    device = generator[0].device if generator else like.device
+    noise = torch.empty(tuple(shape), device=device, dtype=torch.float32)
     for row, source in zip(noise, generator, strict=True):
         row.normal_(generator=source)
     return noise.to(like)

@@ -122,7 +122,8 @@ def implied_x(z: Tensor, z_s: Tensor, t: Level, s: Level) -> Tensor:
     appendix G), in float64, since close levels make it a quotient of small differences.
     """
     ratio = s.sigma / t.sigma
-    numerator = z_s.double() - expand(ratio, z.double()) * z.double()
+    wide, wide_s = float64(z), float64(z_s)
+    numerator = wide_s - expand(ratio, wide) * wide
     return (numerator / expand(s.alpha - ratio * t.alpha, numerator)).to(z)
 
 

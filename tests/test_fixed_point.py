@@ -211,3 +211,25 @@ def test_singular_systems_are_regularised_and_hopeless_ones_take_the_newest():
 def test_wrong_arguments_are_errors(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         kind(**arguments)
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Anderson(mixing="block")], ids=str)
+def test_what_is_not_a_number_has_not_converged_and_is_recovered_from(solver):
+    """A triangular map, whose first image of a row depends on the rows before it alone."""
+    f, exact = integral(steps=20)
+    exact = exact.expand(3, -1, -1)
+    start = torch.zeros_like(exact)
+    start[0, 2] = torch.nan
+    first = type(solver)(max_sweeps=1)(f, start)
+    assert first.converged.tolist() == [False] * 3
+    assert first.residuals[0, 0] == torch.inf
+    found = solver(f, start)
+    assert found.converged.all()
+    assert (found.z - exact).norm() < 1e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson()], ids=str)
+def test_nothing_has_a_fixed_point_too(solver):
+    found = solver(lambda z: z, torch.zeros(0, 3, 4))
+    assert found.z.shape == (0, 3, 4)
+    assert found.converged.shape == found.sweeps.shape == (0,)

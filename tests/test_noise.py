@@ -14,6 +14,7 @@ from ddim_pl.noise import (
     image_generators,
     latents,
     randn,
+    share_generators,
     standard_gamma,
     standardised_beta,
     standardised_gamma,
@@ -70,6 +71,24 @@ def test_a_hundred_seeds_share_none_of_a_hundred_thousand_images() -> None:
 def test_a_thousand_seeds_share_none_of_fifty_thousand_images() -> None:
     """50,000 is a Frechet distance's worth; seeds are small numbers in practice."""
     assert nearest(1000) >= 50_000
+
+
+@pytest.mark.parametrize("seeds", [(0, 0), (2, 2), (0, 5), (5, 0), (2, 2 + 2**32)])
+def test_ranges_that_share_a_generator_are_told_by_its_seed(seeds: tuple[int, int]) -> None:
+    """Against the sets themselves, of few images; ranges that meet end to end are given too."""
+
+    def starts(seed: int, count: int) -> set[int]:
+        return {g.initial_seed() for g in image_generators(seed, range(count))}
+
+    a, b = seeds
+    for counts in [(0, 3), (3, 0), (1, 1), (1, 40), (40, 1), (40, 40)]:
+        shared = bool(starts(a, counts[0]) & starts(b, counts[1]))
+        assert share_generators(a, counts[0], b, counts[1]) == shared
+    distance = (first_generator(b) - first_generator(a)) % 2**32
+    assert not share_generators(a, distance, b, 1)
+    assert share_generators(a, distance + 1, b, 1)
+    assert share_generators(b, 2**32 - distance + 1, a, 1)
+    assert not share_generators(b, (2**32 - distance) % 2**32, a, 1)
 
 
 def test_different_seeds_or_indices_give_different_latents() -> None:

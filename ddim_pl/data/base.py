@@ -354,12 +354,7 @@ class ImageDataModule(LightningDataModule, ABC):
         Raises:
             ValueError: If the trainer asks for `overfit_batches`.
         """
-        overfit_batches = getattr(self.trainer, "overfit_batches", 0)
-        if overfit_batches > 0:
-            raise ValueError(
-                f"overfit_batches is {overfit_batches}, which would have Lightning replace the "
-                "order of the batches; it must be 0 (to overfit, train on a folder of few images)"
-            )
+        self._check_order()
         order = BatchOrder(
             len(self.train_set),
             self.batch_size,
@@ -401,6 +396,15 @@ class ImageDataModule(LightningDataModule, ABC):
             if isinstance(images, Tensor) and images.dtype == torch.uint8:
                 return Batch(from_uint8(images), labels)
         return batch
+
+    def _check_order(self) -> None:
+        """Refuse that Lightning puts an order of its own in the place of this module's."""
+        overfit_batches = getattr(self.trainer, "overfit_batches", 0)
+        if overfit_batches > 0:
+            raise ValueError(
+                f"overfit_batches is {overfit_batches}, which would have Lightning replace the "
+                "order of the batches; it must be 0 (to overfit, train on a folder of few images)"
+            )
 
     def _check_share(self, name: str, count: int) -> None:
         """Refuse fewer images than devices: Lightning hangs where a device has nothing to do."""

@@ -15,12 +15,18 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddim_pl.data.base import BatchOrder, Draw, EachOnce, ImageDataModule, ImageSet
 from ddim_pl.noise import latents
+
+# A student must not be judged by images that begin at latents it was trained on. For every seed of
+# evaluation below 1,500, the first 60,000 images share no generator with the first 1.1 million
+# pairs of this seed, see `ddim_pl.noise.share_generators`.
+PAIR_SEED = 1_001_301
 
 Latents = Callable[[int, Iterable[int], Sequence[int]], tuple[Tensor, list[torch.Generator]]]
 """Makes the latents of a seed, given indices and shape, as `ddim_pl.noise.latents`."""
@@ -108,19 +114,17 @@ class PairStore:
             path.with_suffix(".sha256").unlink(missing_ok=True)
             part.replace(path)
             self._replace(path.with_suffix(".sha256"), digest.encode())
-        except Exception as error:
+        # What the system says, safetensors tells as an error of its own without a number.
+        except (OSError, SafetensorError) as error:
+            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+            reason = "no space is left" if full else str(error)
+            raise OSError(
+                f"shard {shard} of {self.num_shards} cannot be written to "
+                f"{str(self.folder)!r} ({reason}): make room and give the same command again, "
+                "the shards before it are kept"
+            ) from error
+        finally:
             part.unlink(missing_ok=True)
-            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            # safetensors has an error of its own.
-            full = full or "No space left" in str(error)
-            if full or isinstance(error, OSError):
-                reason = "no space is left" if full else str(error)
-                raise OSError(
-                    f"shard {shard} of {self.num_shards} cannot be written to "
-                    f"{str(self.folder)!r} ({reason}): make room and give the same command again, "
-                    "the shards before it are kept"
-                ) from error
-            raise
         self._loaded.pop(shard, None)
 
     def images(self, indices: Tensor) -> Tensor:
@@ -160,8 +164,11 @@ class PairStore:
     @staticmethod
     def _replace(path: Path, content: bytes) -> None:
         part = path.with_name(path.name + ".part")
-        part.write_bytes(content)
-        part.replace(path)
+        try:
+            part.write_bytes(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 class DrawnPairs(Dataset[PairBatch]):
@@ -203,7 +210,8 @@ class TeacherPairsDataModule(ImageDataModule):
         shard_size: Pairs in a file.
         batch_size: Pairs per device and step, at least 1.
         seed: Seed of the order of the pairs, at least 0.
-        pair_seed: Seed of the latents.
+        pair_seed: Seed of the latents; none of those that the student is judged by may be among
+            them, see `PAIR_SEED`.
         num_workers: Processes which prepare batches; 0 prepares them in the training process.
         steps_per_epoch: Training batches per epoch; the whole batches of one pass if None.
         num_predict: Number of images to make when predicting, over all devices.
@@ -222,7 +230,7 @@ class TeacherPairsDataModule(ImageDataModule):
         shard_size: int = 10_000,
         batch_size: int = 128,
         seed: int = 0,
-        pair_seed: int = 0,
+        pair_seed: int = PAIR_SEED,
         num_workers: int = 0,
         steps_per_epoch: int | None = None,
         num_predict: int = 64,
@@ -265,7 +273,13 @@ class TeacherPairsDataModule(ImageDataModule):
         Args:
             recipe: What the teacher draws with, see `PairStore`.
             make_latents: Makes the latents it draws from; by default Gaussian.
+
+        Raises:
+            ValueError: If the folder holds the pairs of another teacher, or the trainer asks for
+                what the loaders refuse: better before the pairs are made than after.
         """
+        self._check_order()
+        self._check_share("num_validation", self.num_validation)
         self._latents = make_latents
         self._store = PairStore(
             self.folder,
@@ -277,13 +291,25 @@ class TeacherPairsDataModule(ImageDataModule):
 
     @property
     def store(self) -> PairStore:
-        """The pairs, once they are open."""
+        """The pairs, once they are open.
+
+        Raises:
+            ValueError: If they are not.
+        """
         if self._store is None:
-            raise RuntimeError("The pairs are not open yet; LuhmanDistillation opens them in fit.")
+            raise ValueError(
+                "the pairs are not open: only fit opens them, and validates on them; use test, "
+                "which needs none"
+            )
         return self._store
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of training pairs, which goes on where the trainer's progress is."""
+        """Return the loader of training pairs, which goes on where the trainer's progress is.
+
+        Raises:
+            ValueError: If the trainer asks for `overfit_batches`, or the pairs are not open.
+        """
+        self._check_order()
         order = BatchOrder(
             self.num_pairs,
             self.batch_size,
@@ -296,7 +322,12 @@ class TeacherPairsDataModule(ImageDataModule):
         return self._pair_loader(0, self.num_pairs, order)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of validation pairs, which are none of the training pairs."""
+        """Return the loader of validation pairs, which are none of the training pairs.
+
+        Raises:
+            ValueError: If there are fewer than devices, or the pairs are not open.
+        """
+        self._check_share("num_validation", self.num_validation)
         order = EachOnce(self.num_validation, self.batch_size, **self._place())
         return self._pair_loader(self.num_pairs, self.num_validation, order)
 

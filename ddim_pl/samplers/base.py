@@ -48,6 +48,11 @@ class Sampler(ABC):
         return GaussianNoise()
 
     @property
+    def is_deterministic(self) -> bool:
+        """Whether a latent has one image: no noise is drawn on the way."""
+        return self.encodes
+
+    @property
     def encodes(self) -> bool:
         """Whether this sampler is deterministic and takes rising levels, from data to noise."""
         return self._may_rise(torch.tensor([0.0, 1.0]))

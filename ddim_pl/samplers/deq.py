@@ -18,7 +18,12 @@ from ddim_pl.denoiser import Denoise
 from ddim_pl.fixed_point import Anderson, Solver
 from ddim_pl.noise import Generators
 from ddim_pl.samplers.base import Sampler, State
-from ddim_pl.samplers.parallel import Estimates, check_max_batch, free_memory
+from ddim_pl.samplers.parallel import (
+    Estimates,
+    check_max_batch,
+    free_memory,
+    same_everywhere,
+)
 from ddim_pl.transitions import ddim_chain, implied_x
 
 
@@ -72,10 +77,15 @@ class DEQ(Sampler):
         if self.first_guess < 0:
             raise ValueError(f"first_guess must not be negative, got {self.first_guess}")
 
+    @property
+    def is_deterministic(self) -> bool:
+        """It is, though it takes falling levels only."""
+        return True
+
     def num_evaluations(self, levels: Tensor) -> int:
         """The most evaluations it can take; `solve` tells how many it took."""
         steps = len(levels) - 1
-        return max(1, self.first_guess) + (steps - 1) * self.solver.max_sweeps
+        return min(max(1, self.first_guess), steps) + (steps - 1) * self.solver.max_sweeps
 
     def steps(
         self, denoiser: Denoise, z: Tensor, levels: Tensor, generator: Generators | None
@@ -112,15 +122,21 @@ class DEQ(Sampler):
             ValueError: If the chain's states do not fit into memory.
         """
         steps = len(levels) - 1
-        self._check_memory(z, steps)
+        estimates = self.estimates(denoiser)
+        problem = self._memory_problem(z, steps)
+        if estimates.split:
+            same_everywhere(z, levels, getattr(denoiser, "label", None), problem)
+        elif problem is not None:
+            raise ValueError(problem)
         level = denoiser.schedule(levels)
         evaluations = 0 if start is None and self.first_guess else 1
         first = denoiser(z, levels[0]).x[:, None]
+        if estimates.split:  # its last bit may differ from device to device
+            first = first.contiguous()
+            torch.distributed.broadcast(first, 0)
         if start is None:
             guess, used = self._guess(denoiser, z, levels, first)
             start, evaluations = ddim_chain(z, guess, level), used
-
-        estimates = self.estimates(denoiser)
 
         def sweep(states: Tensor) -> Tensor:
             if steps == 1:
@@ -156,16 +172,17 @@ class DEQ(Sampler):
         """How this sampler evaluates a denoiser on many states."""
         return Estimates(denoiser, max_batch=self.max_batch, split=self.split_levels)
 
-    def _check_memory(self, z: Tensor, steps: int) -> None:
-        """See that iterates, residuals and their like have room."""
+    def _memory_problem(self, z: Tensor, steps: int) -> str | None:
+        """Why iterates, residuals and their like have no room, if they have none."""
         memory = getattr(self.solver, "memory", 1)
         needed = (2 * memory + 6) * steps * z.numel() * z.element_size()
         free = free_memory(z.device)
-        if needed > free:
-            fits = int(len(z) * free / needed)
-            raise ValueError(
-                f"the states of a chain of {steps} steps for {len(z)} samples need "
-                f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free: "
-                + (f"draw at most {fits} samples at once, or use" if fits else "use")
-                + " ParaDiGMS, whose window is shorter than the chain"
-            )
+        if needed <= free:
+            return None
+        fits = int(len(z) * free / needed)
+        return (
+            f"the states of a chain of {steps} steps for {len(z)} samples need "
+            f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free: "
+            + (f"draw at most {fits} samples at once, or use" if fits else "use")
+            + " ParaDiGMS, whose window is shorter than the chain"
+        )

@@ -9,7 +9,7 @@ from torch import Tensor
 from ddim_pl.denoiser import Denoise
 from ddim_pl.noise import Generators
 from ddim_pl.samplers.base import Sampler, State
-from ddim_pl.samplers.parallel import Estimates, check_max_batch
+from ddim_pl.samplers.parallel import Estimates, check_max_batch, same_everywhere
 from ddim_pl.transitions import ddim_chain, implied_x
 
 
@@ -19,7 +19,8 @@ class ParaDiGMS(Sampler):
 
     In each sweep the window's states are evaluated together; then it moves on past the leading
     states that have settled, one at least. The window of each sample moves on its own. Draws what
-    `DDIM()` draws, to the tolerance; for chains whose states or evaluations do not fit at once.
+    `DDIM()` draws, to the tolerance, with fewer evaluations at once than `DEQ` and without the
+    memory of its solver.
 
     Args:
         window: Steps in the window.
@@ -42,6 +43,11 @@ class ParaDiGMS(Sampler):
             raise ValueError(f"window must be at least 1, got {self.window}: 1 is plain DDIM")
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance must be at least 0, got {self.tolerance}: 1e-3 is usual")
+
+    @property
+    def is_deterministic(self) -> bool:
+        """It is, though it takes falling levels only."""
+        return True
 
     def num_evaluations(self, levels: Tensor) -> int:
         """The most evaluations it can take; `solve` tells how many it took."""
@@ -79,8 +85,13 @@ class ParaDiGMS(Sampler):
         sweeps, evaluations = torch.zeros_like(at), torch.ones_like(at)
         offsets = torch.arange(window + 1)
         estimates = Estimates(denoiser, max_batch=self.max_batch, split=self.split_levels)
+        if estimates.split:
+            same_everywhere(z, levels, getattr(denoiser, "label", None), None)
         # What the states of the window follow from, (B, W, ...): first a straight line.
         first = denoiser(z, levels[0]).x[:, None]
+        if estimates.split:  # its last bit may differ from device to device
+            first = first.contiguous()
+            torch.distributed.broadcast(first, 0)
         x = first.expand(-1, window, *first.shape[2:])
         while (at < steps).any():
             place = at[:, None] + offsets  # beyond the end: the last level, of no effect

@@ -1,12 +1,16 @@
 """Evaluating a denoiser on many states at many levels, in pieces and on several processes."""
 
-import os
+import hashlib
 import warnings
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddim_pl.denoiser import Denoise
+
+_MEMORY = Path("/proc/meminfo")  # Linux; what it calls free leaves out what the cache would give
 
 
 def check_max_batch(max_batch: int | None) -> None:
@@ -24,8 +28,11 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cpu" and _MEMORY.is_file():
+        for line in _MEMORY.read_text().splitlines():
+            name, _, size = line.partition(":")
+            if name == "MemAvailable":
+                return 1024.0 * int(size.split()[0])
     return float("inf")
 
 
@@ -44,8 +51,7 @@ class Estimates:
     ) -> None:
         self.denoiser = denoiser
         self.max_batch = max_batch
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.split = split and together
+        self.split = split and in_processes()
 
     def __call__(self, z: Tensor, t: Tensor, samples: Tensor) -> Tensor:
         """Estimate the clean images, `(N, ...)`.
@@ -57,6 +63,8 @@ class Estimates:
         """
         if not self.split:
             return self._in_pieces(z, t, samples)
+        if torch.is_grad_enabled() and z.requires_grad:
+            raise ValueError("split_levels has no gradients: set it to false")
         world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         share = -(-len(z) // world)
         # The last share may be short, but all must send as much.
@@ -94,3 +102,40 @@ class Estimates:
         select = getattr(self.denoiser, "select", None)
         chosen = self.denoiser if select is None else select(samples)
         return chosen(z, t).x
+
+
+def in_processes() -> bool:
+    """Whether this is one of several processes that can talk to one another."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
+
+
+def same_everywhere(z: Tensor, levels: Tensor, label: Tensor | None, problem: str | None) -> None:
+    """See that all processes have the same chain before them; all raise, or none.
+
+    Args:
+        z: Start states.
+        levels: Levels.
+        label: Classes, if there are any.
+        problem: Why this process cannot go on, if it cannot.
+
+    Raises:
+        ValueError: If one has a problem, or other states, levels or classes than the rest.
+    """
+    mine = (tuple(z.shape), digest(z), digest(levels), None if label is None else digest(label))
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, (problem, mine))
+    problems = [each for each, _ in every if each is not None]
+    if problems:
+        raise ValueError(problems[0])
+    if any(each != every[0][1] for _, each in every):
+        raise ValueError(
+            "split_levels needs the same latents, levels and classes in every process, and these "
+            "differ: set it to false where processes draw images of their own, as `sample` does"
+        )
+
+
+def digest(values: Tensor) -> bytes:
+    """The bytes of a tensor, shortened."""
+    flat = values.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).digest()

@@ -15,9 +15,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ddim_pl.data.teacher_pairs import PairBatch, PairStore, TeacherPairsDataModule, shards_of
+from ddim_pl.data.teacher_pairs import (
+    PAIR_SEED,
+    PairBatch,
+    PairStore,
+    TeacherPairsDataModule,
+    shards_of,
+)
 from ddim_pl.denoiser import Denoiser, TimeInput
-from ddim_pl.noise import Noise, StepGenerators, latents
+from ddim_pl.noise import Noise, StepGenerators, latents, share_generators
 from ddim_pl.prediction import PredictionType
 from ddim_pl.samplers import Sampler
 from ddim_pl.samplers.gamma import default_sampler
@@ -33,11 +39,15 @@ from ddim_pl.training.base import (
 from ddim_pl.training.fingerprint import fingerprint
 from ddim_pl.training.teacher import (
     check_same_kind,
+    check_steps,
     copy_weights,
     load_teacher,
     set_dropout,
     student_network,
 )
+
+NUM_JUDGED = 50_000
+"""Images of the module's own seed that no pair may share a latent with."""
 
 
 class LuhmanDistillation(DiffusionModule):
@@ -69,13 +79,15 @@ class LuhmanDistillation(DiffusionModule):
         lr_scheduler: As in `DiffusionModule`.
         warmup_steps: As in `DiffusionModule`.
         ema_decay: As in `DiffusionModule`; the paper has 0.995.
-        compile: As in `DiffusionModule`.
+        compile: As in `DiffusionModule`; the teacher that draws the pairs is compiled too.
         seed: As in `DiffusionModule`.
 
     Raises:
         ValueError: If the teacher cannot be read or does not fit, its sampler is stochastic, or an
             argument is out of range.
     """
+
+    distilled_steps = 1
 
     def __init__(
         self,
@@ -105,11 +117,8 @@ class LuhmanDistillation(DiffusionModule):
             raise ValueError(f"loss must be one of {get_args(Loss)}, got {loss!r}")
         if pair_batch_size < 1:
             raise ValueError(f"pair_batch_size must be at least 1, got {pair_batch_size}")
-        if teacher_sampler is not None and not teacher_sampler.encodes:
-            raise ValueError(
-                f"teacher_sampler must be deterministic, got {teacher_sampler}: with noise in it "
-                "a latent has no one image; use DDIM with eta 0"
-            )
+        if teacher_sampler is not None:
+            check_teacher_sampler(teacher_sampler)
         read = load_teacher(teacher) if teacher is not None and network is None else None
         if read is not None:
             # Under the arguments' own names, by which a checkpoint will hold what was found.
@@ -182,16 +191,36 @@ class LuhmanDistillation(DiffusionModule):
                 "LuhmanDistillation needs ddim_pl.data.teacher_pairs.TeacherPairsDataModule as "
                 f"its data module, got {type(data).__name__}"
             )
+        self._check_latents(data)
         if self.teacher_path is None:
             raise ValueError("teacher must be given for fit: a checkpoint to distil")
         teacher = load_teacher(self.teacher_path)
         check_same_kind(teacher, self, self.teacher_path)
+        check_steps(teacher, len(self.teacher_levels) - 1, self.teacher_path)
+        # Without a trainer, what it has by default.
+        precision = "32-true" if data.trainer is None else str(data.trainer.precision)
         first = teacher.schedule(self.teacher_levels[0])
         store = data.open(
-            recipe_of(teacher, self.teacher_sampler, self.teacher_levels),
+            recipe_of(teacher, self.teacher_sampler, self.teacher_levels, precision=precision),
             partial(latents, noise=teacher.noise, level=first),
         )
         return teacher, store
+
+    def _check_latents(self, data: TeacherPairsDataModule) -> None:
+        """See that the student will be judged by images of other latents than it is taught."""
+
+        def shares(pair_seed: int) -> bool:
+            return share_generators(self.seed, NUM_JUDGED, pair_seed, count)
+
+        count = data.num_pairs + data.num_validation
+        if shares(data.pair_seed):
+            candidates = range(PAIR_SEED, PAIR_SEED + 1000)
+            other = next((seed for seed in candidates if not shares(seed)), PAIR_SEED)
+            raise ValueError(
+                f"pair_seed is {data.pair_seed}, of which {count} pairs share latents with the "
+                f"first {NUM_JUDGED} images of seed {self.seed}, so that the student would be "
+                f"judged by what it was trained on: give another, such as {other}"
+            )
 
     def on_fit_start(self) -> None:
         """Make the pairs that are missing, and begin from the teacher if this is a new run."""
@@ -200,8 +229,12 @@ class LuhmanDistillation(DiffusionModule):
             self.begin_from(teacher)
         bar = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
         teacher.to(self.device)
+        if self.compile_network:  # in place, after the digest of its weights is taken
+            teacher.average.module.compile()
+        self.trainer.strategy.barrier("manifest read")  # by all, before one writes it
         if self.trainer.is_global_zero:
             store.begin()
+        self.trainer.strategy.barrier("manifest written")  # before a shard is
         with self.trainer.precision_plugin.forward_context():
             make_pairs(
                 store,
@@ -219,14 +252,30 @@ class LuhmanDistillation(DiffusionModule):
         """Leave the loss out: it is one of pairs, which a test does without."""
 
 
-def recipe_of(teacher: DiffusionModule, sampler: Sampler, levels: Tensor) -> dict[str, Any]:
-    """All that a pair depends on but its seed and index."""
+def check_teacher_sampler(sampler: Sampler) -> None:
+    """See that a latent has one image.
+
+    Raises:
+        ValueError: If the sampler is stochastic.
+    """
+    if not sampler.is_deterministic:
+        raise ValueError(
+            f"the teacher's sampler must be deterministic, got {sampler}: with noise in it a "
+            "latent has no one image; use DDIM with eta 0"
+        )
+
+
+def recipe_of(
+    teacher: DiffusionModule, sampler: Sampler, levels: Tensor, *, precision: str
+) -> dict[str, Any]:
+    """All that a pair depends on but its seed and index; the precision is a trainer's."""
     return {
         "teacher": fingerprint(teacher),
         "sampler": str(sampler),
         "levels": levels.tolist(),
         "shape": list(teacher.image_shape),
         "num_classes": teacher.num_classes,
+        "precision": precision,
     }
 
 

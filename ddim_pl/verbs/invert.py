@@ -83,6 +83,11 @@ def invert(
     at_least(0, seed=seed or 0)
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr}: 5e-3 is usual")
+    if not model.noise.is_gaussian:
+        raise ValueError(
+            f"invert knows Gaussian noise only, and the model has {model.noise}: reconstruct and "
+            "interpolate encode its images"
+        )
     levels = make_levels(timesteps, model.schedule, num_steps)
     given = None if start in ("encoding", "noise") else _read_latents(start, model)
     files = read_images(model, images, label) if images else None

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import lightning as L
 
-from ddim_pl.data.teacher_pairs import PairStore
+from ddim_pl.data.teacher_pairs import PAIR_SEED, PairStore
 from ddim_pl.training import DiffusionModule
-from ddim_pl.training.luhman import make_pairs, recipe_of
+from ddim_pl.training.luhman import check_teacher_sampler, make_pairs, recipe_of
 from ddim_pl.verbs.devices import Device, at_least, on_every_device
-from ddim_pl.verbs.sources import check_deterministic
 
 
 def pairs(
@@ -19,7 +18,7 @@ def pairs(
     folder: str,
     num_pairs: int,
     shard_size: int = 10_000,
-    pair_seed: int = 0,
+    pair_seed: int = PAIR_SEED,
     batch_size: int = 500,
 ) -> None:
     """Draw pairs (latent, image) with a teacher, for LuhmanDistillation to train on.
@@ -35,7 +34,7 @@ def pairs(
         folder: Where to write.
         num_pairs: How many; as many as the data module's num_pairs and num_validation together.
         shard_size: Pairs in a file.
-        pair_seed: Seed of the latents.
+        pair_seed: Seed of the latents; that of the data module, by default the same.
         batch_size: Images in a batch, on each device.
 
     Raises:
@@ -44,14 +43,17 @@ def pairs(
     """
     at_least(1, num_pairs=num_pairs, shard_size=shard_size, batch_size=batch_size)
     at_least(0, pair_seed=pair_seed)
-    check_deterministic(model.sampler)
+    check_teacher_sampler(model.sampler)
 
     def work(device: Device) -> None:
-        recipe = {**recipe_of(model, model.sampler, model.levels), "seed": pair_seed}
+        precision = str(device.trainer.precision)
+        recipe = recipe_of(model, model.sampler, model.levels, precision=precision)
+        recipe["seed"] = pair_seed
         store = PairStore(Path(folder), recipe, num_pairs=num_pairs, shard_size=shard_size)
         device.wait()  # all have read the manifest before one writes it
         if device.is_first:
             store.begin()
+        device.wait()  # the manifest is there before a shard is
         with device.trainer.precision_plugin.forward_context():
             made = make_pairs(
                 store,

@@ -75,6 +75,6 @@ def check_deterministic(sampler: Sampler) -> None:
     """
     if not sampler.encodes:
         raise ValueError(
-            f"{sampler} draws noise and cannot encode: use a deterministic sampler, such as "
+            f"{sampler} cannot encode: use a deterministic sampler that takes rising levels, as "
             "--model.sampler DDIM --model.sampler.eta 0, or GammaQuantile for Gamma noise"
         )

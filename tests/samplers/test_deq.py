@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,7 +219,8 @@ def test_states_that_do_not_fit_at_once_are_evaluated_in_halves():
     levels, z = linear(1000, 10), start(2)
     with pytest.warns(UserWarning, match="do not fit .* at once") as told:
         drawn = solved()(Small(), z, levels)
-    assert ["max_batch=9" in str(told[0].message), "max_batch=5" in str(told[1].message)]
+    assert "max_batch=9" in str(told[0].message)
+    assert "max_batch=5" in str(told[1].message)
     assert len(told) == 2  # not at every sweep
     torch.testing.assert_close(drawn, DDIM()(LAWS[0], z, levels), rtol=1e-7, atol=1e-7)
 
@@ -269,12 +271,30 @@ def share_levels(rank, world, folder):
         counted.states = 0
         drawn = sampler(counted, z, levels)
         torch.save((drawn, counted.states), f"{folder}/{name}-{rank}.pt")
+    own = latents(rank, range(3), (1, 4, 4))[0].double()
+    for name, sampler in {
+        "other latents": DEQ(split_levels=True),
+        "other latents in a window": ParaDiGMS(split_levels=True),
+    }.items():
+        with pytest.raises(ValueError, match="needs the same latents"):
+            sampler(LAWS[1], own, levels)
+        Path(folder, f"{name}-{rank}").touch()
+    deq.free_memory = lambda device: 1.0 if rank else torch.inf
+    with pytest.raises(ValueError, match="use ParaDiGMS"):  # though one process has the memory
+        DEQ(split_levels=True)(LAWS[1], z, levels)
+    with pytest.raises(ValueError, match="has no gradients"):
+        parallel.Estimates(LAWS[1], split=True).of_chain(
+            z[:, None].clone().requires_grad_(True), levels[:1]
+        )
+    Path(folder, f"end-{rank}").touch()
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_levels_and_draw_the_same(tmp_path):
     torch.multiprocessing.spawn(share_levels, (2, str(tmp_path)), nprocs=2)
+    assert len(list(tmp_path.glob("other latents*"))) == 4
+    assert len(list(tmp_path.glob("end-*"))) == 2
     expected = DDIM()(LAWS[1], start(3), linear(1000, 10))
     for name in ("deq", "window"):
         found = [torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)]

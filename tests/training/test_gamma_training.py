@@ -264,7 +264,8 @@ def test_pairs_begin_at_the_teachers_latents(teacher_file, tmp_path):
     teacher = DDPM.load_from_checkpoint(teacher_file, weights_only=True)
     for batch in data.val_dataloader():
         pairs = PairBatch(*batch)
-        z, _ = teacher.latents(range(8, 12), module.teacher_levels[0])
+        seed = data.pair_seed
+        z, _ = teacher.latents(range(8, 12), module.teacher_levels[0], seed=seed)
         assert torch.equal(pairs.latents, z)
-        images = teacher.sample(range(8, 12), levels=module.teacher_levels)
+        images = teacher.sample(range(8, 12), levels=module.teacher_levels, seed=seed)
         torch.testing.assert_close(pairs.images, images, rtol=0, atol=1e-5)

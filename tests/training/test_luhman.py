@@ -2,29 +2,43 @@
 
 import errno
 import functools
+import inspect
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from exact import ExactGaussian
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from safetensors.torch import load_file
-from tiny import some_ddpm, tiny_unet
+from tiny import some_ddpm, tiny_config, tiny_unet, write_config
 
+from ddim_pl.cli import main
 from ddim_pl.data import teacher_pairs
 from ddim_pl.data.digits import DigitsDataModule
-from ddim_pl.data.teacher_pairs import PairBatch, PairStore, TeacherPairsDataModule
-from ddim_pl.noise import latents, step_generators
+from ddim_pl.data.teacher_pairs import PAIR_SEED, PairBatch, PairStore, TeacherPairsDataModule
+from ddim_pl.noise import latents, share_generators, step_generators
 from ddim_pl.prediction import decode, target
-from ddim_pl.samplers import DDIM, DDPM
+from ddim_pl.samplers import DDIM
+from ddim_pl.samplers import DDPM as DDPMSampler
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
-from ddim_pl.training import LuhmanDistillation
+from ddim_pl.training import DDPM, LuhmanDistillation, luhman
 from ddim_pl.training.luhman import make_pairs, recipe_of
+from ddim_pl.verbs import Trainer as TrainerWithVerbs
+from ddim_pl.verbs.devices import Device
+from ddim_pl.verbs.pairs import pairs as pairs_verb
+
+ROOT = Path(__file__).parents[2]
 
 
-def trainer(folder, **arguments):
-    return L.Trainer(
+def trainer(folder, kind=L.Trainer, **arguments):
+    return kind(
         accelerator="cpu",
         devices=1,
         logger=False,
@@ -75,9 +89,16 @@ def student(teacher_file, **arguments):
     return LuhmanDistillation(teacher=teacher_file[0], **settings)
 
 
+def with_the_steps_of_fit(teacher_file):
+    """The teacher as `main.py pairs` is given it for `student`."""
+    return DDPM.load_from_checkpoint(
+        teacher_file[0], weights_only=True, timesteps="linear", num_steps=4
+    )
+
+
 def store_of(folder, module, *, num_pairs=40, **arguments):
     levels = torch.tensor([1000.0, 500, 0])
-    recipe = {**recipe_of(module, DDIM(), levels), "seed": 3, **arguments}
+    recipe = {**recipe_of(module, DDIM(), levels, precision="32-true"), "seed": 3, **arguments}
     store = PairStore(folder, recipe, num_pairs=num_pairs, shard_size=16)
     return store, functools.partial(make_pairs, store, module, DDIM(), levels, batch_size=5)
 
@@ -89,7 +110,7 @@ def test_pairs_are_the_teachers_images_of_the_latents_that_a_batch_holds(tmp_pat
     _, module = teacher_file
     data = pairs(tmp_path, pair_seed=3)
     levels = torch.tensor([1000.0, 500, 0])
-    store = data.open(recipe_of(module, DDIM(), levels))
+    store = data.open(recipe_of(module, DDIM(), levels, precision="32-true"))
     store.begin()
     assert make_pairs(store, module, DDIM(), levels, batch_size=5) == 3
     batch = next(iter(data.train_dataloader()))
@@ -181,6 +202,110 @@ def test_a_full_disk_stops_cleanly_and_the_same_command_goes_on(
     assert all(store.is_whole(shard) for shard in range(3))
 
 
+WRITE_UNDER_A_LIMIT = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from ddim_pl.data.teacher_pairs import PairStore
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+store = PairStore(Path(sys.argv[1]), {"seed": 0}, num_pairs=4, shard_size=2)
+store.begin()
+store.write(0, torch.zeros(2, 1, 8, 8))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    store.write(1, torch.zeros(2, 1, 64, 64))
+except OSError as error:
+    print(error)
+assert store.is_whole(0)
+"""
+
+
+def test_a_file_that_the_system_will_not_let_grow_stops_cleanly(tmp_path):
+    """As a quota does: safetensors raises an error of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE_UNDER_A_LIMIT, tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "shard 1 of 2 cannot be written to" in done.stdout
+    assert "File too large" in done.stdout
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "manifest.json",
+        "00000.safetensors",
+        "00000.sha256",
+    }
+
+
+def test_pairs_of_another_precision_are_refused(tmp_path, teacher_file):
+    trainer(tmp_path, max_steps=1).fit(student(teacher_file), pairs(tmp_path))
+    assert json.loads((tmp_path / "pairs/manifest.json").read_text())["precision"] == "32-true"
+    message = "was made with precision='32-true', but 'bf16-mixed' is wanted"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, max_steps=1, precision="bf16-mixed").fit(
+            student(teacher_file), pairs(tmp_path)
+        )
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, TrainerWithVerbs, precision="bf16-mixed").pairs(
+            with_the_steps_of_fit(teacher_file),
+            folder=str(tmp_path / "pairs"),
+            num_pairs=48,
+            shard_size=16,
+        )
+
+
+def test_the_verb_makes_the_pairs_that_fit_asks_for(tmp_path, teacher_file):
+    trainer(tmp_path, TrainerWithVerbs).pairs(
+        with_the_steps_of_fit(teacher_file),
+        folder=str(tmp_path / "pairs"),
+        num_pairs=48,
+        shard_size=16,
+    )
+    before = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "pairs").glob("0*")}
+    trainer(tmp_path, max_steps=1).fit(student(teacher_file), pairs(tmp_path))
+    assert {f.name: f.stat().st_mtime_ns for f in (tmp_path / "pairs").glob("0*")} == before
+    assert len(before) == 6
+
+
+def recorded(monkeypatch, owner, name, events):
+    original = getattr(owner, name)
+
+    def record(self, *arguments):
+        events.append(name)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(owner, name, record)
+
+
+@pytest.mark.parametrize("way", ["fit", "verb"])
+def test_no_device_writes_a_shard_before_the_manifest_is_there(
+    tmp_path, teacher_file, monkeypatch, way
+):
+    """All wait between reading and writing it, and again before the first shard."""
+    events = []
+    for owner, name in [
+        (PairStore, "_check_manifest"),
+        (PairStore, "begin"),
+        (PairStore, "write"),
+        (SingleDeviceStrategy, "barrier") if way == "fit" else (Device, "wait"),
+    ]:
+        recorded(monkeypatch, owner, name, events)
+    if way == "fit":
+        trainer(tmp_path, max_steps=1).fit(student(teacher_file), pairs(tmp_path))
+    else:
+        trainer(tmp_path, TrainerWithVerbs).pairs(
+            teacher_file[1], folder=str(tmp_path / "pairs"), num_pairs=8
+        )
+    wait = "barrier" if way == "fit" else "wait"
+    first = events.index("_check_manifest")
+    assert events[first : first + 5] == ["_check_manifest", wait, "begin", wait, "write"]
+    last = len(events) - events[::-1].index("write")
+    assert events[last] == wait
+
+
 def test_a_folder_without_a_readable_manifest_is_refused(tmp_path, teacher_file):
     (tmp_path / "00000.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"without a manifest.json"):
@@ -252,6 +377,52 @@ def test_a_stopped_fit_ends_with_the_weights_of_an_unbroken_one(tmp_path, teache
         assert torch.equal(value, rest.state_dict()[name]), name
 
 
+def test_no_seed_in_use_is_judged_by_latents_of_the_default_pairs():
+    for kind in (TeacherPairsDataModule, pairs_verb):
+        assert inspect.signature(kind).parameters["pair_seed"].default == PAIR_SEED
+    for seed in range(1500):
+        assert not share_generators(seed, 60_000, PAIR_SEED, 1_100_000), seed
+
+
+@pytest.mark.parametrize(("seed", "pair_seed"), [(0, 0), (3, 3), (PAIR_SEED, None)])
+def test_pairs_of_latents_that_judge_the_student_are_refused(
+    tmp_path, teacher_file, seed, pair_seed
+):
+    """Else the student answers what it was taught, and a distance tells nothing."""
+    settings = {} if pair_seed is None else {"pair_seed": pair_seed}
+    shared = PAIR_SEED if pair_seed is None else pair_seed
+    message = rf"pair_seed is {shared}, of which 48 .* of seed {seed}, .* such as (\d+)"
+    with pytest.raises(ValueError, match=message) as caught:
+        trainer(tmp_path, max_steps=1).fit(
+            student(teacher_file, seed=seed), pairs(tmp_path, **settings)
+        )
+    assert not (tmp_path / "pairs").exists()
+    other = int(str(caught.value).rpartition(" ")[2])
+    trainer(tmp_path, max_steps=1).fit(
+        student(teacher_file, seed=seed), pairs(tmp_path, pair_seed=other)
+    )
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_the_teacher_that_draws_the_pairs_is_compiled_too(
+    tmp_path, teacher_file, monkeypatch, compiles
+):
+    compiled, drawing = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
+    original = luhman.make_pairs
+
+    def make(store, teacher, *arguments, **more):
+        drawing.append(teacher.average.module)
+        return original(store, teacher, *arguments, **more)
+
+    monkeypatch.setattr(luhman, "make_pairs", make)
+    module = student(teacher_file, compile=compiles)
+    trainer(tmp_path, max_steps=1).fit(module, pairs(tmp_path))
+    assert [id(network) for network in compiled] == [
+        id(network) for network in (module.network, module.average.module, *drawing) if compiles
+    ]
+
+
 def test_a_student_needs_no_teacher_once_it_is_trained(tmp_path, teacher_file):
     module = student(teacher_file)
     t = trainer(tmp_path, max_steps=1)
@@ -284,8 +455,8 @@ def test_an_exact_student_of_an_exact_teacher_has_no_loss(teacher_file):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"teacher_sampler": DDPM()}, "teacher_sampler must be deterministic"),
-        ({"teacher_sampler": DDIM(0.5)}, "teacher_sampler must be deterministic"),
+        ({"teacher_sampler": DDPMSampler()}, "the teacher's sampler must be deterministic"),
+        ({"teacher_sampler": DDIM(0.5)}, "the teacher's sampler must be deterministic"),
         ({"loss": "huber"}, r"loss must be one of \('l2', 'l1'\), got 'huber'"),
         ({"prediction": "eps"}, "got 'eps': at the last level"),
         ({"pair_batch_size": 0}, "pair_batch_size must be at least 1"),
@@ -318,3 +489,117 @@ def test_a_missing_teacher_is_an_error():
 def test_wrong_numbers_of_pairs_are_errors(tmp_path, name):
     with pytest.raises(ValueError, match=name):
         pairs(tmp_path, **{name: 0})
+
+
+def test_what_the_loaders_refuse_is_refused_before_a_pair_is_made(tmp_path, teacher_file):
+    with pytest.raises(ValueError, match="overfit_batches is 2"):
+        trainer(tmp_path, max_steps=1, overfit_batches=2).fit(
+            student(teacher_file), pairs(tmp_path)
+        )
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_fewer_validation_pairs_than_devices_are_refused(tmp_path, teacher_file):
+    data = pairs(tmp_path, num_validation=1)
+    levels = torch.tensor([1000.0, 0])
+    recipe = recipe_of(teacher_file[1], DDIM(), levels, precision="32-true")
+    data.open(recipe)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=2, overfit_batches=0)
+    message = "num_validation has 1 images for 2 devices"
+    with pytest.raises(ValueError, match=message):
+        data.val_dataloader()
+    with pytest.raises(ValueError, match=message):
+        data.open(recipe)
+
+
+# ---- from the command line --------------------------------------------------------------------
+
+
+def luhman_config(folder, teacher):
+    """Three shards of pairs and six updates; validation pairs that two ranks share unevenly."""
+    config = tiny_config(folder)
+    config["model"] = {
+        "class_path": "ddim_pl.training.LuhmanDistillation",
+        "init_args": {
+            "teacher": teacher,
+            "teacher_timesteps": "linear",
+            "teacher_num_steps": 4,
+            "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}},
+            "ema_decay": 0.5,
+        },
+    }
+    config["data"] = {
+        "class_path": "ddim_pl.data.teacher_pairs.TeacherPairsDataModule",
+        "init_args": {
+            "images": {"class_path": "ddim_pl.data.digits.DigitsDataModule"},
+            "folder": str(folder / "pairs"),
+            "num_pairs": 40,
+            "num_validation": 7,
+            "shard_size": 16,
+            "batch_size": 5,
+            "steps_per_epoch": 3,
+            "num_predict": 6,
+        },
+    }
+    config["trainer"]["callbacks"] = config["trainer"]["callbacks"][-1:]
+    config["trainer"]["log_every_n_steps"] = 1
+    config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = 3
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, teacher_file):
+    """The folder of a fit of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    config = luhman_config(folder, teacher_file[0])
+    main(["fit", "--config", write_config(config, folder / "config.yaml")])
+    return folder
+
+
+def last_of(folder):
+    return folder / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+
+
+def test_validate_says_that_only_fit_opens_the_pairs(run):
+    with pytest.raises(SystemExit, match=r"^error: .*only fit opens them.*use test[^\n]*$"):
+        main(["validate", "--ckpt_path", str(last_of(run))])
+    main(["test", "--ckpt_path", str(last_of(run))])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--data.pair_seed", "3"], "pair_seed is 3"),
+        (["--trainer.precision", "bf16-mixed"], "was made with precision="),
+        (["--trainer.overfit_batches", "2"], "overfit_batches is 2"),
+    ],
+)
+def test_what_is_wrong_with_pairs_is_found_before_a_run_begins(run, option, message, tmp_path):
+    logs = ["--trainer.logger.init_args.save_dir", str(tmp_path / "runs")]
+    with pytest.raises(SystemExit, match=rf"^error: .*{message}"):
+        main(["fit", "--config", str(run / "config.yaml"), *logs, *option])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_pairs_of_one_and_end_the_fit(tmp_path, run, teacher_file):
+    config = luhman_config(tmp_path, teacher_file[0])
+    path = write_config(config, tmp_path / "config.yaml")
+    done = subprocess.run(
+        [sys.executable, ROOT / "main.py", "fit", "--config", path, "--trainer.devices", "2"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    alone, shared = (
+        {f.name: f.read_bytes() for f in (folder / "pairs").iterdir()}
+        for folder in (run, tmp_path)
+    )
+    assert len(alone) == 7
+    assert shared == alone
+    last = torch.load(last_of(tmp_path), weights_only=True)
+    assert last["global_step"] == 6
+    assert all(value.isfinite().all() for value in last["state_dict"].values())

@@ -145,6 +145,10 @@ def test_two_processes_share_the_images(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--model.noise", "GammaNoise", "--model.sampler", "GammaQuantile"],
+            "invert knows Gaussian noise only",
+        ),
         (["--start", "middle"], "start must be 'encoding', 'noise' or a latents.safetensors file"),
         (["--start", "EMPTY"], "holds no latents"),
         (["--start", "OTHER"], "holds latents of shape (3, 4, 4), the model has (1, 8, 8)"),
