@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=1e-3)
     parser.add_argument("--max-sweeps", type=int, default=50)
     parser.add_argument("--max-batch", type=int)
+    parser.add_argument("--methods", nargs="+", help="by default all")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", default="runs/deq-sampling")
     options = parser.parse_args()
@@ -80,6 +81,8 @@ def main() -> None:
             for name, sampler in methods(
                 options.tolerance, options.max_sweeps, options.max_batch
             ).items():
+                if options.methods and name not in options.methods:
+                    continue
                 begin = now(device)
                 exact = DDIM()(denoiser, z, levels)
                 middle = now(device)
