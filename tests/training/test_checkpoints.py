@@ -9,7 +9,8 @@ from tiny import tiny_ddpm, tiny_unet
 from torch import nn
 
 from ddim_pl.data.digits import DigitsDataModule
-from ddim_pl.samplers import DDIM, DDPM
+from ddim_pl.fixed_point import Anderson
+from ddim_pl.samplers import DDIM, DDPM, DEQ
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
 from ddim_pl.training import DDPM as DDPMModule
 
@@ -157,6 +158,17 @@ def test_evaluation_uses_the_averaged_weights():
         for parameter in module.average.parameters():
             parameter.add_(0.01)
     assert not torch.equal(module.sample([0]), before)
+
+
+def test_a_sampler_with_a_solver_comes_back_from_a_checkpoint(tmp_path):
+    sampler = DEQ(Anderson(memory=3, tolerance=0.01), first_guess=2)
+    module = tiny_ddpm(sampler=sampler)
+    t = trainer(tmp_path, max_steps=1, enable_checkpointing=False)
+    t.fit(module, DigitsDataModule(batch_size=8))
+    t.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = DDPMModule.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    assert loaded.sampler == sampler
+    torch.testing.assert_close(loaded.sample([0]), module.sample([0]), rtol=0, atol=0)
 
 
 class Undescribable(NoiseSchedule):
