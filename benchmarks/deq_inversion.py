@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.denoiser import Denoiser
-from ddim_pl.fixed_point import Anderson
+from ddim_pl.fixed_point import Anderson, Picard
 from ddim_pl.images import from_uint8
 from ddim_pl.inversion import Implicit, Method, Sequential, invert
 from ddim_pl.latents import encode
@@ -44,6 +44,7 @@ def methods() -> dict[str, Method]:
     return {
         "sequential": Sequential(),
         "DEQ, the paper's solver": Implicit(DEQ(paper)),
+        "DEQ, one sweep": Implicit(DEQ(Picard(tolerance=0, max_sweeps=1), first_guess=10)),
         "DEQ, tolerance 3e-2": Implicit(DEQ(loose)),
     }
 

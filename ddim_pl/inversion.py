@@ -111,7 +111,9 @@ class Implicit(Method):
     + tau h(z)` from the fixed point on (the phantom gradient of Geng et al. 2021).
 
     Args:
-        deq: Solves the chain, from the solution for the latents before if there is one.
+        deq: Solves the chain, from the solution for the latents before if there is one. With a
+            tolerance of 0 it makes all its sweeps, of which one can be enough: the solution then
+            follows the latents.
         applications: How many applications of the map the gradient passes through.
         damping: Their `tau`, in (0, 1]; not used with one application.
 
@@ -137,7 +139,7 @@ class Implicit(Method):
         if carry is not None:
             start = carry.states + _response(denoiser.schedule(levels), z.detach() - carry.latents)
         chain = self.deq.solve(denoiser, z.detach(), levels, start=start)
-        if not chain.converged.all():
+        if self.deq.solver.tolerance > 0 and not chain.converged.all():
             warnings.warn(
                 f"{int((~chain.converged).sum())} of {len(z)} chains did not converge in "
                 f"{self.deq.solver.max_sweeps} sweeps: raise max_sweeps or the tolerance",

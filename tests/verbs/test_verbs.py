@@ -309,7 +309,7 @@ def test_a_class_that_the_model_lacks_is_an_error(tmp_path):
 @pytest.mark.parametrize("verb", ["interpolate", "reconstruct"])
 @pytest.mark.parametrize("sampler", [DDIM(0.5), DDPM()])
 def test_a_stochastic_sampler_cannot_encode(tmp_path, verb, sampler):
-    with pytest.raises(ValueError, match="draws noise and cannot encode"):
+    with pytest.raises(ValueError, match="cannot encode: use a deterministic sampler"):
         getattr(trainer(tmp_path), verb)(some_ddpm(sampler=sampler), DigitsDataModule())
 
 
@@ -389,7 +389,7 @@ def test_a_verb_without_a_checkpoint_is_an_error(verb):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model.sampler", "Foo"], "sampler cannot be Foo: known are DDIM, DDPM, DPMSolverPP"),
+        (["--model.sampler", "Foo"], "sampler cannot be Foo: known are DDIM, DDPM, DEQ, DPMSolverPP"),
         (["--model.timesteps", "foo"], "timesteps must be one of"),
         (["--model.sampler", "Heun", "--model.sampler.eta", "1"], "no argument 'eta'"),
         (["--model.sampler.eta", "2"], "eta must lie in"),
