@@ -389,7 +389,10 @@ def test_a_verb_without_a_checkpoint_is_an_error(verb):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model.sampler", "Foo"], "sampler cannot be Foo: known are DDIM, DDPM, DEQ, DPMSolverPP"),
+        (
+            ["--model.sampler", "Foo"],
+            "sampler cannot be Foo: known are DDIM, DDPM, DEQ, DPMSolverPP",
+        ),
         (["--model.timesteps", "foo"], "timesteps must be one of"),
         (["--model.sampler", "Heun", "--model.sampler.eta", "1"], "no argument 'eta'"),
         (["--model.sampler.eta", "2"], "eta must lie in"),
