@@ -164,7 +164,8 @@ def write(stem: Path, done: dict[str, Any]) -> None:
         axes.set(yscale="log", xlabel="seconds", title=f"T = {place[0]}, from {place[1]}")
         axes.grid(alpha=0.25, which="both")
     every[0].set_ylabel("loss")
-    every[-1].legend(fontsize=7)
+    for axes in every:
+        axes.legend(fontsize=5)
     figure.savefig(stem.with_suffix(".png"), dpi=80)
 
 
