@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddim_pl.data.base import BatchOrder, Draw, EachOnce, ImageDataModule, ImageSet
+from ddim_pl.files import replacing
 from ddim_pl.noise import latents
 
 # A student must not be judged by images that begin at latents it was trained on. For every seed of
@@ -96,7 +97,8 @@ class PairStore:
     def begin(self) -> None:
         """Write the manifest."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._replace(self.folder / "manifest.json", json.dumps(self.recipe, indent=1).encode())
+        with replacing(self.folder / "manifest.json") as part:
+            part.write_text(json.dumps(self.recipe, indent=1))
 
     def write(self, shard: int, images: Tensor) -> None:
         """Write a shard's images, `(n, C, H, W)`; it appears whole or not at all.
@@ -106,14 +108,15 @@ class PairStore:
         """
         assert len(images) == len(self.indices(shard))
         path = self._path(shard)
-        part = path.with_name(path.name + ".part")
+        digest = path.with_suffix(".sha256")
         try:
-            save_file({"images": images.contiguous()}, part)
-            with part.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            path.with_suffix(".sha256").unlink(missing_ok=True)
-            part.replace(path)
-            self._replace(path.with_suffix(".sha256"), digest.encode())
+            with replacing(path) as part:
+                save_file({"images": images.contiguous()}, part)
+                with part.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                digest.unlink(missing_ok=True)
+            with replacing(digest) as part:
+                part.write_text(found)
         # What the system says, safetensors tells as an error of its own without a number.
         except (OSError, SafetensorError) as error:
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
@@ -123,8 +126,6 @@ class PairStore:
                 f"{str(self.folder)!r} ({reason}): make room and give the same command again, "
                 "the shards before it are kept"
             ) from error
-        finally:
-            part.unlink(missing_ok=True)
         self._loaded.pop(shard, None)
 
     def images(self, indices: Tensor) -> Tensor:
@@ -160,15 +161,6 @@ class PairStore:
                     f"{written.get(name)!r}, but {value!r} is wanted: give another folder, or "
                     "remove this one"
                 )
-
-    @staticmethod
-    def _replace(path: Path, content: bytes) -> None:
-        part = path.with_name(path.name + ".part")
-        try:
-            part.write_bytes(content)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 class DrawnPairs(Dataset[PairBatch]):
