@@ -129,7 +129,7 @@ class DEQ(Sampler):
         elif problem is not None:
             raise ValueError(problem)
         level = denoiser.schedule(levels)
-        evaluations = 0 if start is None and self.first_guess else 1
+        evaluations = 1
         first = denoiser(z, levels[0]).x[:, None]
         if estimates.split:  # its last bit may differ from device to device
             first = first.contiguous()
