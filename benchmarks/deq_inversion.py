@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddim_pl.data.base import ImageDataModule
-from ddim_pl.denoiser import Denoiser
+from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.fixed_point import Anderson, Picard
 from ddim_pl.images import from_uint8
 from ddim_pl.inversion import Implicit, Method, Sequential, invert
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def run(
-    denoiser: Denoiser,
+    denoiser: NetworkDenoiser,
     x: Tensor,
     levels: Tensor,
     z: Tensor,

@@ -20,7 +20,7 @@ from sampling_speed import PRESETS
 
 from ddim_pl.data.teacher_pairs import PairStore
 from ddim_pl.networks.unet import UNet
-from ddim_pl.noise import step_generators
+from ddim_pl.rng import step_generators
 from ddim_pl.samplers import DDIM
 from ddim_pl.timesteps import linear
 from ddim_pl.training import DDPM, DiffusionModule, ProgressiveDistillation

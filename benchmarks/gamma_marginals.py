@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ddim_pl.gamma_scores import normal_score
+from ddim_pl.noise.gamma_quantiles import normal_score
 from ddim_pl.prediction import Prediction, eps_from_x
 from ddim_pl.samplers import GammaExact, GammaMoment, GammaQuantile, GammaReport
 from ddim_pl.samplers.gamma import GammaSampler

@@ -16,7 +16,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ddim_pl.denoiser import Denoiser
+from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.networks.unet import UNet
 from ddim_pl.samplers import DDIM
 from ddim_pl.schedules import LinearSchedule
@@ -55,7 +55,7 @@ def main() -> None:
     network = UNet(**PRESETS[options.preset]).eval().to(device)
     for parameter in network.parameters():  # the output convolution starts at zero
         torch.nn.init.normal_(parameter, std=0.05)
-    denoiser = Denoiser(network, LinearSchedule(), clip=True)
+    denoiser = NetworkDenoiser(network, LinearSchedule(), clip=True)
     levels = trailing(1000, options.steps)
     scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=True, steps_offset=0)
 

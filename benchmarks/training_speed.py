@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from ddim_pl.data.base import BatchOrder, DrawnImages, ImageDataModule, TensorImages
 from ddim_pl.networks.unet import UNet
-from ddim_pl.noise import derive_seed, step_generators
+from ddim_pl.rng import derive_seed, step_generators
 from ddim_pl.training import DDPM
-from ddim_pl.training.averaging import exponential_average
+from ddim_pl.training.ema import exponential_average
 
 
 class RandomImages(ImageDataModule):

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ddim_pl.data.base import ImageDataModule, shared_batches
 from ddim_pl.images import from_uint8
 from ddim_pl.likelihood import ode_bits_per_dim, ode_levels, variational_bound
-from ddim_pl.noise import image_generators
+from ddim_pl.rng import image_generators
 from ddim_pl.training import DiffusionModule
 
 

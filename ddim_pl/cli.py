@@ -20,14 +20,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks.fid import FrechetDistance
+from ddim_pl.commands import COMMANDS
+from ddim_pl.commands import Trainer as TrainerWithVerbs
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.inversion import Method
 from ddim_pl.samplers import Sampler
 from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.training import DiffusionModule
 from ddim_pl.training.hyperparameters import CONFIG_KEY, INSTANTIATOR, filled
-from ddim_pl.verbs import VERBS
-from ddim_pl.verbs import Trainer as TrainerWithVerbs
 
 
 class OneLineErrors(LightningArgumentParser):
@@ -69,7 +69,7 @@ class DiffusionCLI(LightningCLI):
 
     Without `--config`, the config is read from `--ckpt_path`; arguments given beside it override
     it. `--ckpt_path last` is the newest `last.ckpt` of the experiment, or, without a config, of
-    all runs. The verbs of `ddim_pl.verbs` always begin from the checkpoint's config, on which a
+    all runs. The verbs of `ddim_pl.commands` always begin from the checkpoint's config, on which a
     `--config` of theirs is laid.
     """
 
@@ -95,7 +95,7 @@ class DiffusionCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """The verbs, each with what is made for it and so is no argument."""
         made = {"model", "datamodule"}
-        return LightningCLI.subcommands() | {verb: made for verb in VERBS}
+        return LightningCLI.subcommands() | {verb: made for verb in COMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for weights, data and noise."""
@@ -106,7 +106,7 @@ class DiffusionCLI(LightningCLI):
         """Parse, with the checkpoint's own config underneath where none is given."""
         args = list(args)
         given, checkpoint = _read_options(args)
-        if args and args[0] in VERBS:
+        if args and args[0] in COMMANDS:
             asks = {"-h", "--help", "--print_config"} & {arg.partition("=")[0] for arg in args}
             if checkpoint is None and not asks:
                 raise ValueError(f"{args[0]} needs --ckpt_path: give a file or 'last'")
@@ -156,7 +156,7 @@ class DiffusionCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Leave the data module out of verbs that take none."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if subcommand in VERBS:
+        if subcommand in COMMANDS:
             wanted = inspect.signature(getattr(TrainerWithVerbs, subcommand)).parameters
             kwargs = {name: value for name, value in kwargs.items() if name in wanted}
         return kwargs
@@ -172,7 +172,7 @@ class DiffusionCLI(LightningCLI):
             {"_class_path": model["class_path"], "_instantiator": INSTANTIATOR, **arguments},
             logger=False,
         )
-        if self.subcommand in ("predict", *VERBS) or getattr(rank_zero_only, "rank", 0) != 0:
+        if self.subcommand in ("predict", *COMMANDS) or getattr(rank_zero_only, "rank", 0) != 0:
             return  # other ranks wait for the first one's download, which Lightning sees to
         module = cast(DiffusionModule, self.model)
         if self.subcommand == "fit" and not self.config["fit"].get("ckpt_path"):

@@ -1,35 +1,74 @@
-"""The denoiser: a network read as an estimate of the clean image and of the noise.
+"""The denoiser: an estimate of the clean image and of the noise in a state.
 
-It owns the network, the schedule, the meaning of the network's output and the clipping, and is the
-only place that knows which number the network is fed for a level.
+`Denoiser` is what a sampler needs. `NetworkDenoiser` reads a network as one: it owns the network,
+the schedule, the meaning of the network's output and the clipping, and is the only place that
+knows which number the network is fed for a level.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from ddim_pl.checks import check_one_of
 from ddim_pl.prediction import Prediction, PredictionType, decode, eps_from_x, merge_both
-from ddim_pl.schedules import NoiseSchedule, to_device
+from ddim_pl.scales import to_device
+from ddim_pl.schedules import NoiseSchedule
 
 TimeInput = Literal["index", "log_snr"]
 
 
-class Denoise(Protocol):
-    """What a sampler needs: a schedule, and estimates of `(x, eps)` from a state and its level."""
+class Denoiser(ABC):
+    """What a sampler needs. Subclasses are frozen dataclasses that implement `__call__`.
 
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """The noise schedule the states follow."""
+    Attributes:
+        schedule: The noise schedule that the states follow.
+        clip: Whether estimates of the clean image are clipped to [-1, 1].
+        label: Class labels `(B,)` of the batch, if there are any.
+        estimates_noise_of_clean_data: Whether eps means something at a level without noise, where
+            encoding begins.
+    """
 
+    schedule: NoiseSchedule
+    clip: bool = False
+    label: Tensor | None = None
+    estimates_noise_of_clean_data: bool = True
+
+    @abstractmethod
     def __call__(self, z: Tensor, t: Tensor) -> Prediction:
-        """Estimate from states `z` `(B, ...)` at levels `t`, `()` or `(B,)`."""
+        """Estimates from states `z` `(B, ...)` at levels `t`, `()` or `(B,)`."""
+
+    def condition(self, label: Tensor | None) -> Self:
+        """The same denoiser for images of these classes `(B,)`."""
+        return replace(self, label=label)  # type: ignore[type-var]
+
+    def without_clipping(self) -> Self:
+        """The same denoiser with `clip=False`, as encoding and gradients need it."""
+        return replace(self, clip=False) if self.clip else self  # type: ignore[type-var]
+
+    def select(self, samples: Tensor) -> Self:
+        """The same denoiser for a batch of these samples, int64 `(N,)`, of its own batch."""
+        if self.label is None:
+            return self
+        return self.condition(self.label[samples.to(self.label.device)])
+
+    def check_unclipped(self, reason: str) -> None:
+        """Check that estimates are not clipped.
+
+        Raises:
+            ValueError: If they are; the message gives the reason.
+        """
+        if self.clip:
+            raise ValueError(
+                f"denoiser must not clip, got clip=True, {reason}: use denoiser.without_clipping()"
+            )
 
 
 @dataclass(frozen=True)
-class Denoiser:
-    """Estimates `(x, eps)` from a state: one network call, decoded.
+class NetworkDenoiser(Denoiser):
+    """Estimates `(x, eps)` from a state by one network call, decoded.
 
     Args:
         network: Module `forward(z, t)` or, with labels, `forward(z, t, label)`; `z` is `(B, ...)`
@@ -54,14 +93,13 @@ class Denoiser:
     label: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.prediction not in get_args(PredictionType):
-            raise ValueError(
-                f"prediction must be one of {get_args(PredictionType)}, got {self.prediction!r}"
-            )
-        if self.time_input not in get_args(TimeInput):
-            raise ValueError(
-                f"time_input must be one of {get_args(TimeInput)}, got {self.time_input!r}"
-            )
+        check_one_of(PredictionType, prediction=self.prediction)
+        check_one_of(TimeInput, time_input=self.time_input)
+
+    @property
+    def estimates_noise_of_clean_data(self) -> bool:  # type: ignore[override]
+        """Not where the network predicts x: at clean data that is the image itself."""
+        return self.prediction != "x"
 
     def network_time(self, t: Tensor) -> Tensor:
         """The float64 number, of the shape of `t`, that the network is fed at level `t`."""
@@ -73,7 +111,7 @@ class Denoiser:
     def output(self, z: Tensor, t: Tensor) -> Tensor:
         """Network output `(B, ...)`, in the dtype of `z`, at levels `t`, `()` or `(B,)`.
 
-        That of a network which answers "both" x and eps is their v.
+        For a network that predicts "both" x and eps it is their v.
         """
         time = to_device(self.network_time(t).float(), z).expand(z.shape[0])
         out = self.network(z, time) if self.label is None else self.network(z, time, self.label)
@@ -91,19 +129,9 @@ class Denoiser:
             Estimates with `z = alpha_t x + sigma_t eps`, also after clipping.
         """
         t = torch.as_tensor(t, dtype=torch.float64)
-        level = self.schedule(t)
-        prediction = decode(self.prediction, level, z, self.output(z, t))
+        scales = self.schedule(t)
+        prediction = decode(self.prediction, scales, z, self.output(z, t))
         if not self.clip:
             return prediction
         x = prediction.x.clamp(-1, 1)
-        return Prediction(x, eps_from_x(level, z, x))
-
-    def condition(self, label: Tensor | None) -> "Denoiser":
-        """The same denoiser with class labels `(B,)` given to every call of the network."""
-        return replace(self, label=label)
-
-    def select(self, samples: Tensor) -> "Denoiser":
-        """The same denoiser for a batch of these samples, int64 `(N,)`, of its own batch."""
-        if self.label is None:
-            return self
-        return self.condition(self.label[samples.to(self.label.device)])
+        return Prediction(x, eps_from_x(scales, z, x))

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, final, get_args
 import torch
 from torch import Tensor
 
-from ddim_pl.noise import float64
+from ddim_pl.scales import float64
 
 Map = Callable[[Tensor], Tensor]
 Mixing = Literal["sample", "block", "triangular"]

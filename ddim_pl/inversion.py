@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import trange
 
-from ddim_pl.denoiser import Denoise
+from ddim_pl.denoiser import Denoiser
 from ddim_pl.fixed_point import Anderson
 from ddim_pl.prediction import Prediction
 from ddim_pl.samplers.ddim import DDIM
 from ddim_pl.samplers.deq import DEQ
-from ddim_pl.schedules import Level, expand
+from ddim_pl.scales import Scales, expand_like
 from ddim_pl.transitions import ddim_step
 
 
@@ -60,7 +60,7 @@ class Method(ABC):
     """A way to draw images with a gradient."""
 
     @abstractmethod
-    def draw(self, denoiser: Denoise, z: Tensor, levels: Tensor, carry: Carry | None) -> Drawn:
+    def draw(self, denoiser: Denoiser, z: Tensor, levels: Tensor, carry: Carry | None) -> Drawn:
         """Draw images from the latents.
 
         Args:
@@ -82,7 +82,7 @@ class Sequential(Method):
 
     checkpointing: bool = True
 
-    def draw(self, denoiser: Denoise, z: Tensor, levels: Tensor, carry: Carry | None) -> Drawn:
+    def draw(self, denoiser: Denoiser, z: Tensor, levels: Tensor, carry: Carry | None) -> Drawn:
         """Draw images by DDIM; nothing is carried."""
 
         def step(z: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Implicit(Method):
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must lie in (0, 1], got {self.damping}: the paper has 0.1")
 
-    def draw(self, denoiser: Denoise, z: Tensor, levels: Tensor, carry: Carry | None) -> Drawn:
+    def draw(self, denoiser: Denoiser, z: Tensor, levels: Tensor, carry: Carry | None) -> Drawn:
         """Draw images from the solved chain; its states are carried."""
         start = None
         if carry is not None:
@@ -152,7 +152,7 @@ class Implicit(Method):
         if self.applications == 1 or len(levels) == 2:
             scale = denoiser.schedule(levels[-1]).alpha
             # The value of the solution with the gradient of the sum's first terms.
-            images = chain.states[:, -1] + expand(scale, y) * (y - y.detach())
+            images = chain.states[:, -1] + expand_like(scale, y) * (y - y.detach())
             return Drawn(images, carry, count, is_exact=False)
         states = chain.states
         for _ in range(self.applications):
@@ -164,7 +164,7 @@ class Implicit(Method):
         return Drawn(images, carry, count + rest, is_exact=False)
 
 
-def eps_chain(deq: DEQ, denoiser: Denoise, y: Tensor, states: Tensor, levels: Tensor) -> Tensor:
+def eps_chain(deq: DEQ, denoiser: Denoiser, y: Tensor, states: Tensor, levels: Tensor) -> Tensor:
     """One application of the map `h` in its form with eps, `(B, S, ...)`, with gradients.
 
     Args:
@@ -187,7 +187,7 @@ def eps_chain(deq: DEQ, denoiser: Denoise, y: Tensor, states: Tensor, levels: Te
     )
 
 
-def _response(levels: Level, change: Tensor) -> Tensor:
+def _response(levels: Scales, change: Tensor) -> Tensor:
     """About how the states after the first follow a change of the latents, `(B, S, ...)`.
 
     As for Gaussian data of deviation 1/2 (Karras et al. 2022), whose standardised states are kept.
@@ -197,11 +197,11 @@ def _response(levels: Level, change: Tensor) -> Tensor:
     return ratio.reshape(-1, *(1,) * (change.ndim - 1)) * change[:, None]
 
 
-def _first_state(denoiser: Denoise, first: Prediction, levels: Tensor) -> Tensor:
+def _first_state(denoiser: Denoiser, first: Prediction, levels: Tensor) -> Tensor:
     """`y_1 = z_1 / alpha_1` by an ordinary step: the last level's alpha is too small to divide."""
     t, s = denoiser.schedule(levels[0]), denoiser.schedule(levels[1])
     z = ddim_step(first, t, s)
-    return expand(1 / s.alpha, z) * z
+    return expand_like(1 / s.alpha, z) * z
 
 
 class Progress(NamedTuple):
@@ -240,7 +240,7 @@ class Inversion(NamedTuple):
 
 
 def invert(
-    denoiser: Denoise,
+    denoiser: Denoiser,
     x: Tensor,
     levels: Tensor,
     z: Tensor,
@@ -273,11 +273,7 @@ def invert(
     Raises:
         ValueError: If the denoiser clips, or an argument is out of range or of another shape.
     """
-    if getattr(denoiser, "clip", False):
-        raise ValueError(
-            "denoiser has clip=True, whose gradient is 0 where it clips: use "
-            "dataclasses.replace(denoiser, clip=False)"
-        )
+    denoiser.check_unclipped("whose gradient is 0 where it clips")
     if z.shape != x.shape:
         raise ValueError(f"z must have the images' shape {tuple(x.shape)}, got {tuple(z.shape)}")
     if num_updates < 0:

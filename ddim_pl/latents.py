@@ -10,16 +10,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ddim_pl.denoiser import Denoise
-from ddim_pl.noise import Generators, randn
+from ddim_pl.denoiser import Denoiser
+from ddim_pl.rng import Generators, randn
 from ddim_pl.samplers.base import Sampler, State
 from ddim_pl.samplers.ddim import DDIM
-from ddim_pl.schedules import NoiseSchedule, expand
+from ddim_pl.scales import expand_like
+from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.transitions import ddim_forward, q_sample
 
 
 def encode(
-    denoiser: Denoise,
+    denoiser: Denoiser,
     x: Tensor,
     levels: Tensor,
     *,
@@ -38,15 +39,11 @@ def encode(
     Raises:
         ValueError: If the denoiser clips, or the sampler cannot take rising levels.
     """
-    if getattr(denoiser, "clip", False):
-        raise ValueError(
-            "denoiser has clip=True, which encoding cannot undo: use dataclasses.replace(denoiser,"
-            " clip=False)"
-        )
+    denoiser.check_unclipped("which encoding cannot undo")
     rising = torch.as_tensor(levels, dtype=torch.float64, device="cpu").flip(0)
     z = x
     start = denoiser.schedule(rising[0])
-    if start.sigma == 0 and getattr(denoiser, "prediction", None) == "x":
+    if start.sigma == 0 and not denoiser.estimates_noise_of_clean_data:
         # At clean data an x-prediction says nothing of the noise: begin half a step above.
         rising[0] = rising[1] / 2
         z = x * denoiser.schedule(rising[0]).alpha
@@ -56,7 +53,7 @@ def encode(
 
 
 def reconstruct(
-    denoiser: Denoise,
+    denoiser: Denoiser,
     x: Tensor,
     levels: Tensor,
     *,
@@ -88,7 +85,7 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     sine = torch.where(straight, 1.0, angle.sin())
     share_a = torch.where(straight, 1 - weight, torch.sin((1 - weight) * angle) / sine)
     share_b = torch.where(straight, weight, torch.sin(weight * angle) / sine)
-    return expand(share_a, a) * a + expand(share_b, b) * b
+    return expand_like(share_a, a) * a + expand_like(share_b, b) * b
 
 
 def forward_trajectory(
@@ -132,5 +129,5 @@ def _forward(
     for s, t in pairwise(levels):
         z, std = ddim_forward(z, x, schedule(s), schedule(t), eta=eta)
         if eta > 0:
-            z = z + expand(std, z) * randn(z.shape, generator, z)
+            z = z + expand_like(std, z) * randn(z.shape, generator, z)
         yield State(t, z, x)

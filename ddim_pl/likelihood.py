@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddim_pl.denoiser import Denoise, Denoiser
-from ddim_pl.noise import Generators, float64, randn
-from ddim_pl.schedules import Level, NoiseSchedule, expand, to_device
+from ddim_pl.denoiser import Denoiser
+from ddim_pl.rng import Generators, randn, uniform
+from ddim_pl.scales import Scales, expand_like, float64, to_device
+from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.transitions import q_sample
 
 BITS_PER_BIN = math.log2(127.5)
@@ -47,7 +48,7 @@ class Bound(NamedTuple):
 
 @torch.no_grad()
 def variational_bound(
-    denoiser: Denoise,
+    denoiser: Denoiser,
     x: Tensor,
     *,
     generator: Generators,
@@ -58,7 +59,7 @@ def variational_bound(
     """Estimate without bias the variational bound on `-log2 P(x) / D` (Ho et al. 2020, eq. 5).
 
     The latents are the states at the levels `t_1 < ... < t_n`, the model is ancestral sampling
-    through them with small variance (`DDPM("small")`): `p(z_s | z_t)` is the posterior
+    through them with small variance (`Ancestral("small")`): `p(z_s | z_t)` is the posterior
     `q(z_s | z_t, xhat)`. As it has the variance of `q(z_s | z_t, x)` and its mean differs by
     `alpha_s var_ts / sigma_t^2 (x - xhat)`, where `var_ts = sigma_t^2 - alpha_t^2 sigma_s^2 /
     alpha_s^2`, the divergence of the two is (Kingma et al. 2021, eq. 13)
@@ -103,7 +104,7 @@ def variational_bound(
             "leave it out"
         )
     every = denoiser.schedule(levels)
-    first, last = Level(*(c[0] for c in every)), Level(*(c[-1] for c in every))
+    first, last = Scales(*(c[0] for c in every)), Scales(*(c[-1] for c in every))
     squares = _sum(float64(x).square())
     constant = last.alpha**2 + 2 * last.sigma.log()
     prior = (squares * last.alpha**2 - x[0].numel() * constant) / 2
@@ -116,7 +117,7 @@ def variational_bound(
     terms = _choose(every.snr, len(x), num_terms, generator)
     diffusion = torch.zeros_like(decoder)
     for index, factor in tqdm(terms, desc="bound", disable=not progress, leave=False):
-        level = Level(every.alpha[index + 1], every.sigma[index + 1])
+        level = Scales(every.alpha[index + 1], every.sigma[index + 1])
         z = q_sample(x, randn(x.shape, generator, x), level)
         error = _sum(float64(x - denoiser(z, levels[index + 1]).x).square())
         diffusion += to_device(weight[index] * factor, error) * error
@@ -148,7 +149,7 @@ def log_discretised(x: Tensor, mean: Tensor, std: Tensor | float) -> Tensor:
 
 
 def ode_bits_per_dim(
-    denoiser: Denoise,
+    denoiser: Denoiser,
     x: Tensor,
     levels: Tensor,
     *,
@@ -195,12 +196,8 @@ def ode_bits_per_dim(
     Raises:
         ValueError: If the denoiser clips, or an argument does not fit.
     """
-    if getattr(denoiser, "clip", False):
-        raise ValueError(
-            "denoiser must not clip: a clipped estimate has kinks and derivatives of 0, and its "
-            "field, the noise it implies, grows without bound towards level 0; use "
-            "dataclasses.replace(denoiser, clip=False)"
-        )
+    # A clipped estimate has kinks, and its field grows without bound towards level 0.
+    denoiser.check_unclipped("whose derivatives are 0 where it clips")
     if num_probes < 1:
         raise ValueError(f"num_probes must be at least 1, got {num_probes}")
     if generator is None and (dequantise or not exact_trace):
@@ -213,17 +210,17 @@ def ode_bits_per_dim(
     levels = _check_levels(denoiser.schedule, levels, least=2)
     # Lightning evaluates in inference mode, whose tensors autograd does not take.
     with torch.inference_mode(False), torch.enable_grad():
-        if isinstance(denoiser, Denoiser) and denoiser.label is not None:
+        if denoiser.label is not None:
             denoiser = denoiser.condition(denoiser.label.clone())
         y = x.detach().clone()
         if dequantise:
             assert generator is not None
-            y = y + (_uniform(x.shape, generator, x) - 0.5) / 127.5
+            y = y + (uniform(x.shape, generator, x) - 0.5) / 127.5
         probes = None
         if not exact_trace:
             assert generator is not None
             probes = [
-                torch.where(_uniform(x.shape, generator, x) < 0.5, -1, 1).to(y)
+                torch.where(uniform(x.shape, generator, x) < 0.5, -1, 1).to(y)
                 for _ in range(num_probes)
             ]
         log_density = _log_density(denoiser, y, levels, probes, progress)
@@ -254,7 +251,7 @@ def ode_levels(num_levels: int, num_steps: int) -> Tensor:
 
 
 def _log_density(
-    denoiser: Denoise, y: Tensor, levels: Tensor, probes: list[Tensor] | None, progress: bool
+    denoiser: Denoiser, y: Tensor, levels: Tensor, probes: list[Tensor] | None, progress: bool
 ) -> Tensor:
     """Natural logarithm of the density of `y = z / alpha` at the first level, float64 `(B,)`."""
     schedule = denoiser.schedule
@@ -278,13 +275,13 @@ def _log_density(
 
 
 def _field(
-    denoiser: Denoise, z: Tensor, t: Tensor, probes: list[Tensor] | None
+    denoiser: Denoiser, z: Tensor, t: Tensor, probes: list[Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """Velocity `v = alpha eps - sigma x`, `(B, ...)`, and its divergence, float64 `(B,)`."""
     level = denoiser.schedule(t)
     z = z.detach().requires_grad_()
     x, eps = denoiser(z, t)
-    v = expand(level.alpha, z) * eps - expand(level.sigma, z) * x
+    v = expand_like(level.alpha, z) * eps - expand_like(level.sigma, z) * x
     # Derivatives of z alone: what a parameter holds in `grad` stays as it is.
     if probes is not None:
         parts = [
@@ -316,26 +313,13 @@ def _choose(
     shares = shares / shares.sum()
     edges = shares.cumsum(0)
     # One random number for an image, then equal distances: the terms cover all levels.
-    start = _uniform((batch, 1), generator, torch.empty(0, dtype=torch.float64))[:, 0]
+    start = uniform((batch, 1), generator, torch.empty(0, dtype=torch.float64))[:, 0]
     terms = []
     for k in range(num_terms):
         index = torch.searchsorted(edges, (start + k) / num_terms, right=True)
         index = index.clamp(max=count - 1)  # the last edge is 1 up to rounding
         terms.append((index, 1 / (num_terms * shares[index])))
     return terms
-
-
-def _uniform(shape: tuple[int, ...], generator: Generators, like: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1) from the sources that `ddim_pl.noise.randn` takes."""
-    if isinstance(generator, torch.Generator):
-        return torch.rand(tuple(shape), generator=generator, device=generator.device).to(like)
-    if len(generator) != shape[0]:
-        raise ValueError(
-            f"generator must hold one generator per image, got {len(generator)} for a batch of "
-            f"{shape[0]}"
-        )
-    rows = [torch.rand(tuple(shape[1:]), generator=g, device=g.device) for g in generator]
-    return torch.stack(rows).to(like)
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ddim_pl.schedules import Level, expand
+from ddim_pl.scales import Scales, expand_like
 
 PredictionType = Literal["eps", "x", "v", "residual", "both"]
 LossWeight = Literal["snr", "truncated_snr", "snr_plus_one", "min_snr", "uniform"]
@@ -30,26 +30,26 @@ class Prediction(NamedTuple):
     eps: Tensor
 
 
-def row(kind: PredictionType, level: Level) -> tuple[Tensor, Tensor]:
+def coefficients(kind: PredictionType, scales: Scales) -> tuple[Tensor, Tensor]:
     """Coefficients `(a, b)` of the predicted combination `a x + b eps` at a level.
 
     Raises:
         ValueError: If `kind` is none of these.
     """
-    zero, one = torch.zeros_like(level.alpha), torch.ones_like(level.alpha)
+    zero, one = torch.zeros_like(scales.alpha), torch.ones_like(scales.alpha)
     match kind:
         case "eps":
             return zero, one
         case "x":
             return one, zero
         case "v" | "both":
-            return -level.sigma, level.alpha
+            return -scales.sigma, scales.alpha
         case "residual":
-            return level.alpha - 1, level.sigma
+            return scales.alpha - 1, scales.sigma
     raise ValueError(f"prediction must be one of {get_args(PredictionType)}, got {kind!r}")
 
 
-def merge_both(level: Level, output: Tensor) -> Tensor:
+def merge_both(scales: Scales, output: Tensor) -> Tensor:
     """The v, `(B, C, ...)`, of a network output `(B, 2 C, ...)` that holds x and then eps.
 
     Raises:
@@ -61,21 +61,21 @@ def merge_both(level: Level, output: Tensor) -> Tensor:
             "set the network's out_channels to twice its in_channels"
         )
     x, eps = output.chunk(2, dim=1)
-    return target("v", level, x, eps)
+    return target("v", scales, x, eps)
 
 
-def target(kind: PredictionType, level: Level, x: Tensor, eps: Tensor) -> Tensor:
+def target(kind: PredictionType, scales: Scales, x: Tensor, eps: Tensor) -> Tensor:
     """Regression target `a x + b eps` of shape `(B, ...)`."""
-    a, b = row(kind, level)
-    return expand(a, x) * x + expand(b, x) * eps
+    a, b = coefficients(kind, scales)
+    return expand_like(a, x) * x + expand_like(b, x) * eps
 
 
-def decode(kind: PredictionType, level: Level, z: Tensor, output: Tensor) -> Prediction:
+def decode(kind: PredictionType, scales: Scales, z: Tensor, output: Tensor) -> Prediction:
     """Read a network output as estimates of `x` and `eps`.
 
     Args:
         kind: What the network predicts.
-        level: Scales of `z`, shape `()` or `(B,)`.
+        scales: Scales of `z`, shape `()` or `(B,)`.
         z: Noisy states, `(B, ...)`.
         output: Network output, `(B, ...)`; that of "both" already merged, see `merge_both`.
 
@@ -84,31 +84,31 @@ def decode(kind: PredictionType, level: Level, z: Tensor, output: Tensor) -> Pre
     """
     if kind in ("x", "residual"):  # the general form is 0 / 0 at a level without noise
         x = output if kind == "x" else z - output
-        return Prediction(x, eps_from_x(level, z, x))
-    a, b = row(kind, level)
-    d = level.alpha * b - level.sigma * a
-    x = expand(b / d, z) * z - expand(level.sigma / d, z) * output
-    eps = expand(level.alpha / d, z) * output - expand(a / d, z) * z
+        return Prediction(x, eps_from_x(scales, z, x))
+    a, b = coefficients(kind, scales)
+    d = scales.alpha * b - scales.sigma * a
+    x = expand_like(b / d, z) * z - expand_like(scales.sigma / d, z) * output
+    eps = expand_like(scales.alpha / d, z) * output - expand_like(a / d, z) * z
     return Prediction(x, eps)
 
 
-def eps_from_x(level: Level, z: Tensor, x: Tensor) -> Tensor:
+def eps_from_x(scales: Scales, z: Tensor, x: Tensor) -> Tensor:
     """Noise `(z - alpha x) / sigma` that explains a state `z` by the clean image `x`.
 
     At a level without noise it cannot be known, and is 0, its mean.
     """
-    inverse = torch.where(level.sigma > 0, 1 / level.sigma, 0)
-    return (z - expand(level.alpha, z) * x) * expand(inverse, z)
+    inverse = torch.where(scales.sigma > 0, 1 / scales.sigma, 0)
+    return (z - expand_like(scales.alpha, z) * x) * expand_like(inverse, z)
 
 
-def x_error_weight(weight: LossWeight, level: Level, *, gamma: float = 5.0) -> Tensor:
+def x_error_weight(weight: LossWeight, scales: Scales, *, gamma: float = 5.0) -> Tensor:
     """Weight of `||x - x_hat||^2` at a level.
 
     Args:
         weight: "snr" (the simple eps loss of Ho et al. 2020), "truncated_snr" `max(SNR, 1)` and
             "snr_plus_one" (the v loss; both Salimans & Ho 2022, section 4), "min_snr"
             `min(SNR, gamma)` (Hang et al. 2023) or "uniform" (1).
-        level: Scales, shape `()` or `(B,)`.
+        scales: Scales, shape `()` or `(B,)`.
         gamma: Bound of "min_snr".
 
     Returns:
@@ -119,20 +119,20 @@ def x_error_weight(weight: LossWeight, level: Level, *, gamma: float = 5.0) -> T
     """
     match weight:
         case "snr":
-            return level.snr
+            return scales.snr
         case "truncated_snr":
-            return level.snr.clamp(min=1)
+            return scales.snr.clamp(min=1)
         case "snr_plus_one":
-            return level.snr + 1
+            return scales.snr + 1
         case "min_snr":
-            return level.snr.clamp(max=gamma)
+            return scales.snr.clamp(max=gamma)
         case "uniform":
-            return torch.ones_like(level.alpha)
+            return torch.ones_like(scales.alpha)
     raise ValueError(f"loss_weight must be one of {get_args(LossWeight)}, got {weight!r}")
 
 
 def output_error_weight(
-    kind: PredictionType, weight: LossWeight, level: Level, *, gamma: float = 5.0
+    kind: PredictionType, weight: LossWeight, scales: Scales, *, gamma: float = 5.0
 ) -> Tensor:
     """Weight of the squared error of the network output that equals `weight` on the error of `x`.
 
@@ -144,16 +144,16 @@ def output_error_weight(
         Float64 weights of the level's shape.
     """
     if kind in ("x", "residual"):  # an error of the output is one of x
-        return x_error_weight(weight, level, gamma=gamma)
+        return x_error_weight(weight, scales, gamma=gamma)
     if (kind, weight) in {
         ("eps", "snr"),
         ("v", "snr_plus_one"),
         ("both", "snr_plus_one"),
     }:
-        return torch.ones_like(level.alpha)
-    a, b = row(kind, level)
-    factor = (level.sigma / (level.alpha * b - level.sigma * a)) ** 2
-    return x_error_weight(weight, level, gamma=gamma) * factor
+        return torch.ones_like(scales.alpha)
+    a, b = coefficients(kind, scales)
+    factor = (scales.sigma / (scales.alpha * b - scales.sigma * a)) ** 2
+    return x_error_weight(weight, scales, gamma=gamma) * factor
 
 
 def check_loss_weight(kind: PredictionType, weight: LossWeight) -> None:
@@ -164,7 +164,7 @@ def check_loss_weight(kind: PredictionType, weight: LossWeight) -> None:
             does not vanish with the SNR: recovering x from eps divides by alpha, which is almost
             0 at the last level, and the loss diverges there (Salimans & Ho 2022, section 4).
     """
-    half = Level(*torch.full((2,), 0.5, dtype=torch.float64).sqrt().unbind())
+    half = Scales(*torch.full((2,), 0.5, dtype=torch.float64).sqrt().unbind())
     output_error_weight(kind, weight, half)
     if kind == "eps" and weight in ("truncated_snr", "snr_plus_one", "uniform"):
         raise ValueError(

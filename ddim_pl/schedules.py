@@ -12,44 +12,12 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-
-class Level(NamedTuple):
-    """Signal and noise scales `alpha`, `sigma`: float64 tensors of one shape, `()` or `(B,)`."""
-
-    alpha: Tensor
-    sigma: Tensor
-
-    @property
-    def log_snr(self) -> Tensor:
-        """Log signal-to-noise ratio `lambda = 2 log(alpha / sigma)`; infinite where sigma is 0."""
-        return 2 * (self.alpha.log() - self.sigma.log())
-
-    @property
-    def snr(self) -> Tensor:
-        """Signal-to-noise ratio `alpha^2 / sigma^2`."""
-        return (self.alpha / self.sigma) ** 2
-
-
-def expand(coefficient: Tensor, like: Tensor) -> Tensor:
-    """Make a float64 coefficient of shape `()` or `(B,)` multiply a batch `(B, ...)`.
-
-    A scalar stays as it is: PyTorch lets it scale a tensor of any dtype and device. One value per
-    sample is cast to the batch's dtype and device and gets trailing axes of length 1.
-    """
-    if coefficient.ndim == 0:
-        return coefficient
-    return to_device(coefficient.to(like.dtype), like).reshape(-1, *(1,) * (like.ndim - 1))
-
-
-def to_device(values: Tensor, like: Tensor) -> Tensor:
-    """Move a few numbers to the device of `like` without waiting for the work queued there."""
-    return values.to(like.device, non_blocking=like.is_cuda)
+from ddim_pl.scales import Scales
 
 
 class NoiseSchedule(ABC):
@@ -64,7 +32,7 @@ class NoiseSchedule(ABC):
     def log_alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return `(log alpha_t, log sigma_t)` for float64 levels `t` in [0, num_levels]."""
 
-    def __call__(self, t: Tensor | float) -> Level:
+    def __call__(self, t: Tensor | float) -> Scales:
         """Scales at level `t`.
 
         Args:
@@ -84,7 +52,7 @@ class NoiseSchedule(ABC):
                 f"[{t.min().item():g}, {t.max().item():g}]: rescale the levels to this schedule"
             )
         log_alpha, log_sigma = self.log_alpha_sigma(t)
-        return Level(log_alpha.exp(), log_sigma.exp())
+        return Scales(log_alpha.exp(), log_sigma.exp())
 
     def level_at(self, log_snr: Tensor | float) -> Tensor:
         """Level that has this log-SNR: the inverse of `schedule(t).log_snr`, by bisection.

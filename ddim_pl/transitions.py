@@ -8,22 +8,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ddim_pl.noise import GammaNoise, Noise, float64
 from ddim_pl.prediction import Prediction
-from ddim_pl.schedules import Level, expand, to_device
+from ddim_pl.scales import Scales, expand_like, float64, to_device
 
 Variance = Literal["small", "large"]
 
-NEWTON_STEPS = 16
-"""Of `quantile_target` at most; it takes three or four, and eight next to the support's edge."""
 
-
-def q_sample(x: Tensor, eps: Tensor, t: Level) -> Tensor:
+def q_sample(x: Tensor, eps: Tensor, t: Scales) -> Tensor:
     """Noisy state `alpha_t x + sigma_t eps`, `(B, ...)` (Ho et al. 2020, eq. 4)."""
-    return expand(t.alpha, x) * x + expand(t.sigma, x) * eps
+    return expand_like(t.alpha, x) * x + expand_like(t.sigma, x) * eps
 
 
-def transition_variance(t: Level, s: Level) -> Tensor:
+def transition_variance(t: Scales, s: Scales) -> Tensor:
     """Variance `1 - alpha_t^2 / alpha_s^2` of the forward transition from `s` to `t > s`.
 
     Formed as `sigma_t^2 - (alpha_t sigma_s / alpha_s)^2`, which stays exact where both levels hold
@@ -32,7 +28,7 @@ def transition_variance(t: Level, s: Level) -> Tensor:
     return (t.sigma - t.alpha / s.alpha * s.sigma) * (t.sigma + t.alpha / s.alpha * s.sigma)
 
 
-def ddim_noise_scale(t: Level, s: Level, eta: float) -> Tensor:
+def ddim_noise_scale(t: Scales, s: Scales, eta: float) -> Tensor:
     """Scale `c` of the fresh noise in a DDIM step (Song et al. 2021, eq. 16)."""
     if eta == 0:
         return torch.zeros_like(t.alpha)
@@ -40,7 +36,7 @@ def ddim_noise_scale(t: Level, s: Level, eta: float) -> Tensor:
 
 
 def ddim_step(
-    prediction: Prediction, t: Level, s: Level, *, eta: float = 0.0, noise: Tensor | None = None
+    prediction: Prediction, t: Scales, s: Scales, *, eta: float = 0.0, noise: Tensor | None = None
 ) -> Tensor:
     """One DDIM step `alpha_s x + sqrt(sigma_s^2 - c^2) eps + c noise` (Song et al. 2021, eq. 12).
 
@@ -55,14 +51,14 @@ def ddim_step(
     """
     x, eps = prediction
     if eta == 0:
-        return expand(s.alpha, x) * x + expand(s.sigma, x) * eps
+        return expand_like(s.alpha, x) * x + expand_like(s.sigma, x) * eps
     assert noise is not None, "a stochastic step needs noise"
     c = ddim_noise_scale(t, s, eta)
     kept = (s.sigma**2 - c**2).clamp(min=0).sqrt()  # rounding alone can make it negative
-    return expand(s.alpha, x) * x + expand(kept, x) * eps + expand(c, x) * noise
+    return expand_like(s.alpha, x) * x + expand_like(kept, x) * eps + expand_like(c, x) * noise
 
 
-def two_step_target(x_t: Tensor, x_mid: Tensor, t: Level, mid: Level, s: Level) -> Tensor:
+def two_step_target(x_t: Tensor, x_mid: Tensor, t: Scales, mid: Scales, s: Scales) -> Tensor:
     """The x with which one DDIM step from `t` to `s` lands where two over `mid` do, `(B, ...)`.
 
     Salimans & Ho 2022, appendix G: `(z_s - sigma_s / sigma_t z_t) / (alpha_s - sigma_s / sigma_t
@@ -77,15 +73,15 @@ def two_step_target(x_t: Tensor, x_mid: Tensor, t: Level, mid: Level, s: Level) 
         s: Cleanest level.
     """
 
-    def gain(t: Level, s: Level) -> Tensor:
+    def gain(t: Scales, s: Scales) -> Tensor:
         """What a step from t to s adds to the state for each unit of x."""
         return s.alpha - s.sigma / t.sigma * t.alpha
 
     weight = gain(mid, s) / gain(t, s)
-    return expand(weight, x_mid) * x_mid + expand(1 - weight, x_t) * x_t
+    return expand_like(weight, x_mid) * x_mid + expand_like(1 - weight, x_t) * x_t
 
 
-def ddim_chain(z: Tensor, x: Tensor, levels: Level) -> Tensor:
+def ddim_chain(z: Tensor, x: Tensor, levels: Scales) -> Tensor:
     """All states of a deterministic DDIM chain from the estimates made on the way, `(B, S, ...)`.
 
     A step `alpha_s x + sigma_s (z - alpha_t x) / sigma_t` adds `(rho_s - rho_t) x` to `z / sigma`,
@@ -115,7 +111,7 @@ def ddim_chain(z: Tensor, x: Tensor, levels: Level) -> Tensor:
     return states + _rows(torch.where(noisy, 0, alpha)[:, 1:], x) * x
 
 
-def implied_x(z: Tensor, z_s: Tensor, t: Level, s: Level) -> Tensor:
+def implied_x(z: Tensor, z_s: Tensor, t: Scales, s: Scales) -> Tensor:
     """The x with which one deterministic DDIM step leads from `z` at level t to `z_s`, `(B, ...)`.
 
     `(z_s - sigma_s / sigma_t z) / (alpha_s - sigma_s / sigma_t alpha_t)` (Salimans & Ho 2022,
@@ -123,8 +119,8 @@ def implied_x(z: Tensor, z_s: Tensor, t: Level, s: Level) -> Tensor:
     """
     ratio = s.sigma / t.sigma
     wide, wide_s = float64(z), float64(z_s)
-    numerator = wide_s - expand(ratio, wide) * wide
-    return (numerator / expand(s.alpha - ratio * t.alpha, numerator)).to(z)
+    numerator = wide_s - expand_like(ratio, wide) * wide
+    return (numerator / expand_like(s.alpha - ratio * t.alpha, numerator)).to(z)
 
 
 def _rows(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -133,7 +129,9 @@ def _rows(coefficient: Tensor, like: Tensor) -> Tensor:
     return there.reshape(*there.shape, *(1,) * (like.ndim - 2))
 
 
-def ddim_forward(z: Tensor, x: Tensor, s: Level, t: Level, *, eta: float) -> tuple[Tensor, Tensor]:
+def ddim_forward(
+    z: Tensor, x: Tensor, s: Scales, t: Scales, *, eta: float
+) -> tuple[Tensor, Tensor]:
     """Mean `(B, ...)` and standard deviation of DDIM's forward step `q(z_t | z_s, x)`, `t > s`.
 
     `N(alpha_t x + sqrt(sigma_s^2 - c^2) sigma_t / sigma_s^2 (z_s - alpha_s x), (c sigma_t /
@@ -150,11 +148,11 @@ def ddim_forward(z: Tensor, x: Tensor, s: Level, t: Level, *, eta: float) -> tup
     """
     c = ddim_noise_scale(t, s, eta)
     kept = (s.sigma**2 - c**2).clamp(min=0).sqrt() * t.sigma / s.sigma**2
-    mean = expand(t.alpha, x) * x + expand(kept, x) * (z - expand(s.alpha, x) * x)
+    mean = expand_like(t.alpha, x) * x + expand_like(kept, x) * (z - expand_like(s.alpha, x) * x)
     return mean, c * t.sigma / s.sigma
 
 
-def ode_step(prediction: Prediction, eps: Tensor, t: Level, s: Level) -> Tensor:
+def ode_step(prediction: Prediction, eps: Tensor, t: Scales, s: Scales) -> Tensor:
     """Straight step `y_s = y_t + (r_s - r_t) eps` of the flow (Song et al. 2021, eq. 13).
 
     With `y = z / alpha` and `r = sigma / alpha`. It is the DDIM step, up or down, along a noise
@@ -167,11 +165,11 @@ def ode_step(prediction: Prediction, eps: Tensor, t: Level, s: Level) -> Tensor:
         t: Level of the state.
         s: Level to go to.
     """
-    x = prediction.x + expand(t.sigma / t.alpha, eps) * (prediction.eps - eps)
+    x = prediction.x + expand_like(t.sigma / t.alpha, eps) * (prediction.eps - eps)
     return ddim_step(Prediction(x, eps), t, s)
 
 
-def forward_step(z: Tensor, noise: Tensor, s: Level, t: Level) -> Tensor:
+def forward_step(z: Tensor, noise: Tensor, s: Scales, t: Scales) -> Tensor:
     """Noisier state from `q(z_t | z_s)`, `(B, ...)`, for `t > s` (Ho et al. 2020, eq. 2).
 
     Args:
@@ -181,11 +179,11 @@ def forward_step(z: Tensor, noise: Tensor, s: Level, t: Level) -> Tensor:
         t: Noisier level.
     """
     std = transition_variance(t, s).sqrt()
-    return expand(t.alpha / s.alpha, z) * z + expand(std, z) * noise
+    return expand_like(t.alpha / s.alpha, z) * z + expand_like(std, z) * noise
 
 
 def posterior(
-    z: Tensor, x: Tensor, t: Level, s: Level, *, variance: Variance = "small"
+    z: Tensor, x: Tensor, t: Scales, s: Scales, *, variance: Variance = "small"
 ) -> tuple[Tensor, Tensor]:
     """Mean `(B, ...)` and standard deviation of `q(z_s | z_t, x)` for `s < t`.
 
@@ -198,123 +196,8 @@ def posterior(
             transition (Ho et al. 2020, section 3.2), the "sigma-hat" of Song et al. 2021.
     """
     var_ts = transition_variance(t, s)
-    mean = expand(t.alpha / s.alpha * (s.sigma / t.sigma) ** 2, z) * z + (
-        expand(s.alpha * var_ts / t.sigma**2, z) * x
+    mean = expand_like(t.alpha / s.alpha * (s.sigma / t.sigma) ** 2, z) * z + (
+        expand_like(s.alpha * var_ts / t.sigma**2, z) * x
     )
     std = var_ts.sqrt() if variance == "large" else s.sigma / t.sigma * var_ts.sqrt()
     return mean, std
-
-
-# Steps of noise that is not Gaussian. All of them need the estimates' eps to be that of its law.
-
-
-def quantile_step(prediction: Prediction, noise: Noise, t: Level, s: Level) -> Tensor:
-    """Deterministic step `alpha_s x + sigma_s eps_s`, where eps_s holds the quantiles of eps.
-
-    `eps_s = F_s^{-1}(F_t(eps))` by the noise's own law, so that with the true x the marginal at
-    `s` is exact. For Gaussian noise it is DDIM with `eta = 0`. The levels may rise (encoding).
-
-    Args:
-        prediction: Estimates at level `t`, each `(B, ...)`.
-        noise: Law of the noise.
-        t: Level of the state.
-        s: Level to go to.
-    """
-    return ddim_step(Prediction(prediction.x, noise.transport(prediction.eps, t, s)), t, s)
-
-
-def quantile_target(noise: Noise, x: Tensor, z: Tensor, z_s: Tensor, t: Level, s: Level) -> Tensor:
-    """The x with which one `quantile_step` leads from `z` to `z_s`, float64 `(B, ...)`.
-
-    The step ends in `z_s = alpha_s / alpha_t z - D(eps)` with `D(eps) = alpha_s sigma_t / alpha_t
-    eps - sigma_s T(eps)` and `x = (z - sigma_t eps) / alpha_t`. For Gamma noise D increases, as
-    the quantiles of a smaller shape are closer to one another (Saunders & Moran 1978), and is
-    concave, as a smaller shape is more skewed (van Zwet 1964): Newton's method finds its root from
-    anywhere.
-
-    Args:
-        noise: Law of the noise.
-        x: A guess, `(B, ...)`: `two_step_target` is close.
-        z: States at level `t`, float64.
-        z_s: States at level `s`, float64; such as deterministic steps from `z` can reach.
-        t: Level of the states.
-        s: Cleaner level.
-    """
-    slope = expand(s.alpha * t.sigma / t.alpha, z)
-    wanted = expand(s.alpha / t.alpha, z) * z - z_s
-    scale = expand(s.sigma, z)
-    eps = (z - expand(t.alpha, z) * x) / expand(t.sigma, z)
-    for _ in range(NEWTON_STEPS):
-        moved = noise.transport(eps, t, s)
-        # Q' in [0, 1): the derivative of the quantile map of the Gamma variables themselves.
-        log_ratio = noise.log_density(eps, t) - noise.log_density(moved, s)
-        ratio = (log_ratio.exp() * scale / slope).nan_to_num(0, 0, 0)
-        step = (slope * eps - scale * moved - wanted) / (slope * (1 - ratio.clamp(0, 1 - 1e-9)))
-        eps = eps - step
-        if (step.abs() <= 1e-9 * (1 + eps.abs())).all():  # and the next one 1e-18
-            break
-    return (z - expand(t.sigma, z) * eps) / expand(t.alpha, z)
-
-
-def thinning_step(
-    prediction: Prediction, beta: Tensor, noise: GammaNoise, t: Level, s: Level
-) -> Tensor:
-    """Draw from the posterior `q(z_s | z_t, x)` of Gamma diffusion, `(B, ...)`, for `s < t`.
-
-    If `G ~ Gamma(K_t, 1)` and `B ~ Beta(K_s, K_t - K_s)` are independent, `B G ~ Gamma(K_s, 1)`.
-    So `z_s = alpha_s x + theta_s (B G - K_s)` with `G = K_t + sqrt(K_t) eps`. With the
-    standardised B and `r = K_s / K_t` that is `alpha_s x + sigma_s eps_s`,
-
-        eps_s = sqrt(r) eps + sqrt(1 - r) G / sqrt(K_t (K_t + 1)) beta,
-
-    which has no differences of large numbers, and tends to DDPM's posterior as K grows. Where an
-    estimate puts eps below the support, G is taken to be its edge, 0.
-
-    Args:
-        prediction: Estimates at level `t`, each `(B, ...)`.
-        beta: Standardised draws of `Beta(K_s, K_t - K_s)`, `(B, ...)`, see `thinning_shapes`.
-        noise: Law of the noise.
-        t: Level of the state.
-        s: Cleaner level.
-    """
-    x, eps = prediction
-    wide = float64(eps)
-    root = to_device(expand(noise.concentration(t).sqrt(), wide), wide)
-    wide = torch.maximum(wide, -root)
-    r = (s.sigma / t.sigma * (t.alpha / s.alpha)).square()
-    fresh = transition_variance(t, s).sqrt() / t.sigma
-    spread = (root + wide) / (root.square() + 1).sqrt() * float64(beta)
-    eps_s = expand(r.sqrt(), wide) * wide + expand(fresh, wide) * spread
-    return ddim_step(Prediction(x, eps_s.to(eps)), t, s)
-
-
-def thinning_shapes(noise: GammaNoise, t: Level, s: Level) -> tuple[Tensor, Tensor]:
-    """Shapes `(K_s, K_t - K_s)` of a Gamma diffusion's states and of its step from s to t."""
-    k_t = noise.concentration(t)
-    share = transition_variance(t, s) / t.sigma**2
-    return k_t * (s.sigma / t.sigma * (t.alpha / s.alpha)).square(), k_t * share
-
-
-def report_step(
-    prediction: Prediction, fresh: Tensor, t: Level, s: Level, *, eta: float = 1.0
-) -> Tensor:
-    """The report's Gamma-DDIM step `C z_t + D x + c (g - E g)`, `(B, ...)` (its eq. 18).
-
-    `C = (alpha_s - c alpha_t) / (alpha_t (1 + alpha_s))`, `D = (alpha_s^2 + c alpha_t) / (1 +
-    alpha_s)`, `g ~ Gamma(K_t - K_s, theta_t)` and `c` of `ddim_noise_scale`. As `C alpha_t + D =
-    alpha_s` it keeps the mean. The variance becomes `C^2 sigma_t^2 + c^2 (1 - alpha_t^2 /
-    alpha_s^2)`, which is not `sigma_s^2`: the derivation equates variables that are equal in law
-    only, and whose shapes double at every step.
-
-    Args:
-        prediction: Estimates at level `t`, each `(B, ...)`.
-        fresh: Standardised draws of Gamma noise of shape `K_t - K_s`, `(B, ...)`.
-        t: Level of the state.
-        s: Cleaner level.
-        eta: Scale of the fresh noise, as in `ddim_step`.
-    """
-    x, eps = prediction
-    c = ddim_noise_scale(t, s, eta)
-    kept = (s.alpha - c * t.alpha) / (t.alpha * (1 + s.alpha)) * t.sigma
-    std = c * transition_variance(t, s).sqrt()
-    return expand(s.alpha, x) * x + expand(kept, x) * eps + expand(std, x) * fresh

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddim_pl.denoiser import Denoise
-from ddim_pl.noise import randn
-from ddim_pl.prediction import Prediction
+from ddim_pl.denoiser import Denoiser
+from ddim_pl.noise import Noise
+from ddim_pl.prediction import Prediction, eps_from_x
+from ddim_pl.rng import randn
 from ddim_pl.samplers import Sampler
-from ddim_pl.schedules import Level, NoiseSchedule, expand
+from ddim_pl.scales import Scales, expand_like
+from ddim_pl.schedules import NoiseSchedule
 
 
 def _like(value: float | Tensor, z: Tensor) -> Tensor:
@@ -19,7 +21,7 @@ def _like(value: float | Tensor, z: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ExactGaussian:
+class ExactGaussian(Denoiser):
     """Data `N(mean, std^2)` with independent dimensions; numbers, or tensors that broadcast to z.
 
     The marginal at level `t` is `N(alpha_t mean, V_t)` with `V_t = alpha_t^2 std^2 + sigma_t^2`.
@@ -48,13 +50,13 @@ class ExactGaussian:
         (mean_t, std_t), (mean_s, std_s) = self.marginal(t, z), self.marginal(s, z)
         return mean_s + std_s / std_t * (z - mean_t)
 
-    def _scales(self, z: Tensor, t: Tensor | float) -> Level:
+    def _scales(self, z: Tensor, t: Tensor | float) -> Scales:
         level = self.schedule(t)
-        return Level(expand(level.alpha, z), expand(level.sigma, z))
+        return Scales(expand_like(level.alpha, z), expand_like(level.sigma, z))
 
 
 @dataclass(frozen=True)
-class ExactMixture:
+class ExactMixture(Denoiser):
     """Every entry of z is its own sample of a one-dimensional mixture of Gaussians.
 
     In one dimension the probability-flow ODE keeps quantiles, so `F_s^{-1}(F_t(z))` is its flow.
@@ -97,13 +99,13 @@ class ExactMixture:
     def _components(self, z: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`(alpha, sigma)`, deviations from the components' means and variances, `(..., K)`."""
         level, z = self.schedule(t), z[..., None]
-        alpha, sigma = expand(level.alpha, z), expand(level.sigma, z)
+        alpha, sigma = expand_like(level.alpha, z), expand_like(level.sigma, z)
         variance = alpha**2 * self._row("stds") ** 2 + sigma**2
         return alpha, sigma, z - alpha * self._row("means"), variance
 
 
 def propagate(
-    sampler: Sampler, denoiser: Denoise, levels: Tensor, mean: Tensor, variance: Tensor
+    sampler: Sampler, denoiser: Denoiser, levels: Tensor, mean: Tensor, variance: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of what a sampler makes of a law at `levels[0]`, without Monte Carlo.
 
@@ -131,3 +133,21 @@ def propagate(
 
 def _generators(seeds: tuple[int, ...]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def two_steps(noise: Noise, teacher: Denoiser, z: Tensor, t: Tensor, step: float) -> Tensor:
+    """The target of progressive distillation for steps of this length."""
+    return noise.two_step_target(teacher, z, t, t - step / 2, (t - step).clamp(min=0))
+
+
+class Distilled(Denoiser):
+    """The student that reproduces its target, of a teacher that may be one itself."""
+
+    def __init__(self, noise: Noise, teacher: Denoiser, steps: int) -> None:
+        self.noise, self.teacher, self.step = noise, teacher, 1000 / steps
+        self.schedule = teacher.schedule
+
+    def __call__(self, z: Tensor, t: Tensor | float) -> Prediction:
+        t = torch.as_tensor(t, dtype=torch.float64).expand(len(z))
+        x = two_steps(self.noise, self.teacher, z, t, self.step)
+        return Prediction(x, eps_from_x(self.schedule(t), z, x))

@@ -10,9 +10,10 @@ import torch
 from exact import ExactGaussian, ExactMixture
 from torch import Tensor, nn
 
-from ddim_pl.denoiser import Denoise, Denoiser, TimeInput
+from ddim_pl.denoiser import Denoiser, NetworkDenoiser, TimeInput
 from ddim_pl.prediction import PredictionType
-from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, expand
+from ddim_pl.scales import expand_like
+from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
 from ddim_pl.transitions import q_sample
 
 KINDS = get_args(PredictionType)
@@ -45,7 +46,7 @@ def test_estimates_explain_the_state_also_after_clipping(kind: PredictionType, c
     z, t = batch(100)
     t[:2] = torch.tensor([1.0, 1000.0])
     schedule = LinearSchedule()
-    x, eps = Denoiser(Recorder(kind=kind), schedule, kind, clip=clip)(z, t)
+    x, eps = NetworkDenoiser(Recorder(kind=kind), schedule, kind, clip=clip)(z, t)
     assert x.dtype == eps.dtype == z.dtype
     torch.testing.assert_close(q_sample(x, eps, schedule(t)), z, rtol=0, atol=1e-5)
     assert (x.abs().max() <= 1) == clip
@@ -55,7 +56,7 @@ def test_estimates_explain_the_state_also_after_clipping(kind: PredictionType, c
 def test_clipping_leaves_estimates_inside_the_range_alone(kind: PredictionType) -> None:
     z, t = batch()
     network = Recorder(0.5, kind)
-    denoisers = [Denoiser(network, LinearSchedule(), kind, clip=c) for c in (True, False)]
+    denoisers = [NetworkDenoiser(network, LinearSchedule(), kind, clip=c) for c in (True, False)]
     clipped, free = (denoiser(z.double(), t) for denoiser in denoisers)
     inside = free.x.abs() <= 1
     assert inside.any()
@@ -66,7 +67,7 @@ def test_clipping_leaves_estimates_inside_the_range_alone(kind: PredictionType) 
 
 def test_one_level_for_all_is_that_level_for_each() -> None:
     z, t = batch()
-    denoiser = Denoiser(Recorder(), LinearSchedule())
+    denoiser = NetworkDenoiser(Recorder(), LinearSchedule())
     for one, each in zip(denoiser(z, t[0]), denoiser(z, t[:1].expand(len(z))), strict=True):
         torch.testing.assert_close(one, each)
     for number, tensor in zip(denoiser(z, 500), denoiser(z, torch.tensor(500.0)), strict=True):
@@ -77,7 +78,7 @@ def test_one_level_for_all_is_that_level_for_each() -> None:
 def test_the_network_gets_one_float32_time_per_image(time_input: TimeInput) -> None:
     z, t = batch()
     network = Recorder()
-    denoiser = Denoiser(network, LinearSchedule(), time_input=time_input)
+    denoiser = NetworkDenoiser(network, LinearSchedule(), time_input=time_input)
     denoiser(z, t)
     denoiser(z, t[2])
     for _, time in network.seen:
@@ -87,7 +88,7 @@ def test_the_network_gets_one_float32_time_per_image(time_input: TimeInput) -> N
 
 
 def test_a_ddpm_network_gets_the_index_below_the_level() -> None:
-    denoiser = Denoiser(Recorder(), LinearSchedule())
+    denoiser = NetworkDenoiser(Recorder(), LinearSchedule())
     t = torch.tensor([0, 0.5, 1, 1.5, 1000], dtype=torch.float64)
     assert denoiser.network_time(t).tolist() == [0, 0, 0, 0.5, 999]
 
@@ -95,14 +96,16 @@ def test_a_ddpm_network_gets_the_index_below_the_level() -> None:
 def test_a_log_snr_network_gets_the_angle_of_the_level() -> None:
     """Of a right angle in thousandths; under the cosine schedule it is linear in the level."""
     t = torch.linspace(0, 1000, 101, dtype=torch.float64)
-    time = Denoiser(Recorder(), CosineLogSNRSchedule(), time_input="log_snr").network_time(t)
+    time = NetworkDenoiser(Recorder(), CosineLogSNRSchedule(), time_input="log_snr").network_time(
+        t
+    )
     end = 2000 / math.pi * math.atan(math.exp(-10))
     assert time[50].item() == pytest.approx(500, abs=1e-9)
     torch.testing.assert_close(
         time, torch.linspace(end, 1000 - end, 101, dtype=torch.float64), rtol=0, atol=1e-9
     )
     # The discrete schedule has no noise at level 0: the log-SNR is bounded.
-    linear = Denoiser(Recorder(), LinearSchedule(), time_input="log_snr").network_time(t)
+    linear = NetworkDenoiser(Recorder(), LinearSchedule(), time_input="log_snr").network_time(t)
     assert linear[0].item() == pytest.approx(end, abs=1e-12)
     assert (linear.diff() > 0).all()
 
@@ -110,7 +113,7 @@ def test_a_log_snr_network_gets_the_angle_of_the_level() -> None:
 def test_labels_reach_the_network_only_when_given() -> None:
     z, t = batch()
     network, label = Recorder(), torch.arange(6)
-    plain = Denoiser(network, LinearSchedule(), clip=False)
+    plain = NetworkDenoiser(network, LinearSchedule(), clip=False)
     labelled = plain.condition(label)
     plain(z, t)
     labelled(z, t)
@@ -125,7 +128,9 @@ def test_labels_reach_the_network_only_when_given() -> None:
 def test_estimates_are_differentiable_in_the_network_and_the_state() -> None:
     z, t = batch()
     network = Recorder()
-    Denoiser(network, LinearSchedule(), clip=False)(z.requires_grad_(), t).x.sum().backward()
+    NetworkDenoiser(network, LinearSchedule(), clip=False)(
+        z.requires_grad_(), t
+    ).x.sum().backward()
     assert z.grad is not None
     assert network.scale.grad is not None
 
@@ -136,18 +141,18 @@ def test_half_precision_output_is_read_in_the_dtype_of_the_state() -> None:
             return z.bfloat16()
 
     z, t = batch()
-    assert Denoiser(Half(), LinearSchedule())(z, t).x.dtype == torch.float32
+    assert NetworkDenoiser(Half(), LinearSchedule())(z, t).x.dtype == torch.float32
 
 
 @pytest.mark.parametrize("field", ["prediction", "time_input"])
 def test_unknown_names_list_the_known_ones(field: str) -> None:
     with pytest.raises(ValueError, match=rf"{field} must be one of \(.*'nonsense'"):
-        Denoiser(Recorder(), LinearSchedule(), **{field: "nonsense"})
+        NetworkDenoiser(Recorder(), LinearSchedule(), **{field: "nonsense"})
 
 
 def test_a_denoiser_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Denoiser(Recorder(), LinearSchedule()).clip = False
+        NetworkDenoiser(Recorder(), LinearSchedule()).clip = False
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -156,7 +161,7 @@ def test_level_0_gives_numbers_or_an_error(kind: PredictionType, clip: bool) -> 
     """`sigma_0 = 0` leaves the noise of x-prediction, or of a clipped image, undetermined."""
     z, _ = batch()
     try:
-        prediction = Denoiser(Recorder(), LinearSchedule(), kind, clip=clip)(z, 0.0)
+        prediction = NetworkDenoiser(Recorder(), LinearSchedule(), kind, clip=clip)(z, 0.0)
     except ValueError:
         return
     finite = [estimate.isfinite().all().item() for estimate in prediction]
@@ -177,7 +182,7 @@ def gaussian_log_density(denoiser: ExactGaussian) -> Callable[[Tensor, Tensor], 
 def mixture_log_density(denoiser: ExactMixture) -> Callable[[Tensor, Tensor], Tensor]:
     def log_density(z: Tensor, t: Tensor) -> Tensor:
         level = denoiser.schedule(t)
-        alpha, sigma = expand(level.alpha, z), expand(level.sigma, z)
+        alpha, sigma = expand_like(level.alpha, z), expand_like(level.sigma, z)
         density = torch.zeros_like(z)
         for w, m, s in zip(denoiser.weights, denoiser.means, denoiser.stds, strict=True):
             std = (alpha**2 * s**2 + sigma**2).sqrt()
@@ -203,7 +208,7 @@ def test_exact_denoisers_are_the_score_of_their_marginal(
     x, eps = denoiser(z, t)
     level = denoiser.schedule(t)
     (score,) = torch.autograd.grad(log_density(z, t).sum(), z)
-    torch.testing.assert_close(eps, -expand(level.sigma, z) * score, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(eps, -expand_like(level.sigma, z) * score, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(q_sample(x, eps, level), z, rtol=1e-12, atol=1e-12)
     assert denoiser(z.float(), t).x.dtype == torch.float32
 
@@ -229,5 +234,5 @@ def test_exact_flows_solve_the_probability_flow_equation(
 
 
 def test_exact_denoisers_fit_the_protocol(gaussian: ExactGaussian, mixture: ExactMixture) -> None:
-    denoisers: list[Denoise] = [gaussian, mixture, Denoiser(Recorder(), LinearSchedule())]
+    denoisers: list[Denoiser] = [gaussian, mixture, NetworkDenoiser(Recorder(), LinearSchedule())]
     assert all(denoiser.schedule.num_levels == 1000 for denoiser in denoisers)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import special, stats
 
-from ddim_pl.gamma_scores import LARGE, from_normal_score, log_density, normal_score
+from ddim_pl.noise.gamma_quantiles import LARGE, from_normal_score, log_density, normal_score
 
 SHAPES = [1e-2, 0.3, 1.0, 2.9, 3.1, 30.0, LARGE - 1e-6, LARGE, 1e3, 1e5, 1e8, 1e12, 1e15, 1e20]
 

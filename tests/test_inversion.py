@@ -216,7 +216,7 @@ def test_time_limits_an_inversion():
         ({"judge_every": 0}, "judge_every must be at least 1, got 0"),
         ({"lr": 0.0}, "lr must be positive, got 0"),
         ({"z": torch.zeros(1, 1, 4, 4)}, r"z must have the images' shape .* got \(1, 1, 4, 4\)"),
-        ({"denoiser": some_ddpm().denoiser}, "denoiser has clip=True"),
+        ({"denoiser": some_ddpm().denoiser}, "denoiser must not clip"),
     ],
 )
 def test_wrong_arguments_are_errors(arguments, message):

@@ -10,9 +10,9 @@ from exact import ExactGaussian, ExactMixture
 from tiny import tiny_ddpm
 
 from ddim_pl import timesteps
-from ddim_pl.denoiser import Denoiser
+from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.latents import encode, forward_trajectory, reconstruct, slerp
-from ddim_pl.samplers import DDIM, DDPM
+from ddim_pl.samplers import DDIM, Ancestral
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
 from ddim_pl.transitions import ddim_forward, ddim_noise_scale, transition_variance
 
@@ -58,7 +58,7 @@ def test_reconstruction_of_x_predictions_on_a_discrete_schedule():
             return exact(z, t[0].double() + 1).x
 
     exact = ExactGaussian(LinearSchedule(), 0.2, 0.5)
-    denoiser = Denoiser(XNetwork(), LinearSchedule(), prediction="x", clip=False)
+    denoiser = NetworkDenoiser(XNetwork(), LinearSchedule(), prediction="x", clip=False)
     x = 0.2 + 0.5 * normal(100, 1)
     error = (reconstruct(denoiser, x, timesteps.linear(T, 200)) - x).square().mean()
     assert error < 1e-3
@@ -72,7 +72,7 @@ def test_a_clipped_denoiser_cannot_encode():
     assert encode(replace(denoiser, clip=False), x, timesteps.linear(T, 2)).shape == x.shape
 
 
-@pytest.mark.parametrize("sampler", [DDPM(), DDIM(0.5)])
+@pytest.mark.parametrize("sampler", [Ancestral(), DDIM(0.5)])
 def test_a_stochastic_sampler_cannot_encode(sampler):
     with pytest.raises(ValueError, match="deterministic"):
         encode(

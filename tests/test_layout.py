@@ -13,10 +13,11 @@ from exact import ExactGaussian
 import ddim_pl.samplers
 from ddim_pl import noise as noise_module
 from ddim_pl import timesteps
+from ddim_pl.denoiser import Denoiser
 from ddim_pl.fixed_point import Solver
 from ddim_pl.noise import GammaNoise, GaussianNoise, Noise, latents
 from ddim_pl.prediction import Prediction
-from ddim_pl.samplers import DDIM, DDPM, DEQ, PNDM, DPMSolverPP, Heun, ParaDiGMS, Sampler
+from ddim_pl.samplers import DDIM, DEQ, PNDM, Ancestral, DPMSolverPP, Heun, ParaDiGMS, Sampler
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
 
@@ -42,7 +43,7 @@ def images(kind: type[Sampler], denoiser: ExactGaussian, indices: range) -> torc
 
 
 def test_the_walk_finds_the_samplers() -> None:
-    assert {DDIM, DDPM, DPMSolverPP, Heun, PNDM} <= set(SAMPLERS)
+    assert {DDIM, Ancestral, DPMSolverPP, Heun, PNDM} <= set(SAMPLERS)
 
 
 @every_sampler
@@ -131,7 +132,7 @@ def test_a_sampler_counts_its_network_evaluations(
     """
     seen: list[float] = []
 
-    class Counted:
+    class Counted(Denoiser):
         schedule = gaussian.schedule
 
         def __call__(self, z: torch.Tensor, t: torch.Tensor) -> Prediction:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
 
 from ddim_pl import likelihood
-from ddim_pl.denoiser import Denoise, Denoiser
+from ddim_pl.denoiser import Denoiser, NetworkDenoiser
 from ddim_pl.likelihood import (
     BITS_PER_BIN,
     log_discretised,
@@ -28,8 +28,8 @@ from ddim_pl.likelihood import (
     ode_levels,
     variational_bound,
 )
-from ddim_pl.noise import image_generators
 from ddim_pl.prediction import Prediction
+from ddim_pl.rng import image_generators
 from ddim_pl.samplers import DDIM
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
 from ddim_pl.transitions import posterior
@@ -157,8 +157,8 @@ def test_few_terms_are_all_the_same_to_a_denoiser_of_unit_variance(monkeypatch):
 
 
 @dataclass(frozen=True)
-class Counting:
-    denoiser: Denoise
+class Counting(Denoiser):
+    denoiser: Denoiser
     calls: list[int]
 
     @property
@@ -292,7 +292,7 @@ def test_ode_on_a_mixture_is_its_density_at_fourth_order(mixture: ExactMixture):
 
 
 @dataclass(frozen=True)
-class CorrelatedGaussian:
+class CorrelatedGaussian(Denoiser):
     """Data `N(0, covariance)`: the Jacobian is full."""
 
     schedule: NoiseSchedule
@@ -371,14 +371,16 @@ class Mixed(nn.Module):
         return torch.tanh(h).reshape(z.shape)
 
 
-def denoiser(clip: bool = False, count: int = 4) -> Denoiser:
+def denoiser(clip: bool = False, count: int = 4) -> NetworkDenoiser:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Mixed()
-    return Denoiser(network, LinearSchedule(20), "v", clip, label=torch.arange(count) % 3)
+    return NetworkDenoiser(network, LinearSchedule(20), "v", clip, label=torch.arange(count) % 3)
 
 
-def both(model: Denoiser, x: Tensor, sources: list[torch.Generator], num_terms=None) -> Tensor:
+def both(
+    model: NetworkDenoiser, x: Tensor, sources: list[torch.Generator], num_terms=None
+) -> Tensor:
     ode = ode_bits_per_dim(
         dataclasses.replace(model, clip=False),
         x,
@@ -432,7 +434,7 @@ def test_a_unet_in_inference_mode():
     nn.init.constant_(network.conv_out.weight, 0.01)
     x = GRID[torch.arange(128)].reshape(2, 1, 8, 8).float()
     with torch.inference_mode():
-        model = Denoiser(network, LinearSchedule(20), "eps", False, label=torch.arange(2))
+        model = NetworkDenoiser(network, LinearSchedule(20), "eps", False, label=torch.arange(2))
         bits = both(model, x, generators(2))
     assert bits.isfinite().all()
     assert all(p.grad is None for p in network.parameters())

@@ -6,21 +6,19 @@ import pytest
 import torch
 from scipy import stats
 
-from ddim_pl.gamma_scores import normal_score
-from ddim_pl.noise import (
-    GammaNoise,
-    GaussianNoise,
+from ddim_pl.noise import GammaNoise, GaussianNoise, latents
+from ddim_pl.noise.gamma import standardised_beta, standardised_gamma
+from ddim_pl.noise.gamma_quantiles import normal_score
+from ddim_pl.rng import (
     derive_seed,
     image_generators,
-    latents,
     randn,
     share_generators,
     standard_gamma,
-    standardised_beta,
-    standardised_gamma,
     step_generators,
 )
-from ddim_pl.schedules import CosineLogSNRSchedule, Level, LinearSchedule
+from ddim_pl.scales import Scales
+from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
 
 SHAPE = (3, 4, 4)
 
@@ -187,11 +185,11 @@ def test_no_images_make_an_empty_batch() -> None:
 EMPTY64 = torch.empty(0, dtype=torch.float64)
 
 
-def level_of(shape: float, theta_0: float = 0.001) -> Level:
+def level_of(shape: float, theta_0: float = 0.001) -> Scales:
     """The level whose Gamma noise has this shape K: `sigma / alpha = theta_0 sqrt(K)`."""
     ratio = torch.tensor(theta_0 * math.sqrt(shape), dtype=torch.float64)
     alpha = 1 / (1 + ratio**2).sqrt()
-    return Level(alpha, ratio * alpha)
+    return Scales(alpha, ratio * alpha)
 
 
 def test_shapes_are_the_sums_of_the_papers() -> None:
@@ -203,7 +201,7 @@ def test_shapes_are_the_sums_of_the_papers() -> None:
     torch.testing.assert_close(found, k.cumsum(0), rtol=1e-10, atol=0)
     assert noise.concentration(schedule(0.0)) == 0
     assert (
-        noise.concentration(Level(torch.tensor(0.0).double(), torch.tensor(1.0).double())) == 1e20
+        noise.concentration(Scales(torch.tensor(0.0).double(), torch.tensor(1.0).double())) == 1e20
     )
 
 
@@ -255,7 +253,7 @@ def test_standardised_beta_draws_have_their_law(a: float, b: float) -> None:
 
 def test_draws_of_no_noise_are_zero() -> None:
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    assert (GammaNoise().draw((4, 3), Level(one, zero), None, EMPTY64) == 0).all()
+    assert (GammaNoise().draw((4, 3), Scales(one, zero), None, EMPTY64) == 0).all()
     for a, b in ((zero, one), (one, zero), (zero, zero)):
         assert (standardised_beta((4, 3), a, b, torch.Generator(), EMPTY64) == 0).all()
 
@@ -274,7 +272,7 @@ def test_each_image_may_have_a_level_of_its_own() -> None:
 @pytest.mark.parametrize("theta_0", [1e-5, 0.001, 0.1])
 @pytest.mark.parametrize("size", [1, 7])
 def test_gamma_latents_are_the_same_for_any_batch_split(theta_0: float, size: int) -> None:
-    law = {"noise": GammaNoise(theta_0), "level": CosineLogSNRSchedule()(1000.0)}
+    law = {"noise": GammaNoise(theta_0), "scales": CosineLogSNRSchedule()(1000.0)}
     whole, _ = latents(5, range(64), SHAPE, **law)
     parts = [latents(5, range(i, min(i + size, 64)), SHAPE, **law)[0] for i in range(0, 64, size)]
     assert torch.equal(torch.cat(parts), whole)
@@ -285,7 +283,7 @@ def test_gamma_latents_are_the_same_for_any_batch_split(theta_0: float, size: in
 def test_gamma_draws_leave_the_global_generator_alone_and_go_on() -> None:
     before = torch.get_rng_state()
     noise, level = GammaNoise(), LinearSchedule()(300.0)
-    z, generators = latents(0, range(3), SHAPE, noise=noise, level=level)
+    z, generators = latents(0, range(3), SHAPE, noise=noise, scales=level)
     more = noise.draw(z.shape, level, generators, z)
     assert not torch.equal(more, z)
     assert torch.equal(torch.get_rng_state(), before)
@@ -303,7 +301,7 @@ def test_the_dtype_does_not_change_gamma_noise(dtype: torch.dtype) -> None:
 
 
 def test_no_images_make_an_empty_gamma_batch() -> None:
-    z, _ = latents(0, [], SHAPE, noise=GammaNoise(), level=LinearSchedule()(1000.0))
+    z, _ = latents(0, [], SHAPE, noise=GammaNoise(), scales=LinearSchedule()(1000.0))
     assert z.shape == (0, *SHAPE)
 
 
@@ -319,7 +317,7 @@ def test_theta_0_must_be_positive(theta_0: float) -> None:
 
 
 def test_a_law_that_depends_on_the_level_asks_for_it() -> None:
-    with pytest.raises(ValueError, match=r"level must be given for GammaNoise\(theta_0=0.001\)"):
+    with pytest.raises(ValueError, match=r"scales must be given for GammaNoise\(theta_0=0.001\)"):
         latents(0, range(2), SHAPE, noise=GammaNoise())
 
 
@@ -329,7 +327,7 @@ def test_gaussian_noise_is_what_randn_draws() -> None:
     like = torch.empty(0)
     one = noise.draw((2, 5), level, torch.Generator().manual_seed(0), like)
     assert torch.equal(one, randn((2, 5), torch.Generator().manual_seed(0), like))
-    z, _ = latents(4, range(3), SHAPE, noise=noise, level=level)
+    z, _ = latents(4, range(3), SHAPE, noise=noise, scales=level)
     assert torch.equal(z, latents(4, range(3), SHAPE)[0])
     assert noise.transport(z, level, LinearSchedule()(5.0)) is z
     expected = torch.distributions.Normal(0, 1).log_prob(z.double())

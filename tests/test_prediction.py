@@ -11,15 +11,16 @@ from ddim_pl.prediction import (
     LossWeight,
     PredictionType,
     check_loss_weight,
+    coefficients,
     decode,
     eps_from_x,
     merge_both,
     output_error_weight,
-    row,
     target,
     x_error_weight,
 )
-from ddim_pl.schedules import CosineLogSNRSchedule, Level, LinearSchedule, NoiseSchedule
+from ddim_pl.scales import Scales
+from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
 from ddim_pl.transitions import q_sample
 
 KINDS = get_args(PredictionType)
@@ -88,8 +89,8 @@ def test_a_clean_state_is_its_own_image(kind: PredictionType) -> None:
 
 def test_rows_are_those_of_the_papers() -> None:
     level = LinearSchedule()(torch.tensor([250.0, 750.0]))
-    assert torch.equal(row("v", level)[0], -level.sigma)
-    assert torch.equal(row("v", level)[1], level.alpha)
+    assert torch.equal(coefficients("v", level)[0], -level.sigma)
+    assert torch.equal(coefficients("v", level)[1], level.alpha)
     t, x, eps = states()
     level = LinearSchedule()(t)
     assert torch.equal(target("eps", level, x, eps), eps)
@@ -113,10 +114,10 @@ def test_a_weight_counts_the_error_of_the_output_as_that_of_the_image(
 
 
 def test_weights_are_those_of_the_papers() -> None:
-    level = Level(*(torch.tensor([v], dtype=torch.float64).sqrt() for v in (0.9, 0.1)))
+    level = Scales(*(torch.tensor([v], dtype=torch.float64).sqrt() for v in (0.9, 0.1)))
     want = {"snr": 9, "truncated_snr": 9, "snr_plus_one": 10, "min_snr": 5, "uniform": 1}
     assert set(want) == set(WEIGHTS)
-    noisy = Level(level.sigma, level.alpha)
+    noisy = Scales(level.sigma, level.alpha)
     want_noisy = {**dict.fromkeys(WEIGHTS, 1 / 9), "truncated_snr": 1, "uniform": 1}
     want_noisy["snr_plus_one"] = 10 / 9
     for weight in WEIGHTS:
@@ -154,7 +155,7 @@ def test_pairs_that_are_not_refused_have_bounded_weights(
 def test_unknown_names_list_the_known_ones() -> None:
     level = LinearSchedule()(1)
     with pytest.raises(ValueError, match=r"\('eps', 'x', 'v', 'residual', 'both'\).*'noise'"):
-        row("noise", level)
+        coefficients("noise", level)
     with pytest.raises(ValueError, match=r"'snr', 'truncated_snr'.*'flat'"):
         x_error_weight("flat", level)
     with pytest.raises(ValueError, match="'noise'"):

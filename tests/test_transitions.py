@@ -5,13 +5,12 @@ import torch
 from torch import Tensor
 
 from ddim_pl.prediction import Prediction
+from ddim_pl.scales import Scales, expand_like
 from ddim_pl.schedules import (
     CosineLogSNRSchedule,
     ImprovedCosineSchedule,
-    Level,
     LinearSchedule,
     NoiseSchedule,
-    expand,
 )
 from ddim_pl.transitions import (
     ddim_noise_scale,
@@ -31,7 +30,7 @@ every_schedule = pytest.mark.parametrize(
 integer_or_real = pytest.mark.parametrize("integer", [True, False], ids=["integer", "real"])
 
 
-def level_pairs(schedule: NoiseSchedule, integer: bool, count: int = 500) -> tuple[Level, Level]:
+def level_pairs(schedule: NoiseSchedule, integer: bool, count: int = 500) -> tuple[Scales, Scales]:
     """Scales at random levels `t > s` (seed 0), some of them at the ends."""
     generator = torch.Generator().manual_seed(0)
     pairs = 1000 * torch.rand(count, 2, generator=generator, dtype=torch.float64)
@@ -43,7 +42,7 @@ def level_pairs(schedule: NoiseSchedule, integer: bool, count: int = 500) -> tup
     return schedule(pairs[:, 0]), schedule(pairs[:, 1])
 
 
-def ddim_coefficients(t: Level, s: Level, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+def ddim_coefficients(t: Scales, s: Scales, eta: float) -> tuple[Tensor, Tensor, Tensor]:
     """A DDIM step as `a z + b x + c n`: what it makes of unit x, eps and noise."""
     one, zero = torch.ones_like(t.alpha), torch.zeros_like(t.alpha)
     noise = zero if eta else None
@@ -54,7 +53,7 @@ def ddim_coefficients(t: Level, s: Level, eta: float) -> tuple[Tensor, Tensor, T
     return a, of_x - a * t.alpha, of_noise
 
 
-def posterior_coefficients(t: Level, s: Level) -> tuple[Tensor, Tensor, Tensor]:
+def posterior_coefficients(t: Scales, s: Scales) -> tuple[Tensor, Tensor, Tensor]:
     one, zero = torch.ones_like(t.alpha), torch.zeros_like(t.alpha)
     a, std = posterior(one, zero, t, s)
     b, _ = posterior(zero, one, t, s)
@@ -75,7 +74,7 @@ def test_the_posterior_is_bayes_rule(schedule: NoiseSchedule, integer: bool) -> 
     """The precisions of `q(z_s | x)` and of `q(z_t | z_s)`, as a function of z_s, add up."""
     t, s = level_pairs(schedule, integer)
     inside = s.sigma > 0
-    t, s = (Level(level.alpha[inside], level.sigma[inside]) for level in (t, s))
+    t, s = (Scales(level.alpha[inside], level.sigma[inside]) for level in (t, s))
     ratio = t.alpha / s.alpha
     forward = t.sigma**2 - ratio**2 * s.sigma**2
     precision = 1 / s.sigma**2 + ratio**2 / forward
@@ -176,7 +175,7 @@ def test_levels_per_image_act_on_each_image(eta: float) -> None:
     assert std.shape == t.alpha.shape
     assert together.dtype == mean.dtype == x.dtype
     for i in range(len(x)):
-        one = [Level(level.alpha[i], level.sigma[i]) for level in (t, s)]
+        one = [Scales(level.alpha[i], level.sigma[i]) for level in (t, s)]
         alone = ddim_step(
             Prediction(x[i : i + 1], eps[i : i + 1]), *one, eta=eta, noise=noise[i : i + 1]
         )
@@ -191,7 +190,7 @@ def test_q_sample_mixes_image_and_noise() -> None:
     x, eps = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(4))
     z = q_sample(x, eps, level)
     assert torch.equal(z[0], x[0])
-    want = expand(level.alpha, x) * x + expand(level.sigma, x) * eps
+    want = expand_like(level.alpha, x) * x + expand_like(level.sigma, x) * eps
     torch.testing.assert_close(z, want)
 
 

@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from ddim_pl.data.base import BatchOrder, Draw, EachOnce, ImageDataModule, ImageSet
 from ddim_pl.files import replacing
-from ddim_pl.noise import latents
+from ddim_pl.rng import gaussian_latents
 
 # A student must not be judged by images that begin at latents it was trained on. For every seed of
 # evaluation below 1,500, the first 60,000 images share no generator with the first 1.1 million
-# pairs of this seed, see `ddim_pl.noise.share_generators`.
+# pairs of this seed, see `ddim_pl.rng.share_generators`.
 PAIR_SEED = 1_001_301
 
 Latents = Callable[[int, Iterable[int], Sequence[int]], tuple[Tensor, list[torch.Generator]]]
@@ -167,7 +167,7 @@ class DrawnPairs(Dataset[PairBatch]):
     """A torch dataset whose index is a `Draw` and whose item is a whole `PairBatch`."""
 
     def __init__(
-        self, store: PairStore, first: int, count: int, make_latents: Latents = latents
+        self, store: PairStore, first: int, count: int, make_latents: Latents = gaussian_latents
     ) -> None:
         self.store = store
         self.make_latents = make_latents
@@ -249,7 +249,7 @@ class TeacherPairsDataModule(ImageDataModule):
         self.shard_size = shard_size
         self.pair_seed = pair_seed
         self._store: PairStore | None = None
-        self._latents: Latents = latents
+        self._latents: Latents = gaussian_latents
 
     def prepare_data(self) -> None:
         """Download the real images, if they are to be."""
@@ -259,7 +259,7 @@ class TeacherPairsDataModule(ImageDataModule):
         """Return the real images."""
         return self.source.load(train)
 
-    def open(self, recipe: dict[str, Any], make_latents: Latents = latents) -> PairStore:
+    def open(self, recipe: dict[str, Any], make_latents: Latents = gaussian_latents) -> PairStore:
         """Return the pairs of a teacher, of which some may not be made yet.
 
         Args:

@@ -1,8 +1,11 @@
 """Samplers: frozen dataclasses of hyperparameters, called with `(denoiser, z, levels)`."""
 
+from typing import Any
+
+from ddim_pl.renamed import successor
+from ddim_pl.samplers.ancestral import Ancestral
 from ddim_pl.samplers.base import Sampler, State
 from ddim_pl.samplers.ddim import DDIM
-from ddim_pl.samplers.ddpm import DDPM
 from ddim_pl.samplers.deq import DEQ
 from ddim_pl.samplers.dpm_solver import DPMSolverPP
 from ddim_pl.samplers.gamma import GammaExact, GammaMoment, GammaQuantile, GammaReport
@@ -13,9 +16,9 @@ from ddim_pl.samplers.repaint import RePaint
 
 __all__ = [
     "DDIM",
-    "DDPM",
     "DEQ",
     "PNDM",
+    "Ancestral",
     "DPMSolverPP",
     "GammaExact",
     "GammaMoment",
@@ -27,3 +30,8 @@ __all__ = [
     "Sampler",
     "State",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The class that took the place of an old name, see `ddim_pl.renamed`."""
+    return successor(__name__, name)

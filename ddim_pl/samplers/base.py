@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddim_pl.denoiser import Denoise
-from ddim_pl.noise import GaussianNoise, Generators, Noise
+from ddim_pl.denoiser import Denoiser
+from ddim_pl.noise import GaussianNoise, Noise
+from ddim_pl.rng import Generators
 
 
 class State(NamedTuple):
@@ -34,7 +35,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def steps(
-        self, denoiser: Denoise, z: Tensor, levels: Tensor, generator: Generators | None
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None
     ) -> Iterator[State]:
         """Yield the state after each step; arguments as for `__call__`, already checked."""
 
@@ -60,7 +61,7 @@ class Sampler(ABC):
     @final
     def trajectory(
         self,
-        denoiser: Denoise,
+        denoiser: Denoiser,
         z: Tensor,
         levels: Tensor,
         *,
@@ -94,7 +95,7 @@ class Sampler(ABC):
     @torch.no_grad()
     def __call__(
         self,
-        denoiser: Denoise,
+        denoiser: Denoiser,
         z: Tensor,
         levels: Tensor,
         *,
@@ -112,7 +113,7 @@ class Sampler(ABC):
             z = state.z
         return z
 
-    def _check_levels(self, denoiser: Denoise, levels: Tensor) -> Tensor:
+    def _check_levels(self, denoiser: Denoiser, levels: Tensor) -> Tensor:
         levels = torch.as_tensor(levels, dtype=torch.float64, device="cpu")
         num_levels = denoiser.schedule.num_levels
         if levels.ndim != 1 or len(levels) < 2:

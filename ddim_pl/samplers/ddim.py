@@ -6,8 +6,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ddim_pl.denoiser import Denoise
-from ddim_pl.noise import Generators, randn
+from ddim_pl.denoiser import Denoiser
+from ddim_pl.rng import Generators, randn
 from ddim_pl.samplers.base import Sampler, State
 from ddim_pl.transitions import ddim_step
 
@@ -18,7 +18,7 @@ class DDIM(Sampler):
 
     Args:
         eta: 0 is deterministic, 1 has the law of DDPM's ancestral sampling with small variance.
-            The paper's "sigma-hat" is `DDPM(variance="large")`.
+            The paper's "sigma-hat" is `Ancestral(variance="large")`.
 
     Raises:
         ValueError: If `eta` lies outside [0, 1].
@@ -31,7 +31,7 @@ class DDIM(Sampler):
             raise ValueError(f"eta must lie in [0, 1], got {self.eta}: 0 is DDIM, 1 is DDPM")
 
     def steps(
-        self, denoiser: Denoise, z: Tensor, levels: Tensor, generator: Generators | None
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None
     ) -> Iterator[State]:
         """Yield the state after each step; with `eta = 0` the levels may rise (encoding)."""
         for t, s in pairwise(levels):

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddim_pl.denoiser import Denoise
+from ddim_pl.denoiser import Denoiser
 from ddim_pl.fixed_point import Anderson, Solver
-from ddim_pl.noise import Generators
+from ddim_pl.rng import Generators
 from ddim_pl.samplers.base import Sampler, State
 from ddim_pl.samplers.parallel import (
     Estimates,
@@ -88,7 +88,7 @@ class DEQ(Sampler):
         return min(max(1, self.first_guess), steps) + (steps - 1) * self.solver.max_sweeps
 
     def steps(
-        self, denoiser: Denoise, z: Tensor, levels: Tensor, generator: Generators | None
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None
     ) -> Iterator[State]:
         """Solve the chain, then yield its states, without gradients: see `ddim_pl.inversion`."""
         chain = self.solve(denoiser, z, levels)
@@ -108,7 +108,7 @@ class DEQ(Sampler):
 
     @torch.no_grad()
     def solve(
-        self, denoiser: Denoise, z: Tensor, levels: Tensor, *, start: Tensor | None = None
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor, *, start: Tensor | None = None
     ) -> Chain:
         """Solve the chain.
 
@@ -125,10 +125,10 @@ class DEQ(Sampler):
         estimates = self.estimates(denoiser)
         problem = self._memory_problem(z, steps)
         if estimates.split:
-            same_everywhere(z, levels, getattr(denoiser, "label", None), problem)
+            same_everywhere(z, levels, denoiser.label, problem)
         elif problem is not None:
             raise ValueError(problem)
-        level = denoiser.schedule(levels)
+        scales = denoiser.schedule(levels)
         evaluations = 1
         first = denoiser(z, levels[0]).x[:, None]
         if estimates.split:  # its last bit may differ from device to device
@@ -136,13 +136,13 @@ class DEQ(Sampler):
             torch.distributed.broadcast(first, 0)
         if start is None:
             guess, used = self._guess(denoiser, z, levels, first)
-            start, evaluations = ddim_chain(z, guess, level), used
+            start, evaluations = ddim_chain(z, guess, scales), used
 
         def sweep(states: Tensor) -> Tensor:
             if steps == 1:
-                return ddim_chain(z, first, level)
+                return ddim_chain(z, first, scales)
             rest = estimates.of_chain(states[:, :-1], levels[1:-1])
-            return ddim_chain(z, torch.cat([first, rest], 1), level)
+            return ddim_chain(z, torch.cat([first, rest], 1), scales)
 
         found = self.solver(sweep, start)
         return Chain(
@@ -154,7 +154,7 @@ class DEQ(Sampler):
         )
 
     def _guess(
-        self, denoiser: Denoise, z: Tensor, levels: Tensor, first: Tensor
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor, first: Tensor
     ) -> tuple[Tensor, int]:
         """Estimates `(B, S, ...)` of few steps, each held until the next; and their number."""
         steps = len(levels) - 1
@@ -168,7 +168,7 @@ class DEQ(Sampler):
             z = ddim_chain(z, x[:, None], pair)[:, 0]
         return torch.cat(held, 1), len(held)
 
-    def estimates(self, denoiser: Denoise) -> Estimates:
+    def estimates(self, denoiser: Denoiser) -> Estimates:
         """How this sampler evaluates a denoiser on many states."""
         return Estimates(denoiser, max_batch=self.max_batch, split=self.split_levels)
 

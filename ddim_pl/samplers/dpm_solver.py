@@ -7,11 +7,11 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from ddim_pl.denoiser import Denoise
-from ddim_pl.noise import Generators
+from ddim_pl.denoiser import Denoiser
 from ddim_pl.prediction import Prediction, eps_from_x
+from ddim_pl.rng import Generators
 from ddim_pl.samplers.base import Sampler, State
-from ddim_pl.schedules import expand
+from ddim_pl.scales import expand_like
 from ddim_pl.transitions import ddim_step
 
 Order = Literal[1, 2]
@@ -48,21 +48,21 @@ class DPMSolverPP(Sampler):
             )
 
     def steps(
-        self, denoiser: Denoise, z: Tensor, levels: Tensor, generator: Generators | None
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None
     ) -> Iterator[State]:
         """Yield the state after each step; the levels may rise (encoding)."""
         log_snr = denoiser.schedule(levels).log_snr
         previous = None
         for i, (t, s) in enumerate(pairwise(levels)):
-            level = denoiser.schedule(t)
+            scales = denoiser.schedule(t)
             x, eps = denoiser(z, t)
             led, led_eps = x, eps
             if self.order == 2 and previous is not None and s > 0:
                 # From a level without noise, where encoding may start, the weight is 0.
                 weight = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1]) / 2
-                led = x + expand(weight, x) * (x - previous)
-                led_eps = eps_from_x(level, z, led)
-            z = ddim_step(Prediction(led, led_eps), level, denoiser.schedule(s))
+                led = x + expand_like(weight, x) * (x - previous)
+                led_eps = eps_from_x(scales, z, led)
+            z = ddim_step(Prediction(led, led_eps), scales, denoiser.schedule(s))
             yield State(s, z, x)
             previous = x
 

@@ -14,19 +14,16 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ddim_pl.denoiser import Denoise
-from ddim_pl.noise import GammaNoise, Generators, Noise, standardised_beta, standardised_gamma
+from ddim_pl.denoiser import Denoiser
+from ddim_pl.noise import GammaNoise, Noise
+from ddim_pl.noise.gamma import standardised_beta, standardised_gamma
+from ddim_pl.noise.gamma_steps import report_step, thinning_shapes, thinning_step
 from ddim_pl.prediction import Prediction
+from ddim_pl.rng import Generators
 from ddim_pl.samplers.base import Sampler, State
 from ddim_pl.samplers.ddim import DDIM
-from ddim_pl.schedules import Level, expand
-from ddim_pl.transitions import (
-    ddim_step,
-    quantile_step,
-    report_step,
-    thinning_shapes,
-    thinning_step,
-)
+from ddim_pl.scales import Scales, expand_like
+from ddim_pl.transitions import ddim_step
 
 
 @dataclass(frozen=True)
@@ -52,12 +49,12 @@ class GammaSampler(Sampler):
 
     @abstractmethod
     def step(
-        self, prediction: Prediction, t: Level, s: Level, generator: Generators | None
+        self, prediction: Prediction, t: Scales, s: Scales, generator: Generators | None
     ) -> Tensor:
         """States at level `s` from estimates at level `t`."""
 
     def steps(
-        self, denoiser: Denoise, z: Tensor, levels: Tensor, generator: Generators | None
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None
     ) -> Iterator[State]:
         """Yield the state after each step."""
         for t, s in pairwise(levels):
@@ -88,7 +85,7 @@ class GammaMoment(GammaSampler):
         DDIM(self.eta)
 
     def step(
-        self, prediction: Prediction, t: Level, s: Level, generator: Generators | None
+        self, prediction: Prediction, t: Scales, s: Scales, generator: Generators | None
     ) -> Tensor:
         """`ddim_step`, its noise that of level `s`."""
         x = prediction.x
@@ -117,12 +114,12 @@ class GammaReport(GammaSampler):
         DDIM(self.eta)
 
     def step(
-        self, prediction: Prediction, t: Level, s: Level, generator: Generators | None
+        self, prediction: Prediction, t: Scales, s: Scales, generator: Generators | None
     ) -> Tensor:
         """`report_step`."""
         x = prediction.x
         if s.sigma == 0:
-            return expand(s.alpha, x) * x
+            return expand_like(s.alpha, x) * x
         _, fresh = thinning_shapes(self.noise, t, s)
         noise = standardised_gamma(x.shape, fresh, generator, x)
         return report_step(prediction, noise, t, s, eta=self.eta)
@@ -132,8 +129,8 @@ class GammaReport(GammaSampler):
 class GammaExact(GammaSampler):
     """Ancestral sampling of Gamma diffusion: a Beta share of the noise stays at each step.
 
-    It is the posterior of the forward process, as `DDPM` is for Gaussian noise, to which it tends
-    as theta_0 falls: with the true x, the marginals are Gamma for any two levels.
+    It is the posterior of the forward process, as `Ancestral` is for Gaussian noise, to which it
+    tends as theta_0 falls: with the true x, the marginals are Gamma for any two levels.
 
     Args:
         theta_0: Scale of the noise, that of the model's `GammaNoise`.
@@ -143,7 +140,7 @@ class GammaExact(GammaSampler):
     """
 
     def step(
-        self, prediction: Prediction, t: Level, s: Level, generator: Generators | None
+        self, prediction: Prediction, t: Scales, s: Scales, generator: Generators | None
     ) -> Tensor:
         """`thinning_step`."""
         kept, removed = thinning_shapes(self.noise, t, s)
@@ -168,10 +165,10 @@ class GammaQuantile(GammaSampler):
     """
 
     def step(
-        self, prediction: Prediction, t: Level, s: Level, generator: Generators | None
+        self, prediction: Prediction, t: Scales, s: Scales, generator: Generators | None
     ) -> Tensor:
-        """`quantile_step`; the levels may rise (encoding)."""
-        return quantile_step(prediction, self.noise, t, s)
+        """`Noise.step`; the levels may rise (encoding)."""
+        return self.noise.step(prediction, t, s)
 
     def _may_rise(self, levels: Tensor) -> bool:
         return bool((levels.diff() > 0).all())

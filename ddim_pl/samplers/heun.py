@@ -6,14 +6,14 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ddim_pl.denoiser import Denoise
-from ddim_pl.noise import Generators
+from ddim_pl.denoiser import Denoiser
 from ddim_pl.prediction import Prediction
+from ddim_pl.rng import Generators
 from ddim_pl.samplers.base import Sampler, State
 from ddim_pl.transitions import ddim_step, ode_step
 
 
-def trapezoid(denoiser: Denoise, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
+def trapezoid(denoiser: Denoiser, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
     """Mean `(B, ...)` of the noise at both ends of a DDIM step.
 
     Args:
@@ -39,7 +39,7 @@ class Heun(Sampler):
     """
 
     def steps(
-        self, denoiser: Denoise, z: Tensor, levels: Tensor, generator: Generators | None
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None
     ) -> Iterator[State]:
         """Yield the state after each step; the levels may rise (encoding)."""
         for t, s in pairwise(levels):

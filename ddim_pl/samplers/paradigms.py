@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddim_pl.denoiser import Denoise
-from ddim_pl.noise import Generators
+from ddim_pl.denoiser import Denoiser
+from ddim_pl.rng import Generators
 from ddim_pl.samplers.base import Sampler, State
 from ddim_pl.samplers.parallel import Estimates, check_max_batch, same_everywhere
 from ddim_pl.transitions import ddim_chain, implied_x
@@ -55,7 +55,7 @@ class ParaDiGMS(Sampler):
         return 1 + (steps - window) * window + window * (window + 1) // 2
 
     def steps(
-        self, denoiser: Denoise, z: Tensor, levels: Tensor, generator: Generators | None
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None
     ) -> Iterator[State]:
         """Solve the chain, then yield its states, without gradients."""
         states, _, _ = self.solve(denoiser, z, levels)
@@ -66,7 +66,9 @@ class ParaDiGMS(Sampler):
             z = state
 
     @torch.no_grad()
-    def solve(self, denoiser: Denoise, z: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def solve(
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Solve the chain.
 
         Args:
@@ -86,7 +88,7 @@ class ParaDiGMS(Sampler):
         offsets = torch.arange(window + 1)
         estimates = Estimates(denoiser, max_batch=self.max_batch, split=self.split_levels)
         if estimates.split:
-            same_everywhere(z, levels, getattr(denoiser, "label", None), None)
+            same_everywhere(z, levels, denoiser.label, None)
         # What the states of the window follow from, (B, W, ...): first a straight line.
         first = denoiser(z, levels[0]).x[:, None]
         if estimates.split:  # its last bit may differ from device to device
@@ -95,9 +97,9 @@ class ParaDiGMS(Sampler):
         x = first.expand(-1, window, *first.shape[2:])
         while (at < steps).any():
             place = at[:, None] + offsets  # beyond the end: the last level, of no effect
-            level = denoiser.schedule(levels[place.clamp(max=steps)])
+            scales = denoiser.schedule(levels[place.clamp(max=steps)])
             inside = place[:, :-1] < steps
-            guess = ddim_chain(z, x, level)
+            guess = ddim_chain(z, x, scales)
             inputs = torch.cat([z[:, None], guess[:, :-1]], 1)
             sample, column = torch.where(inside)
             x = x.clone()
@@ -106,7 +108,7 @@ class ParaDiGMS(Sampler):
                 levels[place[sample, column]],
                 sample,
             )
-            found = ddim_chain(z, x, level)
+            found = ddim_chain(z, x, scales)
             settled = _relative_change(guess, found) <= self.tolerance
             settled[:, 0] = True  # its start is exact
             moved = (settled & inside).cumprod(1).sum(1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddim_pl.denoiser import Denoise
+from ddim_pl.denoiser import Denoiser
 
 _MEMORY = Path("/proc/meminfo")  # Linux; what it calls free leaves out what the cache would give
 
@@ -47,7 +47,7 @@ class Estimates:
     """
 
     def __init__(
-        self, denoiser: Denoise, *, max_batch: int | None = None, split: bool = False
+        self, denoiser: Denoiser, *, max_batch: int | None = None, split: bool = False
     ) -> None:
         self.denoiser = denoiser
         self.max_batch = max_batch
@@ -99,9 +99,7 @@ class Estimates:
             )
 
     def _evaluate(self, z: Tensor, t: Tensor, samples: Tensor) -> Tensor:
-        select = getattr(self.denoiser, "select", None)
-        chosen = self.denoiser if select is None else select(samples)
-        return chosen(z, t).x
+        return self.denoiser.select(samples)(z, t).x
 
 
 def in_processes() -> bool:

@@ -8,9 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ddim_pl.denoiser import Denoise
-from ddim_pl.noise import Generators
+from ddim_pl.denoiser import Denoiser
 from ddim_pl.prediction import Prediction
+from ddim_pl.rng import Generators
 from ddim_pl.samplers.base import Sampler, State
 from ddim_pl.samplers.heun import trapezoid
 from ddim_pl.transitions import ode_step
@@ -61,7 +61,7 @@ class PNDM(Sampler):
             )
 
     def steps(
-        self, denoiser: Denoise, z: Tensor, levels: Tensor, generator: Generators | None
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None
     ) -> Iterator[State]:
         """Yield the state after each step; the levels may rise (encoding)."""
         warm = runge_kutta if self.warmup == "prk" else trapezoid
@@ -90,7 +90,7 @@ class PNDM(Sampler):
         return bool((levels.diff() > 0).all())
 
 
-def runge_kutta(denoiser: Denoise, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
+def runge_kutta(denoiser: Denoiser, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
     """Noise `(B, ...)` of a pseudo Runge-Kutta step: `(e1 + 2 e2 + 2 e3 + e4) / 6` (eq. 13).
 
     Args:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddim_pl.denoiser import Denoise
-from ddim_pl.noise import Generators, randn
+from ddim_pl.denoiser import Denoiser
+from ddim_pl.rng import Generators, randn
 from ddim_pl.samplers.ddim import DDIM
 from ddim_pl.transitions import forward_step, q_sample
 
@@ -68,7 +68,7 @@ class RePaint:
     @torch.no_grad()
     def __call__(
         self,
-        denoiser: Denoise,
+        denoiser: Denoiser,
         z: Tensor,
         levels: Tensor,
         *,

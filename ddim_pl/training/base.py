@@ -16,21 +16,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ddim_pl.denoiser import Denoiser, TimeInput
-from ddim_pl.noise import (
-    GaussianNoise,
-    Noise,
-    StepGenerators,
-    derive_seed,
-    latents,
-    step_generators,
-)
+from ddim_pl.denoiser import NetworkDenoiser, TimeInput
+from ddim_pl.noise import GaussianNoise, Noise, latents
 from ddim_pl.prediction import PredictionType
+from ddim_pl.rng import StepGenerators, derive_seed, step_generators
 from ddim_pl.samplers import Sampler
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.schedules import LinearSchedule, NoiseSchedule
 from ddim_pl.timesteps import make_levels
-from ddim_pl.training.averaging import exponential_average
+from ddim_pl.training.ema import exponential_average
 from ddim_pl.training.hyperparameters import (
     INSTANTIATOR,
     NotPlainError,
@@ -56,7 +50,7 @@ class DiffusionModule(L.LightningModule, ABC):
         noise: Law of the noise; by default Gaussian. With another, latents are drawn from it too.
         prediction: What the network predicts: "eps", "x", "v", "residual", or "both" x and eps,
             for which it needs twice the output channels; see `ddim_pl.prediction`.
-        time_input: What the network is fed for a level, see `Denoiser`.
+        time_input: What the network is fed for a level, see `NetworkDenoiser`.
         image_shape: `(C, H, W)` of an image; by default read off the network.
         clip: Clip estimates of the clean image to [-1, 1] when sampling.
         sampler: Sampler for evaluation; by default the deterministic one of the noise, which for
@@ -131,7 +125,7 @@ class DiffusionModule(L.LightningModule, ABC):
     # ---- what the method is -------------------------------------------------------------------
 
     @abstractmethod
-    def loss(self, denoiser: Denoiser, batch: Batch, generators: StepGenerators) -> Tensor:
+    def loss(self, denoiser: NetworkDenoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Loss of each image, `(B,)`.
 
         Args:
@@ -156,7 +150,7 @@ class DiffusionModule(L.LightningModule, ABC):
         return make_levels(self.timesteps, self.schedule, self.num_steps)
 
     @property
-    def denoiser(self) -> Denoiser:
+    def denoiser(self) -> NetworkDenoiser:
         """The averaged network as a denoiser: the one to sample from."""
         return self._denoiser(self.average.module)
 
@@ -165,8 +159,8 @@ class DiffusionModule(L.LightningModule, ABC):
         """Number of classes the network is conditioned on, if any."""
         return getattr(self.network, "num_classes", None)
 
-    def _denoiser(self, network: nn.Module) -> Denoiser:
-        return Denoiser(network, self.schedule, self.prediction, self.clip, self.time_input)
+    def _denoiser(self, network: nn.Module) -> NetworkDenoiser:
+        return NetworkDenoiser(network, self.schedule, self.prediction, self.clip, self.time_input)
 
     @torch.no_grad()
     def sample(
@@ -226,7 +220,7 @@ class DiffusionModule(L.LightningModule, ABC):
             indices,
             self.image_shape,
             noise=self.noise,
-            level=self.schedule(level),
+            scales=self.schedule(level),
         )
 
     def label_of(self, indices: Iterable[int]) -> Tensor | None:
@@ -235,7 +229,7 @@ class DiffusionModule(L.LightningModule, ABC):
             return None
         return torch.tensor([int(i) % self.num_classes for i in indices])
 
-    def conditioned(self, label: Tensor | None) -> Denoiser:
+    def conditioned(self, label: Tensor | None) -> NetworkDenoiser:
         """The averaged network as a denoiser of images of these classes `(B,)`, on its device."""
         if self.num_classes is None or label is None:
             return self.denoiser

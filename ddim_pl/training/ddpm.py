@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ddim_pl.denoiser import Denoiser
-from ddim_pl.noise import StepGenerators
+from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.prediction import LossWeight, check_loss_weight, output_error_weight, target
+from ddim_pl.rng import StepGenerators
 from ddim_pl.schedules import DiscreteSchedule, NoiseSchedule
 from ddim_pl.training.base import Batch, DiffusionModule, Loss
 from ddim_pl.transitions import q_sample
@@ -45,7 +45,7 @@ def draw_levels(
 
 
 def denoising_loss(
-    denoiser: Denoiser,
+    denoiser: NetworkDenoiser,
     x: Tensor,
     t: Tensor,
     eps: Tensor,
@@ -127,7 +127,7 @@ class DDPM(DiffusionModule):
         self.level_sampling = level_sampling
         self.distilled_steps = distilled_steps
 
-    def loss(self, denoiser: Denoiser, batch: Batch, generators: StepGenerators) -> Tensor:
+    def loss(self, denoiser: NetworkDenoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Denoising loss of each image at a random level, `(B,)`."""
         x = batch[0]
         t = draw_levels(self.schedule, len(x), self.level_sampling, generators.host)

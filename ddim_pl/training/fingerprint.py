@@ -2,10 +2,9 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddim_pl.training.base import DiffusionModule
 
@@ -29,7 +28,12 @@ def fingerprint(model: DiffusionModule, state: Mapping[str, Tensor] | None = Non
     """
     state = model.state_dict() if state is None else state
     average = {name: values for name, values in state.items() if name.startswith("average.")}
-    text = repr(replace(model.denoiser, network=nn.Identity()))
+    # In the words of version 0.1.0, so that pairs and finished cells of before are found again.
+    text = (
+        f"Denoiser(network=Identity(), schedule={model.schedule!r}, "
+        f"prediction={model.prediction!r}, clip={model.clip}, time_input={model.time_input!r}, "
+        "label=None)"
+    )
     if not model.noise.is_gaussian:
         text += repr(model.noise)
     return digest_of(average, text)

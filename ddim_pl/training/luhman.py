@@ -22,9 +22,10 @@ from ddim_pl.data.teacher_pairs import (
     TeacherPairsDataModule,
     shards_of,
 )
-from ddim_pl.denoiser import Denoiser, TimeInput
-from ddim_pl.noise import Noise, StepGenerators, latents, share_generators
+from ddim_pl.denoiser import NetworkDenoiser, TimeInput
+from ddim_pl.noise import Noise, latents
 from ddim_pl.prediction import PredictionType
+from ddim_pl.rng import StepGenerators, share_generators
 from ddim_pl.samplers import Sampler
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.schedules import LinearSchedule, NoiseSchedule
@@ -163,14 +164,14 @@ class LuhmanDistillation(DiffusionModule):
         self.pair_batch_size = pair_batch_size
         if read is not None:
             check_same_kind(read, self, str(teacher))
-            self.begin_from(read)
+            self.load_weights_from(read)
 
-    def begin_from(self, teacher: DiffusionModule) -> None:
+    def load_weights_from(self, teacher: DiffusionModule) -> None:
         """Take over a teacher's weights."""
         for network in (self.network, self.average.module):
             copy_weights(teacher.average.module, network)
 
-    def loss(self, denoiser: Denoiser, batch: Batch, generators: StepGenerators) -> Tensor:
+    def loss(self, denoiser: NetworkDenoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Error of the student's image against the teacher's, `(B,)`."""
         pairs = cast(PairBatch, batch)
         unclipped = dataclasses.replace(denoiser, clip=False)
@@ -202,7 +203,7 @@ class LuhmanDistillation(DiffusionModule):
         first = teacher.schedule(self.teacher_levels[0])
         store = data.open(
             recipe_of(teacher, self.teacher_sampler, self.teacher_levels, precision=precision),
-            partial(latents, noise=teacher.noise, level=first),
+            partial(latents, noise=teacher.noise, scales=first),
         )
         return teacher, store
 
@@ -226,7 +227,7 @@ class LuhmanDistillation(DiffusionModule):
         """Make the pairs that are missing, and begin from the teacher if this is a new run."""
         teacher, store = self._open(self.trainer.datamodule)  # type: ignore[attr-defined]
         if self.trainer.ckpt_path is None:
-            self.begin_from(teacher)
+            self.load_weights_from(teacher)
         bar = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
         teacher.to(self.device)
         if self.compile_network:  # in place, after the digest of its weights is taken

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ddim_pl.denoiser import Denoiser, TimeInput
-from ddim_pl.noise import Noise, StepGenerators, float64
+from ddim_pl.denoiser import NetworkDenoiser, TimeInput
+from ddim_pl.noise import Noise
 from ddim_pl.prediction import (
     LossWeight,
-    Prediction,
     PredictionType,
     check_loss_weight,
     eps_from_x,
     output_error_weight,
     target,
 )
-from ddim_pl.schedules import Level, NoiseSchedule
+from ddim_pl.rng import StepGenerators
+from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.timesteps import linear
 from ddim_pl.training.base import Batch, DiffusionModule, OptimizerCallable
 from ddim_pl.training.ddpm import DDPM
@@ -41,11 +41,7 @@ from ddim_pl.training.teacher import (
     student_network,
 )
 from ddim_pl.transitions import (
-    ddim_step,
     q_sample,
-    quantile_step,
-    quantile_target,
-    two_step_target,
 )
 
 
@@ -67,7 +63,7 @@ class ProgressiveDistillation(DiffusionModule):
         network: By default a copy of the teacher's; a checkpoint of this module holds it here.
         schedule: By default the teacher's.
         noise: By default the teacher's. The deterministic steps are those of its law,
-            `quantile_step`, of which DDIM is the Gaussian case.
+            `Noise.step`, of which DDIM is the Gaussian case.
         teacher: Checkpoint of the teacher: any of this package, of eps-, x- or v-prediction; also
             a student, to go on from it.
         rounds: The ladder, `(student steps, updates)` each: the teacher's number of steps is twice
@@ -171,7 +167,7 @@ class ProgressiveDistillation(DiffusionModule):
         self.round = self.round_at(0)
         if read is not None:
             self._check_teacher(read)
-            self.begin_from(read)
+            self.load_weights_from(read)
 
     # ---- the ladder ---------------------------------------------------------------------------
 
@@ -224,7 +220,7 @@ class ProgressiveDistillation(DiffusionModule):
         """Steps of the present student, the only ones it knows."""
         return None if self.round < 0 else self.student_steps
 
-    def begin_from(self, teacher: DiffusionModule) -> None:
+    def load_weights_from(self, teacher: DiffusionModule) -> None:
         """Begin the ladder with a teacher's weights, for the student and what it learns from."""
         for network in (self.network, self.average.module, self.teacher):
             copy_weights(teacher.average.module, network)
@@ -295,15 +291,15 @@ class ProgressiveDistillation(DiffusionModule):
     # ---- what the method is -------------------------------------------------------------------
 
     @property
-    def teacher_denoiser(self) -> Denoiser:
+    def teacher_denoiser(self) -> NetworkDenoiser:
         """The teacher of the present round."""
         first = self.round < 0 or (self.round == 0 and self.conversion_updates == 0)
         prediction = self.first_prediction if first else self.prediction
-        return Denoiser(
+        return NetworkDenoiser(
             self.teacher, self.schedule, prediction, self.clip_teacher, self.time_input
         )
 
-    def loss(self, denoiser: Denoiser, batch: Batch, generators: StepGenerators) -> Tensor:
+    def loss(self, denoiser: NetworkDenoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Weighted squared error of the student's x against the target, `(B,)`."""
         x = batch[0]
         teacher = self.teacher_denoiser.condition(denoiser.label)
@@ -315,35 +311,19 @@ class ProgressiveDistillation(DiffusionModule):
         else:
             # In this order the last level is T exactly, not a rounding above.
             t = ((u * steps).floor() + 1) * self.schedule.num_levels / steps
-        level = self.schedule(t)
-        z = q_sample(x, self.noise.draw(x.shape, level, generators.device, x), level)
+        scales = self.schedule(t)
+        z = q_sample(x, self.noise.draw(x.shape, scales, generators.device, x), scales)
         with torch.no_grad():
-            wanted = teacher(z, t).x if self.round < 0 else self._two_steps(teacher, z, t, step)
+            if self.round < 0:
+                wanted = teacher(z, t).x
+            else:
+                end = (t - step).clamp(min=0)
+                wanted = self.noise.two_step_target(teacher, z, t, t - step / 2, end)
         error = denoiser.output(z, t) - target(
-            self.prediction, level, wanted, eps_from_x(level, z, wanted)
+            self.prediction, scales, wanted, eps_from_x(scales, z, wanted)
         )
-        weights = output_error_weight(self.prediction, self.loss_weight, level)
+        weights = output_error_weight(self.prediction, self.loss_weight, scales)
         return weights.to(x) * error.square().flatten(1).mean(1)
-
-    def _two_steps(self, teacher: Denoiser, z: Tensor, t: Tensor, step: float) -> Tensor:
-        """The target, `(B, ...)`, for states `z` at levels `t` that are multiples of `step`."""
-        t_mid, s = t - step / 2, (t - step).clamp(min=0)
-        level, mid, end = self.schedule(t), self.schedule(t_mid), self.schedule(s)
-        first = teacher(z, t)
-        if self.noise.is_gaussian:
-            second = teacher(ddim_step(first, level, mid), t_mid)
-            return two_step_target(first.x, second.x, level, mid, end)
-        # In float64, since what a short step adds is told from the difference of its ends.
-        z_t, x_t = float64(z), float64(first.x)
-        z_mid = self._step(x_t, z_t, level, mid)
-        x_mid = float64(teacher(z_mid.to(z), t_mid).x)
-        z_s = self._step(x_mid, z_mid, mid, end)
-        guess = two_step_target(x_t, x_mid, level, mid, end)
-        return quantile_target(self.noise, guess, z_t, z_s, level, end).to(z)
-
-    def _step(self, x: Tensor, z: Tensor, t: Level, s: Level) -> Tensor:
-        """The deterministic step of the noise from states `z` and estimates `x`."""
-        return quantile_step(Prediction(x, eps_from_x(t, z, x)), self.noise, t, s)
 
     # ---- Lightning ----------------------------------------------------------------------------
 
@@ -374,7 +354,7 @@ class ProgressiveDistillation(DiffusionModule):
         if self.teacher_path is not None and self.trainer.ckpt_path is None:
             read = load_teacher(self.teacher_path)
             self._check_teacher(read)
-            self.begin_from(read)
+            self.load_weights_from(read)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Begin the next round where the last one's updates are made."""

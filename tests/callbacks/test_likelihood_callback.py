@@ -13,7 +13,7 @@ from callbacks import BitsPerDim
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.images import from_uint8
 from ddim_pl.likelihood import Bound, ode_bits_per_dim, ode_levels, variational_bound
-from ddim_pl.noise import image_generators
+from ddim_pl.rng import image_generators
 from ddim_pl.schedules import LinearSchedule
 
 NAMES = ["bits_per_dim", "bits_prior", "bits_diffusion", "bits_decoder", "bits_per_dim_ode"]

@@ -1,7 +1,7 @@
 """Every number the project produces, in small: what a change that moves no number must repeat.
 
     python tests/golden/record.py            # compare with tests/golden/numbers.json
-    python tests/golden/record.py --record   # write it anew, for a change that is meant to move them
+    python tests/golden/record.py --record   # write it anew, where numbers are meant to move
 
 Fits of every training method, images of every sampler, and the tables of the commands, each as a
 digest of its bits and a few of its numbers. On the machine and torch version that recorded them
@@ -331,8 +331,9 @@ def images(folder: Path) -> Iterator[tuple[str, Any]]:
 
 def commands(folder: Path) -> Iterator[tuple[str, Any]]:
     """What the command line writes."""
-    from ddim_pl.cli import main
     from safetensors.torch import load_file
+
+    from ddim_pl.cli import main
 
     run = folder / "ddpm" / "version_0"
     at = ["--ckpt_path", str(last(folder, "ddpm"))]

@@ -1,4 +1,4 @@
-"""No number moves: see `record.py`. And what earlier versions wrote loads and goes on as it did."""
+"""No number moves, see `record.py`; and what earlier versions wrote loads and resumes."""
 
 import json
 import tarfile

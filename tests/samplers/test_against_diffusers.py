@@ -20,10 +20,11 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
 from ddim_pl import timesteps
-from ddim_pl.denoiser import Denoiser
-from ddim_pl.noise import latents, randn
+from ddim_pl.denoiser import NetworkDenoiser
+from ddim_pl.noise import latents
 from ddim_pl.prediction import PredictionType
-from ddim_pl.samplers import DDIM, DDPM
+from ddim_pl.rng import randn
+from ddim_pl.samplers import DDIM, Ancestral
 from ddim_pl.schedules import (
     DiscreteSchedule,
     ImprovedCosineSchedule,
@@ -197,7 +198,7 @@ def compare_ddim(
     network = SmallNetwork().to(dtype)
     z, generators = start(dtype)
     levels = timesteps.make_levels(spacing, LinearSchedule(), num_steps)
-    denoiser = Denoiser(network, SCHEDULES[beta], kind, clip=clip)
+    denoiser = NetworkDenoiser(network, SCHEDULES[beta], kind, clip=clip)
     scheduler = DDIMScheduler(**diffusers_arguments(beta, kind, clip, spacing))
     use_tables(scheduler, beta, dtype)
     ours = DDIM(eta)(denoiser, z, levels, generator=generators)
@@ -217,11 +218,11 @@ def compare_ddpm(
     network = SmallNetwork().to(dtype)
     z, generators = start(dtype)
     levels = timesteps.make_levels(spacing, LinearSchedule(), num_steps)
-    denoiser = Denoiser(network, SCHEDULES[beta], kind, clip=clip)
+    denoiser = NetworkDenoiser(network, SCHEDULES[beta], kind, clip=clip)
     arguments = diffusers_arguments(beta, kind, clip, spacing)
     scheduler = DDPMScheduler(variance_type=f"fixed_{variance}", **arguments)
     use_tables(scheduler, beta, dtype)
-    ours = DDPM(variance)(denoiser, z, levels, generator=generators)
+    ours = Ancestral(variance)(denoiser, z, levels, generator=generators)
     assert_same_images(ours, diffusers_ddpm(scheduler, network, num_steps, dtype, monkeypatch))
 
 
@@ -278,13 +279,13 @@ def test_more_steps_and_uneven_steps_still_give_the_images_of_diffusers(
 def test_diffusers_draws_the_same_noise_from_the_same_generators() -> None:
     """Nothing patched: one generator per image goes to both."""
     network = SmallNetwork()
-    denoiser = Denoiser(network, LinearSchedule())
+    denoiser = NetworkDenoiser(network, LinearSchedule())
     levels = timesteps.leading(1000, 10)
     for sampler, scheduler, extra in (
         (DDIM(1.0), DDIMScheduler(), {"eta": 1.0, "use_clipped_model_output": True}),
-        (DDPM(), DDPMScheduler(), {}),
+        (Ancestral(), DDPMScheduler(), {}),
         # The same law through the logarithm of the variance.
-        (DDPM(), DDPMScheduler(variance_type="fixed_small_log"), {}),
+        (Ancestral(), DDPMScheduler(variance_type="fixed_small_log"), {}),
     ):
         z, generators = start(torch.float32)
         ours = sampler(denoiser, z, levels, generator=generators)
@@ -306,7 +307,7 @@ def test_stable_diffusions_ddim_is_a_walk_to_level_1() -> None:
     scheduler = DDIMScheduler(set_alpha_to_one=False, steps_offset=1)
     levels = timesteps.leading(1000, 10) + 1  # the last, 0, becomes 1
     z, _ = start(torch.float32)
-    ours = DDIM()(Denoiser(network, LinearSchedule()), z, levels)
+    ours = DDIM()(NetworkDenoiser(network, LinearSchedule()), z, levels)
     assert_same_images(ours, diffusers_ddim(scheduler, network, 10, torch.float32, 0.0))
 
 
@@ -314,7 +315,7 @@ def test_diffusers_default_keeps_the_noise_estimate_of_the_image_before_clipping
     """After clipping its `(x, eps)` explains z only with `use_clipped_model_output`."""
     network = SmallNetwork()
     z, _ = start(torch.float32)
-    ours = DDIM()(Denoiser(network, LinearSchedule()), z, timesteps.leading(1000, 10))
+    ours = DDIM()(NetworkDenoiser(network, LinearSchedule()), z, timesteps.leading(1000, 10))
     theirs = diffusers_ddim(DDIMScheduler(), network, 10, torch.float32, 0.0, rederive=False)
     assert (ours - theirs).abs().max() > 0.1
 
@@ -339,7 +340,7 @@ def test_float32_images_are_those_of_float64(beta: str, spacing: str) -> None:
     images = []
     for dtype in (torch.float32, torch.float64):
         z, generators = start(dtype)
-        denoiser = Denoiser(SmallNetwork().to(dtype), SCHEDULES[beta], "v")
+        denoiser = NetworkDenoiser(SmallNetwork().to(dtype), SCHEDULES[beta], "v")
         levels = timesteps.make_levels(spacing, LinearSchedule(), 10)
         images.append(DDIM(1.0)(denoiser, z, levels, generator=generators).double())
     torch.testing.assert_close(*images, rtol=0, atol=1e-4)

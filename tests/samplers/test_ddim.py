@@ -8,18 +8,19 @@ from exact import ExactGaussian, ExactMixture, propagate
 from torch import Tensor
 
 from ddim_pl import timesteps
-from ddim_pl.denoiser import Denoise
-from ddim_pl.noise import image_generators, latents, randn
-from ddim_pl.samplers import DDIM, DDPM, Sampler
+from ddim_pl.denoiser import Denoiser
+from ddim_pl.noise import latents
+from ddim_pl.rng import image_generators, randn
+from ddim_pl.samplers import DDIM, Ancestral, Sampler
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
 
 every_schedule = pytest.mark.parametrize(
     "schedule", [LinearSchedule(), CosineLogSNRSchedule()], ids=["linear", "cosine"]
 )
 every_sampler = pytest.mark.parametrize(
-    "sampler", [DDIM(0.0), DDIM(0.3), DDIM(1.0), DDPM("small"), DDPM("large")], ids=str
+    "sampler", [DDIM(0.0), DDIM(0.3), DDIM(1.0), Ancestral("small"), Ancestral("large")], ids=str
 )
-EDGES = [DDIM(0.0), DDIM(1.0), DDPM("small"), DDPM("large")]
+EDGES = [DDIM(0.0), DDIM(1.0), Ancestral("small"), Ancestral("large")]
 
 
 def start_points(count: int = 9) -> Tensor:
@@ -91,7 +92,8 @@ def test_eta_one_has_the_law_of_ddpm(schedule: NoiseSchedule, strategy: str) -> 
     levels = timesteps.make_levels(strategy, LinearSchedule(), 20)[:-1]
     zero = torch.zeros(2, dtype=torch.float64)
     ddim, ddpm = (
-        propagate(sampler, denoiser, levels, zero, zero + 1) for sampler in (DDIM(1.0), DDPM())
+        propagate(sampler, denoiser, levels, zero, zero + 1)
+        for sampler in (DDIM(1.0), Ancestral())
     )
     torch.testing.assert_close(ddim, ddpm, rtol=0, atol=1e-10)
 
@@ -103,7 +105,7 @@ def test_eta_one_gives_the_images_of_ddpm() -> None:
     z, _ = latents(0, range(4), (3,))
     ddim, ddpm = (
         sampler(denoiser, z.double(), levels, generator=latents(0, range(4), (3,))[1])
-        for sampler in (DDIM(1.0), DDPM())
+        for sampler in (DDIM(1.0), Ancestral())
     )
     torch.testing.assert_close(ddim, ddpm, rtol=0, atol=1e-10)
 
@@ -173,7 +175,9 @@ def test_encoding_may_start_from_clean_data(gaussian: ExactGaussian) -> None:
 # Levels
 
 
-@pytest.mark.parametrize("sampler", [DDIM(1e-3), DDIM(1.0), DDPM("small"), DDPM("large")], ids=str)
+@pytest.mark.parametrize(
+    "sampler", [DDIM(1e-3), DDIM(1.0), Ancestral("small"), Ancestral("large")], ids=str
+)
 def test_a_stochastic_sampler_refuses_rising_levels(
     sampler: Sampler, gaussian: ExactGaussian
 ) -> None:
@@ -241,7 +245,7 @@ def test_different_seeds_share_no_image(sampler: Sampler, gaussian: ExactGaussia
     assert len(torch.cat(images).flatten(1).unique(dim=0)) == 100
 
 
-@pytest.mark.parametrize("sampler", [DDIM(0.5), DDPM()], ids=str)
+@pytest.mark.parametrize("sampler", [DDIM(0.5), Ancestral()], ids=str)
 def test_the_noise_is_that_of_the_generators_not_of_the_latents(
     sampler: Sampler, gaussian: ExactGaussian
 ) -> None:
@@ -309,14 +313,14 @@ def test_a_trajectory_does_one_network_call_a_step(gaussian: ExactGaussian) -> N
     """And no more than were asked for: it may be left at any state."""
     calls = []
 
-    class Counted:
+    class Counted(Denoiser):
         schedule = gaussian.schedule
 
         def __call__(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             calls.append(t.item())
             return gaussian(z, t)
 
-    denoiser: Denoise = Counted()
+    denoiser: Denoiser = Counted()
     z, _ = latents(0, range(2), (3, 4, 4))
     levels = timesteps.linear(1000, 5)
     states = DDIM().trajectory(denoiser, z, levels)
@@ -325,7 +329,7 @@ def test_a_trajectory_does_one_network_call_a_step(gaussian: ExactGaussian) -> N
     assert calls == [1000, 800]
 
 
-@pytest.mark.parametrize("sampler", [DDIM(), DDPM()], ids=str)
+@pytest.mark.parametrize("sampler", [DDIM(), Ancestral()], ids=str)
 def test_progress_is_shown_only_when_asked_for(
     sampler: Sampler, gaussian: ExactGaussian, capsys: pytest.CaptureFixture[str]
 ) -> None:

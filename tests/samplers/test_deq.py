@@ -9,7 +9,7 @@ import torch
 from exact import ExactGaussian, ExactMixture
 from tiny import some_ddpm, tiny_unet
 
-from ddim_pl.denoiser import Denoiser
+from ddim_pl.denoiser import Denoiser, NetworkDenoiser
 from ddim_pl.fixed_point import Anderson, Picard
 from ddim_pl.noise import latents
 from ddim_pl.prediction import Prediction
@@ -30,7 +30,7 @@ def start(batch=4, dtype=torch.float64):
     return latents(0, range(batch), (1, 4, 4))[0].to(dtype)
 
 
-class Counted:
+class Counted(Denoiser):
     """A denoiser that counts the states it is given."""
 
     def __init__(self, denoiser):
@@ -206,7 +206,7 @@ def test_what_does_not_converge_is_told_and_the_best_is_returned():
 
 
 def test_states_that_do_not_fit_at_once_are_evaluated_in_halves():
-    class Small:
+    class Small(Denoiser):
         """No more than five states fit."""
 
         schedule = LAWS[0].schedule
@@ -352,7 +352,7 @@ def test_a_windows_sample_does_not_depend_on_its_batch():
 def test_no_state_is_evaluated_at_level_0():
     seen = []
 
-    class Seen:
+    class Seen(Denoiser):
         schedule = LAWS[0].schedule
 
         def __call__(self, z, t):
@@ -379,7 +379,7 @@ def test_wrong_windows_are_errors(arguments, message):
 
 def test_a_denoiser_is_asked_for_its_samples():
     label = torch.tensor([5, 6, 7])
-    denoiser = Denoiser(tiny_unet(num_classes=9), LinearSchedule(), label=label)
+    denoiser = NetworkDenoiser(tiny_unet(num_classes=9), LinearSchedule(), label=label)
     assert denoiser.select(torch.tensor([2, 2, 0])).label.tolist() == [7, 7, 5]
     assert replace(denoiser, label=None).select(torch.tensor([1])).label is None
     assert isinstance(LAWS[0](start(), torch.tensor(5.0)), Prediction)

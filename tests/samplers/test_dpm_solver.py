@@ -20,7 +20,7 @@ from test_against_diffusers import (
 from torch import Tensor
 
 from ddim_pl import timesteps
-from ddim_pl.denoiser import Denoiser
+from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.noise import latents
 from ddim_pl.prediction import PredictionType
 from ddim_pl.samplers import DDIM, DPMSolverPP
@@ -208,7 +208,7 @@ def compare(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     theirs, levels = diffusers_dpm(beta, kind, clip, spacing, dtype, num_steps, monkeypatch)
-    denoiser = Denoiser(SmallNetwork().to(dtype), SCHEDULES[beta], kind, clip=clip)
+    denoiser = NetworkDenoiser(SmallNetwork().to(dtype), SCHEDULES[beta], kind, clip=clip)
     assert_same_images(DPMSolverPP()(denoiser, start(dtype)[0], levels), theirs)
 
 

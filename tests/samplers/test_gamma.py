@@ -15,10 +15,14 @@ from scipy import stats
 from torch import Tensor
 
 from ddim_pl import timesteps
-from ddim_pl.gamma_scores import normal_score
+from ddim_pl.denoiser import Denoiser
 from ddim_pl.latents import encode
-from ddim_pl.noise import GammaNoise, image_generators, latents, randn, standardised_beta
+from ddim_pl.noise import GammaNoise, latents
+from ddim_pl.noise.gamma import standardised_beta
+from ddim_pl.noise.gamma_quantiles import normal_score
+from ddim_pl.noise.gamma_steps import report_step, thinning_shapes, thinning_step
 from ddim_pl.prediction import Prediction, eps_from_x
+from ddim_pl.rng import image_generators, randn
 from ddim_pl.samplers import (
     DDIM,
     GammaExact,
@@ -28,16 +32,12 @@ from ddim_pl.samplers import (
     Sampler,
 )
 from ddim_pl.samplers.gamma import GammaSampler, default_sampler
-from ddim_pl.schedules import CosineLogSNRSchedule, Level, LinearSchedule, NoiseSchedule, expand
+from ddim_pl.scales import Scales, expand_like
+from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
 from ddim_pl.transitions import (
     ddim_noise_scale,
     ddim_step,
     q_sample,
-    quantile_step,
-    quantile_target,
-    report_step,
-    thinning_shapes,
-    thinning_step,
     transition_variance,
     two_step_target,
 )
@@ -63,7 +63,7 @@ every_theta = pytest.mark.parametrize("theta_0", [0.001, 0.1])
 IMAGE = 0.3
 
 
-def draws(count: int, noise: GammaNoise, level: Level, seed: int = 0) -> Prediction:
+def draws(count: int, noise: GammaNoise, level: Scales, seed: int = 0) -> Prediction:
     """The true x, and noise of the Gamma law."""
     x = torch.full((count, 1), IMAGE, dtype=torch.float64)
     return Prediction(x, noise.draw(x.shape, level, torch.Generator().manual_seed(seed), x))
@@ -198,7 +198,7 @@ def test_the_quantile_step_tends_to_ddim(t: float, s: float) -> None:
     prediction = Prediction(torch.full((9,), IMAGE).double(), torch.linspace(-2, 2, 9).double())
     limit = ddim_step(prediction, high, low)
     errors = [
-        float((quantile_step(prediction, GammaNoise(theta), high, low) - limit).abs().max())
+        float((GammaNoise(theta).step(prediction, high, low) - limit).abs().max())
         for theta in (1e-3, 1e-4, 1e-5)
     ]
     assert errors[-1] < 1e-4
@@ -254,7 +254,7 @@ def test_the_reports_step_is_its_equation_18() -> None:
 
 
 @dataclass(frozen=True)
-class Known:
+class Known(Denoiser):
     """The true image in the place of a network."""
 
     schedule: NoiseSchedule
@@ -265,7 +265,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class ExactPair:
+class ExactPair(Denoiser):
     """The posterior mean of images that are -0.8 or 0.5 in each entry, under Gamma noise."""
 
     schedule: NoiseSchedule
@@ -332,7 +332,7 @@ def test_encoding_may_start_from_clean_data(theta_0: float, gaussian: ExactGauss
 
 def two_steps(
     noise: GammaNoise, schedule: NoiseSchedule, num_steps: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Level, Level]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Scales, Scales]:
     """States that a step begins at, guesses and ends of two halves of it, and its levels."""
     step = 1000 / num_steps
     t = step * torch.tensor([1, (num_steps + 1) // 2, num_steps], dtype=torch.float64)
@@ -342,10 +342,11 @@ def two_steps(
     z = q_sample(x, noise.draw(x.shape, high, generator, x), high)
     # Errors of a network: of the size of the noise, but no larger than images.
     near = [
-        x + 0.3 * expand(level.sigma, x) * randn(x.shape, generator, x) for level in (high, mid)
+        x + 0.3 * expand_like(level.sigma, x) * randn(x.shape, generator, x)
+        for level in (high, mid)
     ]
-    z_mid = quantile_step(Prediction(near[0], eps_from_x(high, z, near[0])), noise, high, mid)
-    z_s = quantile_step(Prediction(near[1], eps_from_x(mid, z_mid, near[1])), noise, mid, low)
+    z_mid = noise.step(Prediction(near[0], eps_from_x(high, z, near[0])), high, mid)
+    z_s = noise.step(Prediction(near[1], eps_from_x(mid, z_mid, near[1])), mid, low)
     return z, two_step_target(*near, high, mid, low), z_s, x, high, low
 
 
@@ -357,9 +358,9 @@ def test_a_student_of_the_quantile_target_lands_where_two_steps_do(
 ) -> None:
     noise = GammaNoise(theta_0)
     z, guess, z_s, _, high, low = two_steps(noise, schedule, num_steps)
-    wanted = quantile_target(noise, guess, z, z_s, high, low)
+    wanted = noise.implied_x(guess, z, z_s, high, low)
     assert wanted.isfinite().all()
-    landed = quantile_step(Prediction(wanted, eps_from_x(high, z, wanted)), noise, high, low)
+    landed = noise.step(Prediction(wanted, eps_from_x(high, z, wanted)), high, low)
     torch.testing.assert_close(landed, z_s, rtol=0, atol=1e-8)
 
 
@@ -373,7 +374,7 @@ def test_the_linear_target_is_only_a_limit() -> None:
     for theta_0 in (0.1, 0.01, 0.001):
         noise = GammaNoise(theta_0)
         z, guess, z_s, _, high, low = two_steps(noise, SCHEDULE, 8)
-        exact = quantile_target(noise, guess, z, z_s, high, low)
+        exact = noise.implied_x(guess, z, z_s, high, low)
         errors.append(float((guess - exact)[1:].abs().max()))  # below, a step ends in clean data
     assert 1e-3 < errors[0] < 1
     assert 1e-6 < errors[2] < 1e-2
@@ -394,7 +395,7 @@ def test_nothing_overflows_from_the_smallest_to_the_largest_shapes(
     sampler = kind(theta_0)
     for levels in (timesteps.linear(1000, 20), torch.tensor([1000.0, 10, 2, 1, 0.5, 0])):
         z, generators = latents(
-            0, range(4), (3, 4, 4), noise=sampler.noise, level=schedule(1000.0)
+            0, range(4), (3, 4, 4), noise=sampler.noise, scales=schedule(1000.0)
         )
         for state in sampler.trajectory(denoiser, z, levels, generator=generators):
             assert state.z.isfinite().all()
@@ -434,7 +435,7 @@ def test_same_seed_same_images_for_any_batch_split(
                 range(first, min(first + size, 30)),
                 (3, 4, 4),
                 noise=sampler.noise,
-                level=SCHEDULE(1000.0),
+                scales=SCHEDULE(1000.0),
             )
             parts.append(sampler(gaussian, z, levels, generator=generators))
         runs.append(torch.cat(parts))

@@ -16,7 +16,7 @@ from test_against_diffusers import SPACINGS as SPACINGS_OF_DIFFUSERS
 from torch import Tensor
 
 from ddim_pl import timesteps
-from ddim_pl.denoiser import Denoiser
+from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.noise import latents
 from ddim_pl.prediction import PredictionType
 from ddim_pl.samplers import DDIM, Heun
@@ -148,7 +148,7 @@ def compare(
     scheduler.set_timesteps(num_steps)
     levels = timesteps.make_levels(spacing, SCHEDULES[beta], num_steps)
     assert len(scheduler.timesteps) == Heun().num_evaluations(levels)
-    denoiser = Denoiser(network, SCHEDULES[beta], kind, clip=clip)
+    denoiser = NetworkDenoiser(network, SCHEDULES[beta], kind, clip=clip)
     ours = Heun()(denoiser, start(dtype)[0], levels)
     return ours, diffusers_heun(scheduler, network, beta, dtype)
 

@@ -17,7 +17,7 @@ from test_against_diffusers import (
 from torch import Tensor
 
 from ddim_pl import timesteps
-from ddim_pl.denoiser import Denoiser
+from ddim_pl.denoiser import Denoiser, NetworkDenoiser
 from ddim_pl.noise import latents
 from ddim_pl.prediction import PredictionType
 from ddim_pl.samplers import DDIM, PNDM, Heun
@@ -133,7 +133,7 @@ def test_number_of_evaluations(
     assert PNDM(warmup).num_evaluations(levels + 1) >= want  # every first step looks ahead
     calls: list[float] = []
 
-    class Counted:
+    class Counted(Denoiser):
         schedule = gaussian.schedule
 
         def __call__(self, z: Tensor, t: Tensor) -> Any:
@@ -197,7 +197,7 @@ def ours(
     dtype: torch.dtype,
     kind: PredictionType = "eps",
 ) -> Tensor:
-    denoiser = Denoiser(network, SCHEDULES[beta], kind, clip=False)
+    denoiser = NetworkDenoiser(network, SCHEDULES[beta], kind, clip=False)
     return PNDM(warmup)(denoiser, start(dtype)[0], levels)
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ddim_pl import timesteps
-from ddim_pl.noise import image_generators, latents
+from ddim_pl.denoiser import Denoiser
+from ddim_pl.noise import latents
 from ddim_pl.prediction import Prediction
+from ddim_pl.rng import image_generators
 from ddim_pl.samplers import RePaint
 from ddim_pl.samplers.repaint import visits
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
@@ -28,7 +30,7 @@ every_schedule = pytest.mark.parametrize(
 
 
 @dataclass
-class Correlated:
+class Correlated(Denoiser):
     """Exact denoiser of four dimensions, `N(MEAN, COVARIANCE)`: linear, with all of its rows."""
 
     schedule: NoiseSchedule

@@ -6,12 +6,12 @@ from lightning import seed_everything
 from tiny import tiny_ddpm, tiny_unet
 from torch import nn
 
-from ddim_pl.denoiser import Denoiser
-from ddim_pl.noise import step_generators
+from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.prediction import x_error_weight
+from ddim_pl.rng import step_generators
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
-from ddim_pl.training.averaging import exponential_average
 from ddim_pl.training.ddpm import denoising_loss, draw_levels
+from ddim_pl.training.ema import exponential_average
 from ddim_pl.training.warmup import Warmup
 from ddim_pl.transitions import q_sample
 
@@ -40,7 +40,7 @@ def test_loss_is_the_weighted_error_of_x(prediction, weight):
     network = tiny_unet().eval()
     for parameter in network.parameters():  # the zero-initialised output would hide errors
         nn.init.normal_(parameter, std=0.1)
-    denoiser = Denoiser(network, schedule, prediction, clip=False)
+    denoiser = NetworkDenoiser(network, schedule, prediction, clip=False)
     x, eps = torch.randn(2, 6, 1, 8, 8)
     t = torch.tensor([1.0, 2, 50, 300, 600, 900])
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_training_lowers_the_loss():
     module = tiny_ddpm(network=tiny_unet(dropout=0.0))
     x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     optimizer = torch.optim.Adam(module.network.parameters(), lr=3e-3)
-    denoiser = Denoiser(module.network, module.schedule)
+    denoiser = NetworkDenoiser(module.network, module.schedule)
     for step in range(60):
         loss = module.loss(denoiser, (x,), step_generators(step, x.device)).mean()
         optimizer.zero_grad()

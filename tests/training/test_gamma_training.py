@@ -5,16 +5,17 @@ import warnings
 import lightning as L
 import pytest
 import torch
-from exact import ExactGaussian, ExactMixture
+from exact import Distilled, ExactGaussian, ExactMixture
 from tiny import some_ddpm, tiny_ddpm, tiny_unet
 from torch import nn
 
 from callbacks import BitsPerDim
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.data.teacher_pairs import PairBatch, TeacherPairsDataModule
-from ddim_pl.denoiser import Denoiser
-from ddim_pl.noise import GammaNoise, GaussianNoise, latents, randn, step_generators
-from ddim_pl.prediction import Prediction, eps_from_x, target
+from ddim_pl.denoiser import NetworkDenoiser
+from ddim_pl.noise import GammaNoise, GaussianNoise, latents
+from ddim_pl.prediction import target
+from ddim_pl.rng import randn, step_generators
 from ddim_pl.samplers import DDIM, GammaExact, GammaQuantile
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
 from ddim_pl.timesteps import linear
@@ -98,7 +99,9 @@ def test_training_states_have_the_modules_noise(noise):
     """Gaussian by default, from the same generator as ever."""
     module = tiny_ddpm(network=Recorder(), noise=noise, sampler=None)
     x = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    module.loss(Denoiser(module.network, module.schedule), (x,), step_generators(5, x.device))
+    module.loss(
+        NetworkDenoiser(module.network, module.schedule), (x,), step_generators(5, x.device)
+    )
     again = step_generators(5, x.device)
     level = module.schedule(draw_levels(module.schedule, 6, "uniform", again.host))
     eps = (
@@ -109,7 +112,7 @@ def test_training_states_have_the_modules_noise(noise):
     assert torch.equal(module.network.seen[0], q_sample(x, eps, level))
 
 
-class Missing(Denoiser):
+class Missing(NetworkDenoiser):
     """Misses what is wanted of it by 0.3 everywhere."""
 
     def output(self, z, t):
@@ -142,7 +145,7 @@ def test_sampling_starts_from_the_noise_at_the_first_level():
         network.seen.clear()
         module.sample(range(3), levels=levels)
         first = module.schedule(1000.0 if levels is None else 300.0)
-        expected, _ = latents(0, range(3), (1, 8, 8), noise=NOISE, level=first)
+        expected, _ = latents(0, range(3), (1, 8, 8), noise=NOISE, scales=first)
         assert torch.equal(network.seen[0], expected)
 
 
@@ -189,19 +192,6 @@ def test_bits_per_dim_are_those_of_gaussian_noise(teacher, tmp_path):
 # Progressive students
 
 
-class Distilled:
-    """The student that reproduces its target, of a teacher that may be one itself."""
-
-    def __init__(self, module, teacher, steps):
-        self.module, self.teacher, self.step = module, teacher, 1000 / steps
-        self.schedule = teacher.schedule
-
-    def __call__(self, z, t):
-        t = torch.as_tensor(t, dtype=torch.float64).expand(len(z))
-        x = self.module._two_steps(self.teacher, z, t, self.step)
-        return Prediction(x, eps_from_x(self.schedule(t), z, x))
-
-
 @pytest.mark.parametrize("schedule", [LinearSchedule, CosineLogSNRSchedule])
 @pytest.mark.parametrize("law", [ExactGaussian, ExactMixture])
 @pytest.mark.parametrize("theta_0", [0.001, 0.1])
@@ -220,7 +210,7 @@ def test_a_ladder_of_perfect_students_draws_what_the_teacher_draws(theta_0, law,
     expected = GammaQuantile(theta_0)(teacher, z, linear(1000, 16))
     student = teacher
     for steps in (8, 4, 2, 1):
-        student = Distilled(module, student, steps)
+        student = Distilled(module.noise, student, steps)
         drawn = GammaQuantile(theta_0)(student, z, linear(1000, steps))
         torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-6)
 

@@ -20,19 +20,19 @@ from safetensors.torch import load_file
 from tiny import some_ddpm, tiny_config, tiny_unet, write_config
 
 from ddim_pl.cli import main
+from ddim_pl.commands import Trainer as TrainerWithVerbs
+from ddim_pl.commands.devices import Device
+from ddim_pl.commands.pairs import pairs as pairs_verb
 from ddim_pl.data import teacher_pairs
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.data.teacher_pairs import PAIR_SEED, PairBatch, PairStore, TeacherPairsDataModule
-from ddim_pl.noise import latents, share_generators, step_generators
+from ddim_pl.noise import latents
 from ddim_pl.prediction import decode, target
-from ddim_pl.samplers import DDIM
-from ddim_pl.samplers import DDPM as DDPMSampler
+from ddim_pl.rng import share_generators, step_generators
+from ddim_pl.samplers import DDIM, Ancestral
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
 from ddim_pl.training import DDPM, LuhmanDistillation, luhman
 from ddim_pl.training.luhman import make_pairs, recipe_of
-from ddim_pl.verbs import Trainer as TrainerWithVerbs
-from ddim_pl.verbs.devices import Device
-from ddim_pl.verbs.pairs import pairs as pairs_verb
 
 ROOT = Path(__file__).parents[2]
 
@@ -455,7 +455,7 @@ def test_an_exact_student_of_an_exact_teacher_has_no_loss(teacher_file):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"teacher_sampler": DDPMSampler()}, "the teacher's sampler must be deterministic"),
+        ({"teacher_sampler": Ancestral()}, "the teacher's sampler must be deterministic"),
         ({"teacher_sampler": DDIM(0.5)}, "the teacher's sampler must be deterministic"),
         ({"loss": "huber"}, r"loss must be one of \('l2', 'l1'\), got 'huber'"),
         ({"prediction": "eps"}, "got 'eps': at the last level"),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from exact import ExactGaussian, ExactMixture
+from exact import Distilled, ExactGaussian, ExactMixture, two_steps
 from fsspec.implementations.local import LocalFileOpener
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -13,17 +13,13 @@ from tiny import some_ddpm, tiny_ddpm, tiny_unet
 from torch import nn
 
 from ddim_pl.data.digits import DigitsDataModule
-from ddim_pl.denoiser import Denoiser
+from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.images import from_uint8
-from ddim_pl.noise import step_generators
-from ddim_pl.prediction import Prediction, decode, eps_from_x, target, x_error_weight
+from ddim_pl.prediction import decode, eps_from_x, target, x_error_weight
+from ddim_pl.rng import step_generators
 from ddim_pl.samplers import DDIM
-from ddim_pl.schedules import (
-    CosineLogSNRSchedule,
-    ImprovedCosineSchedule,
-    LinearSchedule,
-    expand,
-)
+from ddim_pl.scales import expand_like
+from ddim_pl.schedules import CosineLogSNRSchedule, ImprovedCosineSchedule, LinearSchedule
 from ddim_pl.timesteps import linear
 from ddim_pl.training import DDPM, ProgressiveDistillation
 from ddim_pl.training.teacher import load_teacher
@@ -64,8 +60,8 @@ def papers_target(teacher, z, t, step):
     z_mid = ddim_step(teacher(z, t), level, mid)
     z_s = ddim_step(teacher(z_mid, t - step / 2), mid, end)
     ratio = end.sigma / level.sigma
-    numerator = z_s - expand(ratio, z) * z
-    return numerator / expand(end.alpha - ratio * level.alpha, z), z_s
+    numerator = z_s - expand_like(ratio, z) * z
+    return numerator / expand_like(end.alpha - ratio * level.alpha, z), z_s
 
 
 # ---- the target -------------------------------------------------------------------------------
@@ -82,7 +78,7 @@ def test_a_student_of_the_target_lands_where_two_steps_do(schedule, steps, predi
     assert teacher.prediction == prediction
     t = step * torch.tensor([1, (steps + 1) // 2, steps], dtype=torch.float64)
     z, level, end = noise(3, 1, 2, 2), schedule(t), schedule(t - step)
-    wanted = module._two_steps(teacher, z, t, step)
+    wanted = two_steps(module.noise, teacher, z, t, step)
     output = target(student, level, wanted, eps_from_x(level, z, wanted))
     landed = ddim_step(decode(student, level, z, output), level, end)
     expected, z_s = papers_target(teacher, z, t, step)
@@ -103,19 +99,6 @@ def test_the_last_target_is_the_teachers_last_estimate():
         )
 
 
-class Distilled:
-    """The student that reproduces its target, of a teacher that may be one itself."""
-
-    def __init__(self, module, teacher, steps):
-        self.module, self.teacher, self.step = module, teacher, 1000 / steps
-        self.schedule = teacher.schedule
-
-    def __call__(self, z, t):
-        t = torch.as_tensor(t, dtype=torch.float64).expand(len(z))
-        x = self.module._two_steps(self.teacher, z, t, self.step)
-        return Prediction(x, eps_from_x(self.schedule(t), z, x))
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("law", [ExactGaussian, ExactMixture])
 def test_a_ladder_of_perfect_students_draws_what_the_teacher_draws(law, schedule):
@@ -125,7 +108,7 @@ def test_a_ladder_of_perfect_students_draws_what_the_teacher_draws(law, schedule
     expected = DDIM()(teacher, z, linear(1000, 16))
     student = teacher
     for steps in (8, 4, 2, 1):
-        student = Distilled(module, student, steps)
+        student = Distilled(module.noise, student, steps)
         drawn = DDIM()(student, z, linear(1000, steps))
         torch.testing.assert_close(drawn, expected, rtol=1e-9, atol=1e-9)
     # It is not the data that comes out, but the teacher's 16 steps: few steps differ.
@@ -135,7 +118,7 @@ def test_a_ladder_of_perfect_students_draws_what_the_teacher_draws(law, schedule
 # ---- the loss ---------------------------------------------------------------------------------
 
 
-class Reproducing(Denoiser):
+class Reproducing(NetworkDenoiser):
     """A student whose output is the teacher's target by the paper's formula, plus `miss`."""
 
     def answer(self, teacher, steps, miss):

@@ -4,6 +4,6 @@ Each is called with a trainer, a model and its own arguments, and works on every
 trainer has.
 """
 
-from ddim_pl.verbs.trainer import VERBS, Trainer
+from ddim_pl.commands.trainer import COMMANDS, Trainer
 
-__all__ = ["VERBS", "Trainer"]
+__all__ = ["COMMANDS", "Trainer"]

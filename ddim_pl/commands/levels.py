@@ -1,4 +1,4 @@
-"""`main.py levels`: the best levels for a checkpoint, see `ddim_pl.adaptive`."""
+"""`main.py levels`: the best levels for a checkpoint, see `ddim_pl.level_search`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import lightning as L
 from torch import Tensor
 
-from ddim_pl.adaptive import StepErrors, candidate_levels, cheapest_levels, one_step_errors
+from ddim_pl.commands.devices import Device, at_least, on_every_device
+from ddim_pl.level_search import StepErrors, candidate_levels, cheapest_levels, one_step_errors
 from ddim_pl.timesteps import save_levels
 from ddim_pl.training import DiffusionModule
-from ddim_pl.verbs.devices import Device, at_least, on_every_device
 
 # Latents of other seeds than those that are judged by their images.
 SEARCH_SEED = 1_000_003

@@ -7,8 +7,8 @@ import torch
 from exact import ExactGaussian, propagate
 
 from ddim_pl import timesteps
-from ddim_pl.noise import image_generators, randn
-from ddim_pl.samplers import DDPM
+from ddim_pl.rng import image_generators, randn
+from ddim_pl.samplers import Ancestral
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
 from ddim_pl.transitions import Variance
 
@@ -21,7 +21,7 @@ def test_variance_must_be_small_or_large() -> None:
     with pytest.raises(
         ValueError, match=r"variance must be one of \('small', 'large'\).*'learned'"
     ):
-        DDPM("learned")
+        Ancestral("learned")
 
 
 @every_schedule
@@ -32,7 +32,7 @@ def test_the_step_to_level_0_adds_no_noise(schedule: NoiseSchedule, variance: Va
     z = torch.ones(2, 3)
     for levels, same in (([300.0, 0.0], True), ([300.0, 1e-3], False)):
         one, other = (
-            DDPM(variance)(
+            Ancestral(variance)(
                 denoiser, z, torch.tensor(levels), generator=image_generators(s, [0, 1])
             )
             for s in (0, 1)
@@ -49,7 +49,7 @@ def test_large_variance_makes_the_marginals_of_a_known_image_too_wide() -> None:
         t, s = denoiser.schedule(500), denoiser.schedule(500 - step)
         levels = torch.tensor([500.0, 500.0 - step])
         mean, variance = propagate(
-            DDPM("large"), denoiser, levels, zero + 0.3 * t.alpha, zero + t.sigma**2
+            Ancestral("large"), denoiser, levels, zero + 0.3 * t.alpha, zero + t.sigma**2
         )
         torch.testing.assert_close(mean, zero + 0.3 * s.alpha, rtol=0, atol=1e-11)
         wide = (1 - s.sigma**2 / t.sigma**2) * (1 - (t.alpha / s.alpha) ** 2)
@@ -68,7 +68,7 @@ def test_large_variance_needs_many_steps() -> None:
     spread = []
     for num_steps in (10, 100):
         levels = timesteps.leading(1000, num_steps)
-        _, variance = propagate(DDPM("large"), denoiser, levels, zero, zero + 1)
+        _, variance = propagate(Ancestral("large"), denoiser, levels, zero, zero + 1)
         spread.append(abs(variance.sqrt().item() - 0.1))
     assert spread[1] < spread[0] / 2
 
@@ -82,7 +82,7 @@ def test_all_thousand_steps_sample_the_data() -> None:
     levels = timesteps.linear(1000, 1000)
     generator = torch.Generator().manual_seed(0)
     z = randn((4000, 8), generator, torch.empty(0))
-    images = DDPM()(denoiser, z, levels, generator=generator).double()
+    images = Ancestral()(denoiser, z, levels, generator=generator).double()
     standard_error = 0.5 / math.sqrt(images.numel())
     assert abs(images.mean() - 0.3) < 4 * standard_error
     assert abs(images.std() / 0.5 - 1) < 0.01 + 4 / math.sqrt(2 * images.numel())

@@ -19,14 +19,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from callbacks.fid import FrechetDistance
+from ddim_pl.commands.devices import Device, at_least
+from ddim_pl.commands.report import write_text
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.images import read_png, to_uint8, write_png
 from ddim_pl.metrics.quality import SampleQuality
 from ddim_pl.samplers import Sampler
 from ddim_pl.training import DiffusionModule
 from ddim_pl.training.fingerprint import digest_of
-from ddim_pl.verbs.devices import Device, at_least
-from ddim_pl.verbs.report import write_text
 
 
 @dataclass(frozen=True)

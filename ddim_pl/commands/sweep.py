@@ -15,16 +15,16 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from ddim_pl.adaptive import candidate_levels
+from ddim_pl.commands.cells import Cell, Measure, found_or_measured, measure_of, shown_images
+from ddim_pl.commands.devices import Device, at_least, check_images, on_every_device
+from ddim_pl.commands.levels import check_steps, search_levels
+from ddim_pl.commands.report import label_rows, markdown, plot_distances, write_csv, write_text
+from ddim_pl.level_search import candidate_levels
 from ddim_pl.samplers import Sampler
 from ddim_pl.timesteps import has_own_length, load_levels, make_levels, save_levels
 from ddim_pl.timesteps import strategies as known_strategies
 from ddim_pl.training import DiffusionModule
 from ddim_pl.training.fingerprint import fingerprint
-from ddim_pl.verbs.cells import Cell, Measure, found_or_measured, measure_of, shown_images
-from ddim_pl.verbs.devices import Device, at_least, check_images, on_every_device
-from ddim_pl.verbs.levels import check_steps, search_levels
-from ddim_pl.verbs.report import label_rows, markdown, plot_distances, write_csv, write_text
 
 ADAPTIVE = "adaptive"
 SEARCH_IMAGES = 256

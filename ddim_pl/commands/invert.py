@@ -10,7 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ddim_pl.denoiser import Denoiser
+from ddim_pl.commands.devices import Device, at_least, check_images, on_every_device
+from ddim_pl.commands.report import label_rows, markdown, plot_lines, write_csv, write_text
+from ddim_pl.commands.sources import RealImages, read_images, unclipped, validation_images
+from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.files import replacing
 from ddim_pl.images import read_png, to_uint8
 from ddim_pl.inversion import Implicit, Inversion, Method
@@ -20,9 +23,6 @@ from ddim_pl.noise import latents
 from ddim_pl.samplers import DDIM
 from ddim_pl.timesteps import make_levels
 from ddim_pl.training import DiffusionModule
-from ddim_pl.verbs.devices import Device, at_least, check_images, on_every_device
-from ddim_pl.verbs.report import label_rows, markdown, plot_lines, write_csv, write_text
-from ddim_pl.verbs.sources import RealImages, read_images, unclipped, validation_images
 
 GRID_IMAGES = 16
 COLUMNS = ("seconds", "evaluations", "loss", "best loss")
@@ -95,7 +95,7 @@ def invert(
         check_images(datamodule)
     method = method or Implicit()
 
-    def first_latents(denoiser: Denoiser, x: Tensor, indices: Sequence[int]) -> Tensor:
+    def first_latents(denoiser: NetworkDenoiser, x: Tensor, indices: Sequence[int]) -> Tensor:
         """The latents to begin with, of the images `x` of these indices."""
         if given is not None:
             return given[list(indices)].to(x)

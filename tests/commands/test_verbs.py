@@ -15,16 +15,16 @@ import torch
 from tiny import some_ddpm, tiny_config, tiny_unet, write_config
 
 from ddim_pl.cli import main
+from ddim_pl.commands import COMMANDS, Trainer
+from ddim_pl.commands.devices import on_every_device
 from ddim_pl.data.digits import DigitsDataModule, digits_arrays
 from ddim_pl.images import from_uint8, grid, read_png, to_uint8, write_png
 from ddim_pl.latents import reconstruct as reconstruction
 from ddim_pl.latents import slerp
 from ddim_pl.noise import latents
-from ddim_pl.samplers import DDIM, DDPM, Heun
+from ddim_pl.samplers import DDIM, Ancestral, Heun
 from ddim_pl.schedules import LinearSchedule
 from ddim_pl.timesteps import make_levels
-from ddim_pl.verbs import VERBS, Trainer
-from ddim_pl.verbs.devices import on_every_device
 
 ROOT = Path(__file__).parents[2]
 
@@ -307,7 +307,7 @@ def test_a_class_that_the_model_lacks_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["interpolate", "reconstruct"])
-@pytest.mark.parametrize("sampler", [DDIM(0.5), DDPM()])
+@pytest.mark.parametrize("sampler", [DDIM(0.5), Ancestral()])
 def test_a_stochastic_sampler_cannot_encode(tmp_path, verb, sampler):
     with pytest.raises(ValueError, match="cannot encode: use a deterministic sampler"):
         getattr(trainer(tmp_path), verb)(some_ddpm(sampler=sampler), DigitsDataModule())
@@ -363,7 +363,7 @@ def test_a_moved_checkpoint_has_one_folder_of_its_own(checkpoint, tmp_path, caps
 
 
 def test_sample_draws_with_the_checkpoints_weights(checkpoint, tmp_path):
-    from ddim_pl.training import DDPM as DDPMModule
+    from ddim_pl.training import Ancestral as DDPMModule
 
     out = tmp_path / "out"
     main(
@@ -380,7 +380,7 @@ def test_sample_draws_with_the_checkpoints_weights(checkpoint, tmp_path):
     assert close(torch.from_numpy(arrays).permute(0, 3, 1, 2), expected)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_a_verb_without_a_checkpoint_is_an_error(verb):
     with pytest.raises(SystemExit, match=f"error: {verb} needs --ckpt_path"):
         main([verb])

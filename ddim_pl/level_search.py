@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ddim_pl.denoiser import Denoise
+from ddim_pl.denoiser import Denoiser
 from ddim_pl.prediction import Prediction
 from ddim_pl.samplers import DDIM
 from ddim_pl.schedules import DiscreteSchedule, NoiseSchedule
@@ -76,7 +76,7 @@ class StepErrors(NamedTuple):
 
 @torch.no_grad()
 def one_step_errors(
-    denoiser: Denoise, z: Tensor, levels: Tensor, *, progress: bool = False
+    denoiser: Denoiser, z: Tensor, levels: Tensor, *, progress: bool = False
 ) -> StepErrors:
     """Follow fine trajectories and measure single DDIM steps between any two of their states.
 
@@ -130,7 +130,7 @@ def cheapest_levels(costs: Tensor, levels: Tensor, num_steps: int) -> Tensor:
 
 
 def adaptive_levels(
-    denoiser: Denoise, z: Tensor, num_steps: Sequence[int], *, progress: bool = False
+    denoiser: Denoiser, z: Tensor, num_steps: Sequence[int], *, progress: bool = False
 ) -> list[Tensor]:
     """Levels for each number of steps, from one measurement on start states `z` `(B, ...)`."""
     levels = candidate_levels(denoiser.schedule)

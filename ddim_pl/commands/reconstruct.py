@@ -6,19 +6,19 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ddim_pl.images import to_uint8
-from ddim_pl.latents import encode
-from ddim_pl.timesteps import has_own_length, make_levels
-from ddim_pl.training import DiffusionModule
-from ddim_pl.verbs.devices import Device, at_least, check_images, on_every_device
-from ddim_pl.verbs.report import label_rows, markdown, write_csv, write_text
-from ddim_pl.verbs.sources import (
+from ddim_pl.commands.devices import Device, at_least, check_images, on_every_device
+from ddim_pl.commands.report import label_rows, markdown, write_csv, write_text
+from ddim_pl.commands.sources import (
     RealImages,
     check_deterministic,
     read_images,
     unclipped,
     validation_images,
 )
+from ddim_pl.images import to_uint8
+from ddim_pl.latents import encode
+from ddim_pl.timesteps import has_own_length, make_levels
+from ddim_pl.training import DiffusionModule
 
 STEPS = (10, 20, 50, 100, 200, 500, 1000)
 GRID_IMAGES = 16

@@ -7,7 +7,7 @@ import torch
 from exact import ExactGaussian, ExactMixture
 
 from ddim_pl import timesteps
-from ddim_pl.adaptive import (
+from ddim_pl.level_search import (
     StepErrors,
     adaptive_levels,
     candidate_levels,

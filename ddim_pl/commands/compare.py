@@ -8,14 +8,14 @@ import lightning as L
 import torch
 from torch import nn
 
+from ddim_pl.commands.cells import Cell, found_or_measured, measure_of, shown_images
+from ddim_pl.commands.devices import Device, at_least, check_images, on_every_device
+from ddim_pl.commands.report import label_rows, markdown, plot_distances, write_csv, write_text
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.timesteps import linear
 from ddim_pl.training import DiffusionModule
 from ddim_pl.training.fingerprint import fingerprint
 from ddim_pl.training.teacher import load_teacher
-from ddim_pl.verbs.cells import Cell, found_or_measured, measure_of, shown_images
-from ddim_pl.verbs.devices import Device, at_least, check_images, on_every_device
-from ddim_pl.verbs.report import label_rows, markdown, plot_distances, write_csv, write_text
 
 
 def compare(

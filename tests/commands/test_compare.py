@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny import some_ddpm, tiny_ddpm, tiny_unet
 
+from ddim_pl.commands import Trainer
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.images import read_png
 from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.metrics.quality import SampleQuality
 from ddim_pl.training import ProgressiveDistillation
-from ddim_pl.verbs import Trainer
 
 
 def trainer(folder):

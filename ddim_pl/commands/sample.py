@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddim_pl.commands.devices import Device, at_least, check_label, on_every_device
 from ddim_pl.files import replacing
 from ddim_pl.images import grid, to_uint8, write_png
 from ddim_pl.training import DiffusionModule
-from ddim_pl.verbs.devices import Device, at_least, check_label, on_every_device
 
 GRID_IMAGES = 100
 

@@ -16,14 +16,14 @@ import torch
 from tiny import some_ddpm, tiny_ddpm
 
 from callbacks import FrechetDistance
+from ddim_pl.commands import Trainer
 from ddim_pl.data.base import TensorImages
 from ddim_pl.data.digits import DigitsDataModule, digits_arrays
 from ddim_pl.images import read_png, to_uint8
 from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.metrics.quality import SampleQuality
-from ddim_pl.samplers import DDIM, DDPM, Heun
+from ddim_pl.samplers import DDIM, Ancestral, Heun
 from ddim_pl.timesteps import make_levels
-from ddim_pl.verbs import Trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,12 +102,12 @@ def test_settings_come_from_the_callback_where_none_are_given(tmp_path):
 
 def test_the_page_shows_the_images_of_the_same_latents(tmp_path):
     model = some_ddpm()
-    sweep(tmp_path, model, timesteps=["linear"], num_steps=[2], samplers=[DDIM(), DDPM()])
+    sweep(tmp_path, model, timesteps=["linear"], num_steps=[2], samplers=[DDIM(), Ancestral()])
     cells = [json.loads(f.read_text()) for f in (tmp_path / "cells").glob("*.json")]
     assert len(cells) == 2
     for file in (tmp_path / "cells").glob("*.json"):
         name = json.loads(file.read_text())["sampler"]
-        sampler = DDIM() if name.startswith("DDIM") else DDPM()
+        sampler = DDIM() if name.startswith("DDIM") else Ancestral()
         levels = make_levels("linear", model.schedule, 2)
         expected = to_uint8(model.sample(range(4), sampler=sampler, levels=levels))
         shown = read_png(file.with_suffix(".png"))
@@ -116,7 +116,7 @@ def test_the_page_shows_the_images_of_the_same_latents(tmp_path):
 
 def test_a_sweep_stopped_in_any_cell_ends_with_the_same_table(tmp_path, monkeypatch):
     """Stopped when a cell's images are drawn, but its metrics not yet computed."""
-    monkeypatch.setattr("ddim_pl.verbs.sweep.SEARCH_IMAGES", 4)
+    monkeypatch.setattr("ddim_pl.commands.sweep.SEARCH_IMAGES", 4)
     model = some_ddpm()
     settings = {"timesteps": ["linear", "adaptive"], "num_steps": [2, 3], "samplers": [DDIM()]}
     sweep(tmp_path / "whole", model, **settings)
@@ -152,7 +152,7 @@ def test_a_sweep_stopped_in_any_cell_ends_with_the_same_table(tmp_path, monkeypa
 def test_a_killed_sweep_goes_on(tmp_path):
     """SIGKILL, from outside, as soon as the first cell is there."""
     script = (
-        "import sys; sys.path[:0] = ['tests', 'tests/verbs']\n"
+        "import sys; sys.path[:0] = ['tests', 'tests/commands']\n"
         "import torch; torch.set_num_threads(1); torch.manual_seed(0)\n"
         "from test_sweep import *\n"
         "sweep(Path(sys.argv[1]), num_steps=[2, 3, 4, 5], timesteps=['linear'])\n"
@@ -235,7 +235,7 @@ def test_a_cell_of_other_circumstances_is_measured_anew(tmp_path, monkeypatch, o
 
 
 def test_adaptive_levels_of_an_earlier_start_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr("ddim_pl.verbs.sweep.SEARCH_IMAGES", 4)
+    monkeypatch.setattr("ddim_pl.commands.sweep.SEARCH_IMAGES", 4)
     model, settings = some_ddpm(), {"timesteps": ["adaptive"], "samplers": [DDIM()]}
     sweep(tmp_path, model, num_steps=[2], **settings)
     sweep(tmp_path, model, num_steps=[3], **settings)

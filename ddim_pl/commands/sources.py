@@ -9,12 +9,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from ddim_pl.commands.devices import Device, check_label
 from ddim_pl.data.image_folder import decode
-from ddim_pl.denoiser import Denoiser
+from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.images import from_uint8
 from ddim_pl.samplers import Sampler
 from ddim_pl.training import DiffusionModule
-from ddim_pl.verbs.devices import Device, check_label
 
 
 class RealImages(NamedTuple):
@@ -62,7 +62,7 @@ def validation_images(
     return RealImages(from_uint8(source.images(indices)), labels[indices] if has_classes else None)
 
 
-def unclipped(model: DiffusionModule, label: Tensor | None) -> Denoiser:
+def unclipped(model: DiffusionModule, label: Tensor | None) -> NetworkDenoiser:
     """The model as a denoiser that can encode."""
     return replace(model.conditioned(label), clip=False)
 

@@ -7,15 +7,15 @@ from typing import get_args
 
 from torch import Tensor
 
-from ddim_pl.denoiser import Denoise
-from ddim_pl.noise import Generators, randn
+from ddim_pl.denoiser import Denoiser
+from ddim_pl.rng import Generators, randn
 from ddim_pl.samplers.base import Sampler, State
-from ddim_pl.schedules import expand
+from ddim_pl.scales import expand_like
 from ddim_pl.transitions import Variance, posterior
 
 
 @dataclass(frozen=True)
-class DDPM(Sampler):
+class Ancestral(Sampler):
     """Ancestral sampling with a fixed variance (Ho et al. 2020, algorithm 2).
 
     No noise is added in the step to level 0.
@@ -37,7 +37,7 @@ class DDPM(Sampler):
             )
 
     def steps(
-        self, denoiser: Denoise, z: Tensor, levels: Tensor, generator: Generators | None
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None
     ) -> Iterator[State]:
         """Yield the state after each step."""
         for t, s in pairwise(levels):
@@ -46,5 +46,5 @@ class DDPM(Sampler):
                 z, prediction.x, denoiser.schedule(t), denoiser.schedule(s), variance=self.variance
             )
             if s > 0:
-                z = z + expand(std, z) * randn(z.shape, generator, z)
+                z = z + expand_like(std, z) * randn(z.shape, generator, z)
             yield State(s, z, prediction.x)

@@ -13,13 +13,13 @@ from tiny import tiny_config, tiny_unet, write_config
 from torch import Tensor
 
 from ddim_pl.cli import main
+from ddim_pl.commands.sources import unclipped
 from ddim_pl.images import read_png
 from ddim_pl.latents import encode
 from ddim_pl.noise import latents
 from ddim_pl.samplers import DDIM
 from ddim_pl.timesteps import linear
 from ddim_pl.training import DDPM
-from ddim_pl.verbs.sources import unclipped
 
 ROOT = Path(__file__).parents[2]
 

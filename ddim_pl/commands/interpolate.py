@@ -7,17 +7,17 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ddim_pl.images import grid, to_uint8, write_png
-from ddim_pl.latents import encode, slerp
-from ddim_pl.training import DiffusionModule
-from ddim_pl.verbs.devices import Device, at_least, check_images, check_label, on_every_device
-from ddim_pl.verbs.sources import (
+from ddim_pl.commands.devices import Device, at_least, check_images, check_label, on_every_device
+from ddim_pl.commands.sources import (
     RealImages,
     check_deterministic,
     read_images,
     unclipped,
     validation_images,
 )
+from ddim_pl.images import grid, to_uint8, write_png
+from ddim_pl.latents import encode, slerp
+from ddim_pl.training import DiffusionModule
 
 
 def interpolate(

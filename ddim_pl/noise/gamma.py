@@ -1,0 +1,122 @@
+"""Gamma noise (Nachmani et al. 2021)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddim_pl.noise import gamma_quantiles
+from ddim_pl.noise.base import Noise
+from ddim_pl.rng import Generators, standard_gamma
+from ddim_pl.scales import Scales, float64
+
+
+@dataclass(frozen=True)
+class GammaNoise(Noise):
+    """Centred Gamma noise, skewed to large values (Nachmani et al. 2021, section 4.2).
+
+    `sigma_t eps = G_t - K_t theta_t` with `G_t ~ Gamma(K_t, theta_t)`, `theta_t = alpha_t theta_0`
+    and `K_t = (1 / abar_t - 1) / theta_0^2`, at any real level. The variance `K_t theta_t^2` is
+    `sigma_t^2`, and the skewness `2 / sqrt(K_t)`: strong at clean levels, hardly any at noisy
+    ones, and none anywhere as theta_0 tends to 0. The process is Markovian: its step from s to t
+    adds independent Gamma noise of shape `K_t - K_s`.
+
+    Args:
+        theta_0: Scale, positive; the paper has 0.001.
+
+    Raises:
+        ValueError: If `theta_0` is not positive.
+    """
+
+    theta_0: float = 0.001
+
+    def __post_init__(self) -> None:
+        if not 0 < self.theta_0 < math.inf:
+            raise ValueError(
+                f"theta_0 must be positive, got {self.theta_0}: the paper has 0.001, and 0 is "
+                "GaussianNoise"
+            )
+
+    def concentration(self, scales: Scales) -> Tensor:
+        """Shape `K_t = (sigma_t / (alpha_t theta_0))^2`, float64 of the level's shape.
+
+        At most 1e20, where the law is normal to ten digits: pure noise would have no end.
+        """
+        return (scales.sigma / (scales.alpha * self.theta_0)).square().clamp(max=1e20)
+
+    def draw(
+        self, shape: Sequence[int], scales: Scales, generator: Generators | None, like: Tensor
+    ) -> Tensor:
+        """Standardised noise `(B, ...)`; drawn and centred in float64, then cast.
+
+        K theta is about 1e5 where the deviation is 1, beyond float32.
+        """
+        return standardised_gamma(shape, self.concentration(scales), generator, like)
+
+    def log_density(self, eps: Tensor, scales: Scales) -> Tensor:
+        """See `gamma_quantiles.log_density`; -inf below the support, `-sqrt(K_t)`."""
+        eps = float64(eps)
+        return gamma_quantiles.log_density(eps, _expand(self.concentration(scales), eps))
+
+    def transport(self, eps: Tensor, t: Scales, s: Scales) -> Tensor:
+        """`F_{K_s}^{-1}(F_{K_t}(eps))`, by way of normal scores, in float64 and then cast.
+
+        Below the support the edge's quantile is taken. Where one of the levels holds no noise at
+        all, no quantile is defined and the noise stays as it is: encoding begins there, with what
+        the network says of the first noise.
+        """
+        wide = float64(eps)
+        k_t, k_s = (_expand(self.concentration(each), wide) for each in (t, s))
+        noisy = (k_t > 0) & (k_s > 0)
+        k_t, k_s = (torch.where(noisy, k, 1.0) for k in (k_t, k_s))
+        moved = gamma_quantiles.from_normal_score(gamma_quantiles.normal_score(wide, k_t), k_s)
+        return torch.where(noisy, moved, wide).to(eps)
+
+
+def standardised_gamma(
+    shape: Sequence[int], concentration: Tensor, generator: Generators | None, like: Tensor
+) -> Tensor:
+    """Draws `(B, ...)` of `(G - K) / sqrt(K)`, `G ~ Gamma(K, 1)`, in the dtype of `like`.
+
+    Args:
+        shape: `(B, ...)`.
+        concentration: Shapes K, `()` or `(B,)`; where K is 0 the draws are 0.
+        generator: As for `randn`.
+        like: Tensor that gives dtype and device.
+    """
+    k = concentration.reshape(-1, *(1,) * (len(shape) - 1)).expand(tuple(shape))
+    gamma = standard_gamma(k, generator)
+    k = k.to(gamma)
+    return torch.where(k > 0, (gamma - k) / k.sqrt(), 0).to(like)
+
+
+def standardised_beta(
+    shape: Sequence[int], a: Tensor, b: Tensor, generator: Generators | None, like: Tensor
+) -> Tensor:
+    """Draws `(B, ...)` of `Beta(a, b)`, less its mean and over its deviation, dtype of `like`.
+
+    `B = G_a / (G_a + G_b)` with independent `G_a ~ Gamma(a, 1)` and `G_b ~ Gamma(b, 1)`. Centred,
+    it is `(b G_a - a G_b) / ((a + b) (G_a + G_b))`.
+
+    Args:
+        shape: `(B, ...)`.
+        a: First shapes, `()` or `(B,)`; where one of the shapes is 0 the draws are 0.
+        b: Second shapes, `()` or `(B,)`.
+        generator: As for `randn`.
+        like: Tensor that gives dtype and device.
+    """
+    trailing = (1,) * (len(shape) - 1)
+    a, b = (k.reshape(-1, *trailing).expand(tuple(shape)) for k in (a, b))
+    gamma_a, gamma_b = standard_gamma(a, generator), standard_gamma(b, generator)
+    a, b = a.to(gamma_a), b.to(gamma_a)
+    centred = (b * gamma_a - a * gamma_b) / ((a + b) * (gamma_a + gamma_b))
+    deviation = (a / (a + b) * (b / (a + b)) / (a + b + 1)).sqrt()
+    return torch.where(deviation > 0, centred / deviation, 0).to(like)
+
+
+def _expand(concentration: Tensor, like: Tensor) -> Tensor:
+    """Shapes `()` or `(B,)` for a batch `(B, ...)` in float64."""
+    k = concentration.to(like.device)
+    return k.reshape(-1, *(1,) * (like.ndim - 1)) if k.ndim else k

@@ -1,0 +1,73 @@
+"""The steps of Gamma diffusion that draw noise. They need the estimates' eps to be Gamma noise."""
+
+import torch
+from torch import Tensor
+
+from ddim_pl.noise.gamma import GammaNoise
+from ddim_pl.prediction import Prediction
+from ddim_pl.scales import Scales, expand_like, float64, to_device
+from ddim_pl.transitions import ddim_noise_scale, ddim_step, transition_variance
+
+
+def thinning_step(
+    prediction: Prediction, beta: Tensor, noise: GammaNoise, t: Scales, s: Scales
+) -> Tensor:
+    """Draw from the posterior `q(z_s | z_t, x)` of Gamma diffusion, `(B, ...)`, for `s < t`.
+
+    If `G ~ Gamma(K_t, 1)` and `B ~ Beta(K_s, K_t - K_s)` are independent, `B G ~ Gamma(K_s, 1)`.
+    So `z_s = alpha_s x + theta_s (B G - K_s)` with `G = K_t + sqrt(K_t) eps`. With the
+    standardised B and `r = K_s / K_t` that is `alpha_s x + sigma_s eps_s`,
+
+        eps_s = sqrt(r) eps + sqrt(1 - r) G / sqrt(K_t (K_t + 1)) beta,
+
+    which has no differences of large numbers, and tends to DDPM's posterior as K grows. Where an
+    estimate puts eps below the support, G is taken to be its edge, 0.
+
+    Args:
+        prediction: Estimates at level `t`, each `(B, ...)`.
+        beta: Standardised draws of `Beta(K_s, K_t - K_s)`, `(B, ...)`, see `thinning_shapes`.
+        noise: Law of the noise.
+        t: Level of the state.
+        s: Cleaner level.
+    """
+    x, eps = prediction
+    wide = float64(eps)
+    root = to_device(expand_like(noise.concentration(t).sqrt(), wide), wide)
+    wide = torch.maximum(wide, -root)
+    r = (s.sigma / t.sigma * (t.alpha / s.alpha)).square()
+    fresh = transition_variance(t, s).sqrt() / t.sigma
+    spread = (root + wide) / (root.square() + 1).sqrt() * float64(beta)
+    eps_s = expand_like(r.sqrt(), wide) * wide + expand_like(fresh, wide) * spread
+    return ddim_step(Prediction(x, eps_s.to(eps)), t, s)
+
+
+def thinning_shapes(noise: GammaNoise, t: Scales, s: Scales) -> tuple[Tensor, Tensor]:
+    """Shapes `(K_s, K_t - K_s)` of a Gamma diffusion's states and of its step from s to t."""
+    k_t = noise.concentration(t)
+    share = transition_variance(t, s) / t.sigma**2
+    return k_t * (s.sigma / t.sigma * (t.alpha / s.alpha)).square(), k_t * share
+
+
+def report_step(
+    prediction: Prediction, fresh: Tensor, t: Scales, s: Scales, *, eta: float = 1.0
+) -> Tensor:
+    """The report's Gamma-DDIM step `C z_t + D x + c (g - E g)`, `(B, ...)` (its eq. 18).
+
+    `C = (alpha_s - c alpha_t) / (alpha_t (1 + alpha_s))`, `D = (alpha_s^2 + c alpha_t) / (1 +
+    alpha_s)`, `g ~ Gamma(K_t - K_s, theta_t)` and `c` of `ddim_noise_scale`. As `C alpha_t + D =
+    alpha_s` it keeps the mean. The variance becomes `C^2 sigma_t^2 + c^2 (1 - alpha_t^2 /
+    alpha_s^2)`, which is not `sigma_s^2`: the derivation equates variables that are equal in law
+    only, and whose shapes double at every step.
+
+    Args:
+        prediction: Estimates at level `t`, each `(B, ...)`.
+        fresh: Standardised draws of Gamma noise of shape `K_t - K_s`, `(B, ...)`.
+        t: Level of the state.
+        s: Cleaner level.
+        eta: Scale of the fresh noise, as in `ddim_step`.
+    """
+    x, eps = prediction
+    c = ddim_noise_scale(t, s, eta)
+    kept = (s.alpha - c * t.alpha) / (t.alpha * (1 + s.alpha)) * t.sigma
+    std = c * transition_variance(t, s).sqrt()
+    return expand_like(s.alpha, x) * x + expand_like(kept, x) * eps + expand_like(std, x) * fresh

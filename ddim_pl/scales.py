@@ -1,0 +1,43 @@
+"""The pair (alpha, sigma) of a level, and how such numbers meet a batch of images."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Scales(NamedTuple):
+    """Signal and noise scales `alpha`, `sigma`: float64 tensors of one shape, `()` or `(B,)`."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+    @property
+    def log_snr(self) -> Tensor:
+        """Log signal-to-noise ratio `lambda = 2 log(alpha / sigma)`; infinite where sigma is 0."""
+        return 2 * (self.alpha.log() - self.sigma.log())
+
+    @property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio `alpha^2 / sigma^2`."""
+        return (self.alpha / self.sigma) ** 2
+
+
+def expand_like(coefficient: Tensor, like: Tensor) -> Tensor:
+    """Make a float64 coefficient of shape `()` or `(B,)` multiply a batch `(B, ...)`.
+
+    A scalar stays as it is: PyTorch lets it scale a tensor of any dtype and device. One value per
+    sample is cast to the batch's dtype and device and gets trailing axes of length 1.
+    """
+    if coefficient.ndim == 0:
+        return coefficient
+    return to_device(coefficient.to(like.dtype), like).reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def to_device(values: Tensor, like: Tensor) -> Tensor:
+    """Move a few numbers to the device of `like` without waiting for the work queued there."""
+    return values.to(like.device, non_blocking=like.is_cuda)
+
+
+def float64(values: Tensor) -> Tensor:
+    """In float64, on the same device unless that is Apple's, which has none."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
