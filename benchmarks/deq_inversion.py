@@ -34,7 +34,7 @@ from ddim_pl.latents import encode
 from ddim_pl.noise import latents
 from ddim_pl.samplers import DEQ
 from ddim_pl.timesteps import linear
-from ddim_pl.training.teacher import load_teacher
+from ddim_pl.training.checkpoints import load as load_teacher
 
 
 def methods() -> dict[str, Method]:

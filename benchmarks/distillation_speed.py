@@ -24,7 +24,7 @@ from ddim_pl.rng import step_generators
 from ddim_pl.samplers import DDIM
 from ddim_pl.timesteps import linear
 from ddim_pl.training import DDPM, DiffusionModule, ProgressiveDistillation
-from ddim_pl.training.luhman import make_pairs, recipe_of
+from ddim_pl.training.pairs import make_pairs, recipe_of
 
 
 def _now(device: torch.device) -> float:

@@ -75,7 +75,7 @@ class Students(L.Callback):
     ) -> None:
         """Close the round before the module begins the next one."""
         module = cast(ProgressiveDistillation, pl_module)
-        if module.round < module.round_at(module.global_step):
+        if module.round_index < module.round_at(module.global_step):
             self._close(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -90,13 +90,13 @@ class Students(L.Callback):
         Lightning has moved the module to the CPU by now.
         """
         module = cast(ProgressiveDistillation, pl_module)
-        if module.round_is_over and self._closed != module.round:
+        if module.round_is_over and self._closed != module.round_index:
             module.to(trainer.strategy.root_device)
             self._close(trainer, module)
 
     @torch.no_grad()
     def _close(self, trainer: L.Trainer, module: ProgressiveDistillation) -> None:
-        if module.round < 0:
+        if module.round_index < 0:
             return  # a converted teacher is no student yet
         run = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: it broadcasts
         name = f"student-{module.student_steps:04d}-steps"
@@ -118,7 +118,7 @@ class Students(L.Callback):
             _add_row(run / "students" / "students.csv", row)
             _save(trainer, module, run / "checkpoints" / f"{name}.ckpt")
         trainer.strategy.barrier("student written")
-        self._closed = module.round
+        self._closed = module.round_index
 
 
 def _measure_of(trainer: L.Trainer) -> FrechetDistance | None:

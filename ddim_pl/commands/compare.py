@@ -14,8 +14,8 @@ from ddim_pl.commands.report import label_rows, markdown, plot_distances, write_
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.timesteps import linear
 from ddim_pl.training import DiffusionModule
+from ddim_pl.training.checkpoints import load as load_teacher
 from ddim_pl.training.fingerprint import fingerprint
-from ddim_pl.training.teacher import load_teacher
 
 
 def compare(

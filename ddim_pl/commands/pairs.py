@@ -7,7 +7,7 @@ import lightning as L
 from ddim_pl.commands.devices import Device, at_least, on_every_device
 from ddim_pl.data.teacher_pairs import PAIR_SEED, PairStore
 from ddim_pl.training import DiffusionModule
-from ddim_pl.training.luhman import check_teacher_sampler, make_pairs, recipe_of
+from ddim_pl.training.pairs import check_teacher_sampler, make_pairs, recipe_of
 
 
 def pairs(

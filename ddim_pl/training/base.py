@@ -1,22 +1,21 @@
 """What every training method shares: a network, its average, and how to sample it."""
 
 import contextlib
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from types import FrameType
 from typing import Any, Literal, Self, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.parsing import collect_init_args
 from lightning.pytorch.utilities.types import OptimizerConfig, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ddim_pl.checks import check_at_least
 from ddim_pl.denoiser import NetworkDenoiser, TimeInput
+from ddim_pl.lightning_internals import constructor_arguments
 from ddim_pl.noise import GaussianNoise, Noise, latents
 from ddim_pl.prediction import PredictionType
 from ddim_pl.rng import StepGenerators, derive_seed, step_generators
@@ -36,7 +35,7 @@ from ddim_pl.training.warmup import Warmup
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 Batch = tuple[Tensor, ...]
-Loss = Literal["l2", "l1"]
+LossKind = Literal["l2", "l1"]
 
 
 class DiffusionModule(L.LightningModule, ABC):
@@ -92,16 +91,13 @@ class DiffusionModule(L.LightningModule, ABC):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self._record_arguments()
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
+        self._arguments = constructor_arguments(DiffusionModule)
+        check_at_least(0, warmup_steps=warmup_steps, seed=seed)
         self.schedule = schedule or LinearSchedule()
         self.noise = noise or GaussianNoise()
-        self._told: set[Sampler] = set()
+        self._warned_of: set[Sampler] = set()
         self.sampler = sampler or default_sampler(self.noise)
-        self._check_noise(self.sampler)
+        self.check_noise(self.sampler)
         self.timesteps = timesteps
         self.num_steps = num_steps
         _ = self.levels  # a wrong strategy or number of steps shows now, not after hours
@@ -117,7 +113,8 @@ class DiffusionModule(L.LightningModule, ABC):
         self.warmup_steps = warmup_steps
         self.compile_network = compile
         self.seed = seed
-        _ = self.denoiser  # so do a wrong prediction or time input
+        _ = self.denoiser  # so does a wrong prediction or time input
+        self.record_arguments()
 
     distilled_steps: int | None = None
     """Steps that the averaged network was distilled for, if it was: it knows no other levels."""
@@ -196,7 +193,7 @@ class DiffusionModule(L.LightningModule, ABC):
         if label is None:
             label = self.label_of(indices)
         if sampler is not None:
-            self._check_noise(sampler)
+            self.check_noise(sampler)
         return (sampler or self.sampler)(
             self.conditioned(label),
             z.to(self.device),
@@ -294,11 +291,11 @@ class DiffusionModule(L.LightningModule, ABC):
 
     # ---- parts --------------------------------------------------------------------------------
 
-    def _check_noise(self, sampler: Sampler) -> None:
+    def check_noise(self, sampler: Sampler) -> None:
         """Warn, once, of a sampler that is made for another law of noise."""
-        if sampler.noise == self.noise or sampler in self._told:
+        if sampler.noise == self.noise or sampler in self._warned_of:
             return
-        self._told.add(sampler)
+        self._warned_of.add(sampler)
         rank_zero_warn(
             f"{sampler} is made for {sampler.noise}, but the model is one of {self.noise}: its "
             f"steps do not keep that law; use {default_sampler(self.noise)}, or another sampler "
@@ -316,13 +313,16 @@ class DiffusionModule(L.LightningModule, ABC):
         loss = self._mean_loss(self.average.module, batch, seed)
         self.log(name, loss, sync_dist=True, batch_size=len(batch[0]), prog_bar=True)
 
-    def _record_arguments(self) -> None:
-        """Store the constructor's arguments as plain data, where Lightning puts them in files."""
-        frame = cast(FrameType, cast(FrameType, inspect.currentframe()).f_back)
-        # Of the last class only: what it passes on to its bases, it will pass on again.
-        arguments = collect_init_args(frame, [], classes=(DiffusionModule,))[-1]
+    def record_arguments(self, **found: Any) -> None:
+        """Store the constructor's arguments as plain data, where Lightning puts them in files.
+
+        Args:
+            **found: What a constructor took from elsewhere where an argument was not given, such
+                as the teacher's network.
+        """
+        given = {name: value for name, value in self._arguments.items() if value is not None}
         plain: dict[str, Any] = {}
-        for name, value in arguments.items():
+        for name, value in (found | given).items():
             try:
                 plain[name] = describe(value)
             except NotPlainError as error:

@@ -6,16 +6,17 @@ The noise may be of any law, see `ddim_pl.noise`: with Gamma noise this is the t
 et al. 2021.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ddim_pl.checks import check_one_of
 from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.prediction import LossWeight, check_loss_weight, output_error_weight, target
 from ddim_pl.rng import StepGenerators
 from ddim_pl.schedules import DiscreteSchedule, NoiseSchedule
-from ddim_pl.training.base import Batch, DiffusionModule, Loss
+from ddim_pl.training.base import Batch, DiffusionModule, LossKind
 from ddim_pl.transitions import q_sample
 
 LevelSampling = Literal["uniform", "antithetic"]
@@ -52,7 +53,7 @@ def denoising_loss(
     *,
     weight: LossWeight,
     gamma: float = 5.0,
-    loss: Loss = "l2",
+    loss: LossKind = "l2",
 ) -> Tensor:
     """Weighted error of the denoiser, per image and averaged over its dimensions.
 
@@ -68,10 +69,10 @@ def denoising_loss(
     Returns:
         Losses, `(B,)`.
     """
-    level = denoiser.schedule(t)
-    output = denoiser.output(q_sample(x, eps, level), t)
-    error = output - target(denoiser.prediction, level, x, eps)
-    weights = output_error_weight(denoiser.prediction, weight, level, gamma=gamma)
+    scales = denoiser.schedule(t)
+    output = denoiser.output(q_sample(x, eps, scales), t)
+    error = output - target(denoiser.prediction, scales, x, eps)
+    weights = output_error_weight(denoiser.prediction, weight, scales, gamma=gamma)
     if loss == "l1":
         return weights.sqrt().to(x) * error.abs().flatten(1).mean(1)
     return weights.to(x) * error.square().flatten(1).mean(1)
@@ -84,9 +85,8 @@ class DDPM(DiffusionModule):
         network: As in `DiffusionModule`.
         schedule: As in `DiffusionModule`.
         loss_weight: Weight on the squared error of x: "snr" (with eps-prediction the simple loss
-        of
-            DDPM), "truncated_snr", "snr_plus_one" (with v-prediction the plain v loss), "min_snr",
-            "uniform".
+            of DDPM), "truncated_snr", "snr_plus_one" (with v-prediction the plain v loss),
+            "min_snr", "uniform".
         min_snr_gamma: Bound of "min_snr".
         loss: "l2", the squared error, or "l1", the absolute one. Nachmani et al. 2021 write l1 for
             Gamma noise, and their code has l2.
@@ -106,7 +106,7 @@ class DDPM(DiffusionModule):
         *,
         loss_weight: LossWeight = "snr",
         min_snr_gamma: float = 5.0,
-        loss: Loss = "l2",
+        loss: LossKind = "l2",
         level_sampling: LevelSampling = "uniform",
         distilled_steps: int | None = None,
         **kwargs: Any,
@@ -115,15 +115,11 @@ class DDPM(DiffusionModule):
         check_loss_weight(self.prediction, loss_weight)
         if min_snr_gamma <= 0:
             raise ValueError(f"min_snr_gamma must be positive, got {min_snr_gamma}: 5 is usual")
-        if level_sampling not in get_args(LevelSampling):
-            raise ValueError(
-                f"level_sampling must be one of {get_args(LevelSampling)}, got {level_sampling!r}"
-            )
-        if loss not in get_args(Loss):
-            raise ValueError(f"loss must be one of {get_args(Loss)}, got {loss!r}")
+        check_one_of(LevelSampling, level_sampling=level_sampling)
+        check_one_of(LossKind, loss=loss)
         self.loss_weight = loss_weight
         self.min_snr_gamma = min_snr_gamma
-        self.error: Loss = loss
+        self.loss_kind: LossKind = loss
         self.level_sampling = level_sampling
         self.distilled_steps = distilled_steps
 
@@ -139,5 +135,5 @@ class DDPM(DiffusionModule):
             eps,
             weight=self.loss_weight,
             gamma=self.min_snr_gamma,
-            loss=self.error,
+            loss=self.loss_kind,
         )

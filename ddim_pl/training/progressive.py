@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ddim_pl.denoiser import NetworkDenoiser, TimeInput
-from ddim_pl.noise import Noise
+from ddim_pl.checks import check_at_least
+from ddim_pl.denoiser import NetworkDenoiser
+from ddim_pl.lightning_internals import stop_after
 from ddim_pl.prediction import (
     LossWeight,
     PredictionType,
@@ -29,20 +30,11 @@ from ddim_pl.prediction import (
 from ddim_pl.rng import StepGenerators
 from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.timesteps import linear
-from ddim_pl.training.base import Batch, DiffusionModule, OptimizerCallable
+from ddim_pl.training.base import Batch, DiffusionModule
 from ddim_pl.training.ddpm import DDPM
+from ddim_pl.training.distillation import Distillation, copy_weights, student_network
 from ddim_pl.training.hyperparameters import INSTANTIATOR, describe, import_path
-from ddim_pl.training.teacher import (
-    check_same_kind,
-    check_steps,
-    copy_weights,
-    load_teacher,
-    set_dropout,
-    student_network,
-)
-from ddim_pl.transitions import (
-    q_sample,
-)
+from ddim_pl.transitions import q_sample
 
 
 class Round(NamedTuple):
@@ -52,7 +44,7 @@ class Round(NamedTuple):
     updates: int
 
 
-class ProgressiveDistillation(DiffusionModule):
+class ProgressiveDistillation(Distillation):
     """Halve the number of steps of a teacher, round after round.
 
     Network, schedule, noise and time input are the teacher's. Each round begins from its teacher's
@@ -62,10 +54,6 @@ class ProgressiveDistillation(DiffusionModule):
     Args:
         network: By default a copy of the teacher's; a checkpoint of this module holds it here.
         schedule: By default the teacher's.
-        noise: By default the teacher's. The deterministic steps are those of its law,
-            `Noise.step`, of which DDIM is the Gaussian case.
-        teacher: Checkpoint of the teacher: any of this package, of eps-, x- or v-prediction; also
-            a student, to go on from it.
         rounds: The ladder, `(student steps, updates)` each: the teacher's number of steps is twice
             that of the first student, and each student has half the steps of the one before.
         conversion_updates: Updates before the first round in which the student learns the
@@ -75,46 +63,31 @@ class ProgressiveDistillation(DiffusionModule):
         loss_weight: Weight on the squared error of x: "truncated_snr" or "snr_plus_one" (the
             paper's two), or any other of `ddim_pl.prediction.LossWeight`.
         clip_teacher: Clip the teacher's estimates to [-1, 1]; the paper does not.
-        dropout: Dropout of the students; the paper has none.
-        time_input: By default the teacher's.
         teacher_prediction: What the first teacher predicts; read from it.
-        image_shape: As in `DiffusionModule`; by default the teacher's.
-        clip: Clip a student's estimates when it samples; by default as the teacher does.
-        optimizer: As in `DiffusionModule`.
         warmup_steps: Updates of each round over which the rate grows linearly.
-        ema_decay: As in `DiffusionModule`; each round begins a new average.
-        compile: As in `DiffusionModule`.
-        seed: As in `DiffusionModule`.
+        **kwargs: Arguments of `Distillation`. Each round begins a new average; the paper has no
+            dropout.
 
     Raises:
         ValueError: If the ladder does not halve, the teacher cannot be read or does not fit, or an
             argument is out of range.
     """
 
-    round: int = 0
+    round_index: int = 0
 
     def __init__(
         self,
         network: nn.Module | None = None,
         schedule: NoiseSchedule | None = None,
         *,
-        noise: Noise | None = None,
         rounds: list[tuple[int, int]],
-        teacher: str | None = None,
         conversion_updates: int = 0,
         prediction: PredictionType = "v",
         loss_weight: LossWeight = "truncated_snr",
         clip_teacher: bool = False,
-        dropout: float = 0.0,
-        time_input: TimeInput | None = None,
         teacher_prediction: PredictionType | None = None,
-        image_shape: tuple[int, int, int] | None = None,
-        clip: bool | None = None,
-        optimizer: OptimizerCallable | None = None,
         warmup_steps: int = 0,
-        ema_decay: float = 0.9999,
-        compile: bool = False,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         if prediction not in ("x", "v", "both"):
             raise ValueError(
@@ -122,52 +95,27 @@ class ProgressiveDistillation(DiffusionModule):
                 "last level eps says nothing of the image, and a student of one step sees no other"
             )
         check_loss_weight(prediction, loss_weight)
+        check_at_least(0, conversion_updates=conversion_updates, warmup_steps=warmup_steps)
         self.rounds = _check_rounds(rounds)
-        for name, value in {
-            "conversion_updates": conversion_updates,
-            "warmup_steps": warmup_steps,
-        }.items():
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
-        read = load_teacher(teacher) if teacher is not None and network is None else None
-        if read is not None:
-            # Under the arguments' own names, by which a checkpoint will hold what was found.
-            network = student_network(read, dropout)
-            schedule = schedule or read.schedule
-            noise = noise or read.noise
-            time_input = time_input or read.time_input
-            teacher_prediction = read.prediction
-            image_shape = image_shape or read.image_shape
-            clip = read.clip if clip is None else clip
-        if network is None:
-            raise ValueError("teacher must be given: a checkpoint to distil")
-        set_dropout(network, dropout)
+        self.given_teacher_prediction = teacher_prediction
         super().__init__(
             network,
             schedule,
-            noise=noise,
             prediction=prediction,
-            time_input=time_input or "index",
-            image_shape=image_shape,
-            clip=True if clip is None else clip,
+            sampler=None,
             timesteps="linear",
             num_steps=self.rounds[-1].steps,
-            optimizer=optimizer,
-            ema_decay=ema_decay,
-            compile=compile,
-            seed=seed,
+            lr_scheduler=None,
+            warmup_steps=0,
+            **kwargs,
         )
-        self.teacher_path = teacher
         self.teacher = student_network(self, 0.0).requires_grad_(False).eval()
-        self.first_prediction: PredictionType = teacher_prediction or prediction
+        self.record_arguments(teacher_prediction=self.first_prediction)
         self.conversion_updates = conversion_updates
         self.loss_weight = loss_weight
         self.clip_teacher = clip_teacher
         self.round_warmup = warmup_steps
-        self.round = self.round_at(0)
-        if read is not None:
-            self._check_teacher(read)
-            self.load_weights_from(read)
+        self.round_index = self.round_at(0)
 
     # ---- the ladder ---------------------------------------------------------------------------
 
@@ -196,54 +144,62 @@ class ProgressiveDistillation(DiffusionModule):
     @property
     def student_steps(self) -> int:
         """Steps of the student in training, or when it is only converted, of its teacher."""
-        return 2 * self.rounds[0].steps if self.round < 0 else self.rounds[self.round].steps
+        return self.teacher_steps if self.round_index < 0 else self.rounds[self.round_index].steps
 
     @property
     def round_updates(self) -> int:
         """Updates of the present round."""
-        return self._updates_of(self.round)
+        return self._updates_of(self.round_index)
 
     @property
     def round_is_over(self) -> bool:
         """Whether all updates of the present round are made."""
-        return self.global_step >= self.start_of(self.round) + self.round_updates
+        return self.global_step >= self.start_of(self.round_index) + self.round_updates
 
     @property
     def levels(self) -> Tensor:
         """Levels of the present student, `(N + 1,)`."""
         # A teacher that is being converted may have more steps than there are whole levels.
-        most = self.schedule.num_levels if self.round < 0 else self.student_steps
+        most = self.schedule.num_levels if self.round_index < 0 else self.student_steps
         return linear(self.schedule.num_levels, min(self.student_steps, most))
 
     @property
     def distilled_steps(self) -> int | None:  # type: ignore[override]
         """Steps of the present student, the only ones it knows."""
-        return None if self.round < 0 else self.student_steps
+        return None if self.round_index < 0 else self.student_steps
+
+    @property
+    def teacher_steps(self) -> int:
+        """Steps of the first teacher."""
+        return 2 * self.rounds[0].steps
+
+    @property
+    def first_prediction(self) -> PredictionType:
+        """What the first teacher predicts."""
+        return self.read_prediction or self.given_teacher_prediction or self.prediction
 
     def load_weights_from(self, teacher: DiffusionModule) -> None:
-        """Begin the ladder with a teacher's weights, for the student and what it learns from."""
-        for network in (self.network, self.average.module, self.teacher):
-            copy_weights(teacher.average.module, network)
+        """Begin the ladder with a teacher's weights, in the student and in its first teacher."""
+        super().load_weights_from(teacher)
+        copy_weights(teacher.average.module, self.teacher)
         self.average.n_averaged.zero_()
-        self.round = self.round_at(0)
+        self.round_index = self.round_at(0)
 
-    def _check_teacher(self, teacher: DiffusionModule) -> None:
-        """See that the ladder can begin from a teacher."""
-        path = str(self.teacher_path)
-        check_same_kind(teacher, self, path)
+    def check_teacher(self, teacher: DiffusionModule) -> None:
+        """Check that the ladder can begin from a teacher."""
+        super().check_teacher(teacher)
         if teacher.prediction != self.first_prediction:
             raise ValueError(
-                f"teacher {path!r} predicts {teacher.prediction!r}, but is read as "
+                f"teacher {self.teacher_path!r} predicts {teacher.prediction!r}, but is read as "
                 f"{self.first_prediction!r}: set teacher_prediction, or leave network out"
             )
-        check_steps(teacher, 2 * self.rounds[0].steps, path)
 
     def promote(self) -> None:
         """Make the averaged student the teacher of the next round, and begin that."""
         copy_weights(self.average.module, self.teacher)
         copy_weights(self.average.module, self.network)
         self.average.n_averaged.zero_()
-        self.round += 1
+        self.round_index += 1
 
     def student_checkpoint(self) -> dict[str, Any]:
         """The present student, by its averaged weights, as a checkpoint of a plain `DDPM`.
@@ -282,18 +238,18 @@ class ProgressiveDistillation(DiffusionModule):
 
     def get_extra_state(self) -> dict[str, int]:
         """The round, so that the weights of a checkpoint say whose they are."""
-        return {"round": self.round}
+        return {"round": self.round_index}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Go on in that round."""
-        self.round = state["round"]
+        self.round_index = state["round"]
 
     # ---- what the method is -------------------------------------------------------------------
 
     @property
     def teacher_denoiser(self) -> NetworkDenoiser:
         """The teacher of the present round."""
-        first = self.round < 0 or (self.round == 0 and self.conversion_updates == 0)
+        first = self.round_index < 0 or (self.round_index == 0 and self.conversion_updates == 0)
         prediction = self.first_prediction if first else self.prediction
         return NetworkDenoiser(
             self.teacher, self.schedule, prediction, self.clip_teacher, self.time_input
@@ -306,7 +262,7 @@ class ProgressiveDistillation(DiffusionModule):
         steps = self.student_steps
         step = self.schedule.num_levels / steps
         u = torch.rand(len(x), generator=generators.host, dtype=torch.float64)
-        if self.round < 0:
+        if self.round_index < 0:
             t = (1 - u) * self.schedule.num_levels
         else:
             # In this order the last level is T exactly, not a rounding above.
@@ -314,7 +270,7 @@ class ProgressiveDistillation(DiffusionModule):
         scales = self.schedule(t)
         z = q_sample(x, self.noise.draw(x.shape, scales, generators.device, x), scales)
         with torch.no_grad():
-            if self.round < 0:
+            if self.round_index < 0:
                 wanted = teacher(z, t).x
             else:
                 end = (t - step).clamp(min=0)
@@ -339,26 +295,24 @@ class ProgressiveDistillation(DiffusionModule):
         if self.compile_network:
             self.teacher.compile()
         if stage == "fit" and self.trainer.max_steps == -1:
-            self.trainer.fit_loop.epoch_loop.max_steps = self.num_updates
+            stop_after(self.trainer, self.num_updates)
 
     def check_data(self, datamodule: L.LightningDataModule | None) -> None:
-        """See that there is a teacher that the ladder can begin from."""
+        """Check that there is a teacher that the ladder can begin from."""
         if self.teacher_path is not None:
-            self._check_teacher(load_teacher(self.teacher_path))
+            self.read_teacher()
 
     def on_fit_start(self) -> None:
-        """Begin with the teacher's weights, unless a run goes on, whose checkpoint holds all.
+        """Begin with the teacher's weights, unless a run resumes, whose checkpoint holds all.
 
-        (A config that was read from a checkpoint names both a network and a teacher to read.)
+        A config from a checkpoint names both a network and a teacher.
         """
         if self.teacher_path is not None and self.trainer.ckpt_path is None:
-            read = load_teacher(self.teacher_path)
-            self._check_teacher(read)
-            self.load_weights_from(read)
+            self.load_weights_from(self.read_teacher())
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Begin the next round where the last one's updates are made."""
-        while self.round < self.round_at(self.global_step):
+        while self.round_index < self.round_at(self.global_step):
             self.promote()
             for optimizer in self.trainer.optimizers:
                 optimizer.state.clear()

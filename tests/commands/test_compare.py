@@ -39,7 +39,7 @@ def run(tmp_path):
     folder = tmp_path / "ladder" / "version_0" / "checkpoints"
     folder.mkdir(parents=True)
     for round_, steps in enumerate((4, 2)):
-        ladder.round = round_
+        ladder.round_index = round_
         next(ladder.average.module.parameters()).data += 0.1
         file = folder / f"student-{steps:04d}-steps.ckpt"
         torch.save(ladder.student_checkpoint(), file)
@@ -87,7 +87,7 @@ def test_wrong_students_are_errors(tmp_path, run):
     for students, message in (
         ([], "students must name at least one"),
         ([str(tmp_path / "empty")], "holds no student"),
-        (["gone.ckpt"], "is not a file"),
+        (["gone.ckpt"], "which is no file"),
     ):
         with pytest.raises(ValueError, match=message):
             compare(tmp_path / "out", teacher, students)

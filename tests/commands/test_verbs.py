@@ -363,7 +363,7 @@ def test_a_moved_checkpoint_has_one_folder_of_its_own(checkpoint, tmp_path, caps
 
 
 def test_sample_draws_with_the_checkpoints_weights(checkpoint, tmp_path):
-    from ddim_pl.training import Ancestral as DDPMModule
+    from ddim_pl.training import DDPM
 
     out = tmp_path / "out"
     main(
@@ -373,7 +373,7 @@ def test_sample_draws_with_the_checkpoints_weights(checkpoint, tmp_path):
             *("--model.num_steps", "3"),
         ]
     )
-    model = DDPMModule.load_from_checkpoint(checkpoint, weights_only=True)
+    model = DDPM.load_from_checkpoint(checkpoint, weights_only=True)
     levels = make_levels(model.timesteps, model.schedule, 3)
     expected = to_uint8(model.sample(range(3), sampler=Heun(), levels=levels))
     arrays = np.load(out / "samples.npz")["arr_0"]
@@ -391,7 +391,7 @@ def test_a_verb_without_a_checkpoint_is_an_error(verb):
     [
         (
             ["--model.sampler", "Foo"],
-            "sampler cannot be Foo: known are DDIM, DDPM, DEQ, DPMSolverPP",
+            "sampler cannot be Foo: known are Ancestral, DDIM, DEQ, DPMSolverPP",
         ),
         (["--model.timesteps", "foo"], "timesteps must be one of"),
         (["--model.sampler", "Heun", "--model.sampler.eta", "1"], "no argument 'eta'"),

@@ -9,7 +9,7 @@ import pytest
 from golden import record
 
 from ddim_pl.cli import main
-from ddim_pl.training.teacher import load_teacher
+from ddim_pl.training.checkpoints import load as load_teacher
 
 CHECKPOINTS = Path(__file__).with_name("checkpoints.tar.xz")
 

@@ -131,7 +131,7 @@ def test_l1_weighs_the_absolute_error_by_the_root(prediction, weight):
         denoiser = Missing(module.network, module.schedule, prediction)
         wanted = target(prediction, module.schedule(t), x, eps)
         object.__setattr__(denoiser, "wanted", wanted)
-        losses.append(denoising_loss(denoiser, x, t, eps, weight=weight, loss=module.error))
+        losses.append(denoising_loss(denoiser, x, t, eps, weight=weight, loss=module.loss_kind))
     torch.testing.assert_close(losses[1], losses[0].sqrt(), rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match=r"loss must be one of \('l2', 'l1'\), got 'l3'"):
         tiny_ddpm(loss="l3")

@@ -32,7 +32,7 @@ from ddim_pl.rng import share_generators, step_generators
 from ddim_pl.samplers import DDIM, Ancestral
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
 from ddim_pl.training import DDPM, LuhmanDistillation, luhman
-from ddim_pl.training.luhman import make_pairs, recipe_of
+from ddim_pl.training.pairs import make_pairs, recipe_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -391,7 +391,9 @@ def test_pairs_of_latents_that_judge_the_student_are_refused(
     """Else the student answers what it was taught, and a distance tells nothing."""
     settings = {} if pair_seed is None else {"pair_seed": pair_seed}
     shared = PAIR_SEED if pair_seed is None else pair_seed
-    message = rf"pair_seed is {shared}, of which 48 .* of seed {seed}, .* such as (\d+)"
+    message = (
+        rf"pair_seed must share no .* of seed {seed}, .* got {shared} for 48 .* such as (\d+)"
+    )
     with pytest.raises(ValueError, match=message) as caught:
         trainer(tmp_path, max_steps=1).fit(
             student(teacher_file, seed=seed), pairs(tmp_path, **settings)
@@ -474,14 +476,16 @@ def test_wrong_arguments_are_errors(teacher_file, arguments, message):
 
 
 def test_a_plain_data_module_is_refused(tmp_path, teacher_file):
-    with pytest.raises(ValueError, match=r"needs .*TeacherPairsDataModule"):
+    with pytest.raises(ValueError, match=r"must be .*TeacherPairsDataModule"):
         trainer(tmp_path, max_steps=1).fit(student(teacher_file), DigitsDataModule())
 
 
 def test_a_missing_teacher_is_an_error():
     with pytest.raises(ValueError, match="teacher must be given"):
         LuhmanDistillation()
-    with pytest.raises(ValueError, match=r"teacher 'gone.ckpt' is not a file"):
+    with pytest.raises(
+        ValueError, match=r"teacher must be a checkpoint .* got 'gone.ckpt', which is no file"
+    ):
         LuhmanDistillation(teacher="gone.ckpt")
 
 
@@ -569,7 +573,7 @@ def test_validate_says_that_only_fit_opens_the_pairs(run):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--data.pair_seed", "3"], "pair_seed is 3"),
+        (["--data.pair_seed", "3"], "got 3 for"),
         (["--trainer.precision", "bf16-mixed"], "was made with precision="),
         (["--trainer.overfit_batches", "2"], "overfit_batches is 2"),
     ],

@@ -22,7 +22,7 @@ from ddim_pl.scales import expand_like
 from ddim_pl.schedules import CosineLogSNRSchedule, ImprovedCosineSchedule, LinearSchedule
 from ddim_pl.timesteps import linear
 from ddim_pl.training import DDPM, ProgressiveDistillation
-from ddim_pl.training.teacher import load_teacher
+from ddim_pl.training.checkpoints import load as load_teacher
 from ddim_pl.transitions import ddim_step, two_step_target
 
 SCHEDULES = [LinearSchedule, ImprovedCosineSchedule, CosineLogSNRSchedule]
@@ -291,7 +291,7 @@ class Diary(Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         page = SimpleNamespace(
-            round=pl_module.round,
+            round=pl_module.round_index,
             steps=pl_module.student_steps,
             levels=pl_module.levels,
             rate=optimizer.param_groups[0]["lr"],
@@ -329,11 +329,11 @@ def test_each_update_belongs_to_a_round(teacher):
     assert [module.start_of(index) for index in (-1, 0, 1, 2)] == [0, 2, 8, 13]
     steps = []
     for index in (-1, 0, 1, 2):
-        module.round = index
+        module.round_index = index
         steps.append(module.student_steps)
         torch.testing.assert_close(module.levels, linear(1000, steps[-1]), rtol=0, atol=0)
     assert steps == [8, 4, 2, 1]
-    assert ladder(teacher, conversion_updates=0).round == 0
+    assert ladder(teacher, conversion_updates=0).round_index == 0
     assert module.network.init_args["dropout"] == 0.1
     assert module.teacher.init_args["dropout"] == 0.0
 
@@ -396,7 +396,7 @@ def test_a_checkpoint_alone_rebuilds_the_ladder(whole):
         folder / "step=18.ckpt", map_location="cpu", weights_only=True, teacher=None
     )
     assert loaded.rounds == module.rounds
-    assert (loaded.round, loaded.student_steps, loaded.clip) == (2, 1, False)
+    assert (loaded.round_index, loaded.student_steps, loaded.clip) == (2, 1, False)
     assert loaded.schedule == CosineLogSNRSchedule()
     assert loaded.time_input == "log_snr"
     torch.testing.assert_close(loaded.sample([0, 1]), module.sample([0, 1]), rtol=0, atol=0)
@@ -493,7 +493,7 @@ def test_conversion_teaches_a_v_student_what_an_eps_teacher_says(eps_teacher, tm
     losses.append(loss())
     fit(module, tmp_path, max_steps=60)
     losses.append(loss())
-    assert module.round == -1
+    assert module.round_index == -1
     assert losses[1] < 0.9 * losses[0], losses
 
 
@@ -517,7 +517,7 @@ def test_a_teacher_of_both_x_and_eps_has_such_students(tmp_path):
 def test_a_round_can_be_run_alone_from_a_student(whole, tmp_path):
     folder = whole[3]
     two = ProgressiveDistillation.load_from_checkpoint(folder / "step=13.ckpt", weights_only=True)
-    assert (two.round, two.student_steps, two.distilled_steps) == (1, 2, 2)
+    assert (two.round_index, two.student_steps, two.distilled_steps) == (1, 2, 2)
     path = tmp_path / "student.ckpt"
     torch.save(two.student_checkpoint(), path)
     student = DDPM.load_from_checkpoint(path, map_location="cpu", weights_only=True)
@@ -566,7 +566,7 @@ def test_a_new_fit_of_a_finished_ladder_begins_anew(whole, tmp_path):
     again = ProgressiveDistillation.load_from_checkpoint(
         whole[3] / "step=18.ckpt", weights_only=True
     )
-    assert again.round == 2
+    assert again.round_index == 2
     diary = Diary()
     seed_everything(0, verbose=False)
     fit(again, tmp_path, diary)
@@ -608,10 +608,13 @@ def test_another_network_does_not_change_how_the_teacher_is_read(eps_teacher, tm
         ),
         ({"prediction": "residual"}, "prediction must be 'v', 'x' or 'both' .* got 'residual'"),
         ({"loss_weight": "snr_plus_two"}, "loss_weight must be one of .* got 'snr_plus_two'"),
-        ({"conversion_updates": -1}, "conversion_updates must not be negative, got -1"),
-        ({"warmup_steps": -2}, "warmup_steps must not be negative, got -2"),
+        ({"conversion_updates": -1}, "conversion_updates must be at least 0, got -1"),
+        ({"warmup_steps": -2}, "warmup_steps must be at least 0, got -2"),
         ({"teacher": None}, "teacher must be given"),
-        ({"teacher": "nowhere.ckpt"}, "teacher 'nowhere.ckpt' is not a file"),
+        (
+            {"teacher": "nowhere.ckpt"},
+            "teacher must be a checkpoint .* got 'nowhere.ckpt', which is no file",
+        ),
         ({"schedule": LinearSchedule()}, "teacher .* has schedule CosineLogSNR.* given Linear"),
         ({"time_input": "index"}, "teacher .* has time_input log_snr, .* given index"),
         ({"image_shape": (1, 16, 16)}, r"teacher .* has image_shape .* given \(1, 16, 16\)"),
@@ -657,7 +660,9 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path, content):
         path.write_bytes(content)
     else:
         torch.save(content, path)
-    with pytest.raises(ValueError, match=r"teacher .*other.ckpt' cannot be read as a checkpoint"):
+    with pytest.raises(
+        ValueError, match=r"teacher must be a checkpoint .*other.ckpt', which cannot be read"
+    ):
         ladder(str(path))
 
 
@@ -673,14 +678,16 @@ def test_a_checkpoint_whose_weights_do_not_fit_is_refused(tmp_path):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["hyper_parameters"]["network"]["init_args"]["channels"] = 12
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match=r"teacher .*model.ckpt' cannot be read"):
+    with pytest.raises(
+        ValueError, match=r"teacher must be a checkpoint .*model.ckpt', which cannot be read"
+    ):
         ladder(path)
 
 
 def test_conversion_evaluates_at_levels_that_exist():
     # The teacher of 600 steps would have 1200, more than there are levels.
     module = wave(rounds=[(600, 1), (300, 1)], conversion_updates=1)
-    assert module.round == -1
+    assert module.round_index == -1
     assert len(module.levels) <= 1001
 
 

@@ -1,0 +1,70 @@
+"""Every place where the project reaches into Lightning, of version 2.6, and why.
+
+Lightning has no public way to do these things. A new version of Lightning is checked here.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, cast
+
+import lightning as L
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.parsing import collect_init_args
+
+
+def constructor_arguments(base: type[Any]) -> dict[str, Any]:
+    """Arguments that the constructor of an object was given, asked for by that of its base.
+
+    Lightning's `save_hyperparameters` looks at the same frames, but stores what is not plain data.
+    Those of the last class only: what it passes on to its bases, it will pass on again.
+    """
+    frame = cast(FrameType, cast(FrameType, inspect.currentframe()).f_back)
+    return collect_init_args(frame, [], classes=(base,))[-1]
+
+
+def stop_after(trainer: L.Trainer, num_updates: int) -> None:
+    """End a fit after this many updates, which only the module knows.
+
+    `max_steps` is an argument of the Trainer, made before the module is.
+    """
+    trainer.fit_loop.epoch_loop.max_steps = num_updates
+
+
+def batches_consumed(trainer: L.Trainer) -> int:
+    """Batches that the run has trained on since it began, also before it was resumed.
+
+    Lightning restores its progress before it asks for a loader. `processed` counts the batches
+    that were trained on; `ready` would also count one that an exception broke off.
+    """
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+
+
+def add_callback_states(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let the callbacks write into a checkpoint that the trainer does not save itself."""
+    call._call_callbacks_on_save_checkpoint(trainer, checkpoint)
+
+
+def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
+    """The trainer's callbacks, an attribute that is set where type checkers do not see it."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def datamodule_of(trainer: L.Trainer) -> L.LightningDataModule | None:
+    """The trainer's data module, an attribute that is set where type checkers do not see it."""
+    return trainer.datamodule  # type: ignore[attr-defined]
+
+
+@contextmanager
+def without_callbacks_and_loggers(trainer: L.Trainer) -> Iterator[None]:
+    """Run a command without what belongs to fit and test.
+
+    The trainer has no argument for this, and another trainer would start its processes anew.
+    """
+    callbacks, loggers = callbacks_of(trainer), trainer.loggers
+    trainer.callbacks, trainer.loggers = [], []  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]

@@ -1,0 +1,97 @@
+"""Making pairs (latent, teacher's image) for single-step distillation."""
+
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ddim_pl.data.teacher_pairs import PairStore, shards_of
+from ddim_pl.samplers import Sampler
+from ddim_pl.training.base import DiffusionModule
+from ddim_pl.training.fingerprint import fingerprint
+
+
+def check_teacher_sampler(sampler: Sampler) -> None:
+    """See that a latent has one image.
+
+    Raises:
+        ValueError: If the sampler is stochastic.
+    """
+    if not sampler.is_deterministic:
+        raise ValueError(
+            f"the teacher's sampler must be deterministic, got {sampler}: with noise in it a "
+            "latent has no one image; use DDIM with eta 0"
+        )
+
+
+def recipe_of(
+    teacher: DiffusionModule, sampler: Sampler, levels: Tensor, *, precision: str
+) -> dict[str, Any]:
+    """All that a pair depends on but its seed and index; the precision is a trainer's."""
+    return {
+        "teacher": fingerprint(teacher),
+        "sampler": str(sampler),
+        "levels": levels.tolist(),
+        "shape": list(teacher.image_shape),
+        "num_classes": teacher.num_classes,
+        "precision": precision,
+    }
+
+
+@torch.no_grad()
+def make_pairs(
+    store: PairStore,
+    teacher: DiffusionModule,
+    sampler: Sampler,
+    levels: Tensor,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int = 500,
+    progress: bool = False,
+) -> int:
+    """Draw this rank's shards that are missing or damaged; return how many.
+
+    A shard is written while the next one is drawn.
+
+    Args:
+        store: Where to.
+        teacher: Draws with its averaged weights.
+        sampler: Deterministic sampler.
+        levels: Its levels, `(S + 1,)`.
+        rank: This process.
+        world_size: Number of processes.
+        batch_size: Images in a batch.
+        progress: Show a progress bar.
+
+    Raises:
+        OSError: If the disk is full; the shards before are kept.
+    """
+    missing = [shard for shard in shards_of(store, rank, world_size) if not store.is_whole(shard)]
+    total = sum(len(store.indices(shard)) for shard in missing)
+    with (
+        ThreadPoolExecutor(1) as writer,
+        tqdm(total=total, desc="teacher pairs", unit="pair", disable=not progress) as bar,
+    ):
+        writing: Future[None] | None = None
+        for shard in missing:
+            parts = []
+            for batch in _batches(store.indices(shard), batch_size):
+                images = teacher.sample(
+                    batch, sampler=sampler, levels=levels, seed=store.recipe["seed"]
+                )
+                parts.append(images.float().cpu())
+                bar.update(len(batch))
+            if writing is not None:
+                writing.result()  # raises what the writing raised
+            writing = writer.submit(store.write, shard, torch.cat(parts))
+        if writing is not None:
+            writing.result()
+    return len(missing)
+
+
+def _batches(indices: range, size: int) -> Iterable[range]:
+    return (indices[start : start + size] for start in range(0, len(indices), size))
