@@ -1,16 +1,17 @@
 """Likelihood of the validation images, in bits per dimension, in `test` and `validate`."""
 
-import dataclasses
 from typing import cast
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ddim_pl.data.base import ImageDataModule, shared_batches
+from ddim_pl.checks import check_at_least
+from ddim_pl.data.base import shared_batches
+from ddim_pl.evaluation.worker import Worker, check_images
 from ddim_pl.images import from_uint8
+from ddim_pl.lightning_internals import datamodule_of
 from ddim_pl.likelihood import ode_bits_per_dim, ode_levels, variational_bound
 from ddim_pl.rng import image_generators
 from ddim_pl.training import DiffusionModule
@@ -50,16 +51,14 @@ class BitsPerDim(L.Callback):
         ode_steps: int = 50,
         ode_probes: int = 1,
     ) -> None:
-        values = {
-            "num_images": num_images,
-            "batch_size": batch_size,
-            "num_terms": num_terms,
-            "ode_steps": ode_steps,
-            "ode_probes": ode_probes,
-        }
-        for name, value in values.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least(
+            1,
+            num_images=num_images,
+            batch_size=batch_size,
+            num_terms=num_terms,
+            ode_steps=ode_steps,
+            ode_probes=ode_probes,
+        )
         self.num_images = num_images
         self.batch_size = batch_size
         self.num_terms = num_terms
@@ -68,7 +67,7 @@ class BitsPerDim(L.Callback):
         self.ode_probes = ode_probes
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """See that there will be images and terms to measure, before the run begins.
+        """Check that there will be images and terms to measure, before the run begins.
 
         Raises:
             ValueError: If the data module has no images, `num_terms` is above the bound's, or the
@@ -76,17 +75,12 @@ class BitsPerDim(L.Callback):
         """
         if stage not in ("validate", "test"):
             return
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(datamodule, ImageDataModule):
-            raise ValueError(
-                "BitsPerDim needs a data module with the images to measure (a subclass of "
-                f"ddim_pl.data.base.ImageDataModule), got {type(datamodule).__name__}"
-            )
+        check_images(datamodule_of(trainer))
         assert isinstance(pl_module, DiffusionModule)
         if not pl_module.noise.is_gaussian:
             raise ValueError(
-                f"BitsPerDim knows Gaussian noise only, and the model has {pl_module.noise}: "
-                "leave it out of the callbacks"
+                f"noise must be Gaussian for BitsPerDim, got {pl_module.noise}: leave it out "
+                "of the callbacks"
             )
         most = pl_module.schedule.num_levels - 1
         if self.num_terms is not None and self.num_terms > most:
@@ -106,21 +100,20 @@ class BitsPerDim(L.Callback):
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, DiffusionModule)
-        val_set = cast(ImageDataModule, trainer.datamodule).val_set  # type: ignore[attr-defined]
+        val_set = check_images(datamodule_of(trainer)).val_set
         count = min(self.num_images or len(val_set), len(val_set))
         chosen = torch.arange(count) * len(val_set) // count
         names = ["bits_per_dim", "bits_prior", "bits_diffusion", "bits_decoder"]
         names += ["bits_per_dim_ode"] if self.ode else []
-        # Apple's devices have no float64, which the sums are kept in.
-        device = torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
+        worker = Worker(trainer, pl_module)
+        device = worker.device
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)  # the last counts
-        hidden = not trainer.is_global_zero or trainer.progress_bar_callback is None
-        batches = shared_batches(count, self.batch_size, trainer.global_rank, trainer.world_size)
-        for batch in tqdm(batches, desc="bits per dimension", leave=False, disable=hidden):
+        batches = shared_batches(count, self.batch_size, worker.rank, worker.world_size)
+        for batch in worker.progress(batches, len(batches), "bits per dimension"):
             indices = chosen[batch]
             x = from_uint8(val_set.images(indices)).to(pl_module.device)
             label = None if pl_module.num_classes is None else val_set.labels(indices)
-            values = self._bits(trainer, pl_module, x, label, indices, progress=not hidden)
+            values = self._bits(worker, x, label, indices)
             ones = torch.ones(len(x), dtype=torch.float64, device=device)
             sums += torch.stack([*values, ones]).sum(1)
         sums = cast(Tensor, trainer.strategy.reduce(sums, reduce_op="sum"))
@@ -128,37 +121,31 @@ class BitsPerDim(L.Callback):
             pl_module.log(f"{stage}/{name}", value, rank_zero_only=False)
 
     def _bits(
-        self,
-        trainer: L.Trainer,
-        module: DiffusionModule,
-        x: Tensor,
-        label: Tensor | None,
-        indices: Tensor,
-        *,
-        progress: bool,
+        self, worker: Worker, x: Tensor, label: Tensor | None, indices: Tensor
     ) -> list[Tensor]:
         """The numbers to be averaged, `(B,)` each."""
+        module = worker.model
         denoiser = module.conditioned(label)
         seed, images = module.seed, indices.tolist()
-        with trainer.precision_plugin.forward_context():  # as samples are drawn
+        with worker.precision():  # as images are sampled
             bound = variational_bound(
                 denoiser,
                 x,
                 generator=image_generators(seed, images),
                 num_terms=self.num_terms,
-                progress=progress,
+                progress=worker.shows_progress,
             )
         values = [bound.total, *bound]
         if self.ode:
             values.append(
                 ode_bits_per_dim(
-                    dataclasses.replace(denoiser, clip=False),
+                    denoiser.without_clipping(),
                     x,
                     ode_levels(module.schedule.num_levels, self.ode_steps),
                     generator=image_generators(seed, images),
                     num_probes=self.ode_probes,
                     dequantise=True,
-                    progress=progress,
+                    progress=worker.shows_progress,
                 )
             )
         return values

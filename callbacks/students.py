@@ -1,7 +1,6 @@
 """What is left of each round of a distillation: a checkpoint, a grid, a measurement."""
 
 import csv
-import io
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -9,11 +8,13 @@ from typing import Any, cast
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.trainer import call
 
 from callbacks.fid import FrechetDistance
+from ddim_pl.checks import check_at_least
+from ddim_pl.evaluation.tables import write_csv
 from ddim_pl.files import replacing
 from ddim_pl.images import grid, to_uint8, write_png
+from ddim_pl.lightning_internals import add_callback_states, callbacks_of, datamodule_of
 from ddim_pl.training import ProgressiveDistillation
 from ddim_pl.training.hyperparameters import CONFIG_KEY
 
@@ -21,7 +22,7 @@ from ddim_pl.training.hyperparameters import CONFIG_KEY
 class Students(L.Callback):
     """Write each round's student when its updates are made.
 
-    Writes, into the run's folder, `checkpoints/student-0008-steps.ckpt`, which every verb takes
+    Writes, into the run's folder, `checkpoints/student-0008-steps.ckpt`, which every command takes
     like any other checkpoint and which knows its own steps; `students/student-0008-steps.png`, of
     the same latents for every student; and a line of `students/students.csv` with the numbers of
     the config's `FrechetDistance`, if there is one, which are logged as "student/..." too.
@@ -46,29 +47,24 @@ class Students(L.Callback):
         columns: int | None = None,
         max_measured_steps: int | None = None,
     ) -> None:
-        for name, value in {
-            "num_images": num_images,
-            "max_measured_steps": max_measured_steps,
-        }.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least(1, num_images=num_images, max_measured_steps=max_measured_steps)
         self.num_images = num_images
         self.columns = columns
         self.max_measured_steps = max_measured_steps
         self._closed = -1  # the last round that was
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """See that there will be students, and load what measures them."""
+        """Check that there will be students, and load what measures them."""
         if stage != "fit":
             return
         if not isinstance(pl_module, ProgressiveDistillation):
             raise ValueError(
-                f"Students belongs to ProgressiveDistillation, got {type(pl_module).__name__}: "
-                "leave it out of the callbacks"
+                "the model of the callback Students must be ProgressiveDistillation, got "
+                f"{type(pl_module).__name__}: leave it out of the callbacks"
             )
         measure = _measure_of(trainer)
         if measure is not None:
-            measure.check(trainer.datamodule, "validate")  # type: ignore[attr-defined]
+            measure.check(datamodule_of(trainer), "validate")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -122,14 +118,13 @@ class Students(L.Callback):
 
 
 def _measure_of(trainer: L.Trainer) -> FrechetDistance | None:
-    callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
-    return next((c for c in callbacks if isinstance(c, FrechetDistance)), None)
+    return next((c for c in callbacks_of(trainer) if isinstance(c, FrechetDistance)), None)
 
 
 def _save(trainer: L.Trainer, module: ProgressiveDistillation, path: Path) -> None:
     """Write the student's checkpoint, with the config of the run but for the model."""
     checkpoint = module.student_checkpoint()
-    call._call_callbacks_on_save_checkpoint(trainer, checkpoint)
+    add_callback_states(trainer, checkpoint)
     if CONFIG_KEY in checkpoint:
         config = yaml.safe_load(checkpoint[CONFIG_KEY])
         hyper = checkpoint["hyper_parameters"]
@@ -152,10 +147,4 @@ def _add_row(path: Path, row: dict[str, Any]) -> None:
     if path.is_file():
         rows = list(csv.DictReader(path.read_text().splitlines()))
     rows = [each for each in rows if int(each["steps"]) != row["steps"]]
-    rows = sorted([*rows, row], key=lambda each: -int(each["steps"]))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(row), lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    with replacing(path) as part:
-        part.write_text(text.getvalue())
+    write_csv(path, sorted([*rows, row], key=lambda each: -int(each["steps"])))

@@ -19,10 +19,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from callbacks.fid import FrechetDistance
 from ddim_pl.commands import COMMANDS
 from ddim_pl.commands import Trainer as TrainerWithVerbs
 from ddim_pl.data.base import ImageDataModule
+from ddim_pl.evaluation.measure import ChecksBeforeRun
 from ddim_pl.inversion import Method
 from ddim_pl.samplers import Sampler
 from ddim_pl.schedules import NoiseSchedule
@@ -184,7 +184,7 @@ class DiffusionCLI(LightningCLI):
         if isinstance(self.datamodule, ImageDataModule):
             _check_fit(module, self.datamodule)
         for callback in cast(list[Any], self.trainer.callbacks):  # type: ignore[attr-defined]
-            if isinstance(callback, FrechetDistance):
+            if isinstance(callback, ChecksBeforeRun):
                 callback.check(self.datamodule, cast(str, self.subcommand))
 
     # ---- the verbs ----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the command line does beside Lightning's four verbs: one function per file.
+"""What the command line does beside Lightning's four commands: one function per file.
 
 Each is called with a trainer, a model and its own arguments, and works on every device that the
 trainer has.

@@ -1,21 +1,28 @@
 """`main.py compare`: students beside their teacher, by distance and by eye."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
-import torch
 from torch import nn
 
-from ddim_pl.commands.cells import Cell, found_or_measured, measure_of, shown_images
-from ddim_pl.commands.devices import Device, at_least, check_images, on_every_device
-from ddim_pl.commands.report import label_rows, markdown, plot_distances, write_csv, write_text
+from ddim_pl.checks import check_at_least
+from ddim_pl.evaluation.cells import (
+    Cell,
+    CellSettings,
+    cell_settings,
+    found_or_measured,
+    shown_images,
+)
+from ddim_pl.evaluation.plots import label_rows, plot_distances
+from ddim_pl.evaluation.tables import markdown, write_csv, write_text
+from ddim_pl.evaluation.worker import Worker, check_images, on_every_worker
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.timesteps import linear
 from ddim_pl.training import DiffusionModule
-from ddim_pl.training.checkpoints import load as load_teacher
-from ddim_pl.training.fingerprint import fingerprint
+from ddim_pl.training.checkpoints import load
+from ddim_pl.training.fingerprint import fingerprint, fingerprint_of_file
 
 
 def compare(
@@ -56,7 +63,7 @@ def compare(
         metrics: Metrics of `ddim_pl.metrics.quality.SampleQuality`.
         num_samples: Images of each.
         num_shown: Images in a row of `grids.png`.
-        batch_size: Images in a batch, on each device.
+        batch_size: Images in a batch, on each worker.
         seed: Seed of the images; by default that of the teacher's training.
         name: Folder in the teacher's run to write to.
         output: Folder to write to, in place of that.
@@ -65,59 +72,105 @@ def compare(
         ValueError: If there is no student, one cannot be read or draws other images, or a number
             does not fit.
     """
-    at_least(1, num_shown=num_shown)
     files = _student_files(students)
-    measure = measure_of(
-        trainer, model, features, metrics, num_samples, batch_size, seed, num_shown
+    settings = cell_settings(
+        trainer,
+        model,
+        features=features,
+        metrics=metrics,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+        num_shown=num_shown,
     )
     check_images(datamodule)
-    shapes = {file: _read(file, model) for file in files}
-    steps = num_steps or sorted({*shapes.values(), 256}, reverse=True)
-    at_least(1, num_steps=min(steps))
-    state: dict[str, Any] = {}
-    if ckpt_path is not None:
-        state = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
-    teacher = fingerprint(model, state.get("state_dict"))
+    own_steps = [_read_steps(file, model) for file in files]
+    steps = num_steps or sorted({*own_steps, 256}, reverse=True)
+    check_at_least(1, num_steps=min(steps))
+    teacher = fingerprint_of_file(model, ckpt_path)
 
-    def work(device: Device) -> None:
-        folder = device.folder(output, name)
-        data = device.images(datamodule)
-        rows, series, names, images = [], [], [], []
-        tasks: list[tuple[str | None, int]] = [(None, n) for n in steps]
-        tasks += [(file, 0) for file in files]
-        for i, (file, count) in enumerate(tasks):
-            if file is None:
-                sampler = default_sampler(model.noise)
-                cell = Cell(sampler, "linear", linear(model.schedule.num_levels, count))
-                who, drawing, key_of = f"teacher, {type(sampler).__name__}", device, teacher
-            else:
-                student = load_teacher(file).to(model.device).eval()
-                cell = Cell(student.sampler, "own", student.levels)
-                who, drawing = _series(file), device.of(student)
-                key_of = fingerprint(student)
-            count = len(cell.levels) - 1
-            title = f"{who}, {count} step{'s' if count > 1 else ''}"
-            text = f"{i + 1}/{len(tasks)}: {title}"
-            key, found = found_or_measured(drawing, measure, cell, folder, key_of, data, text)
-            evaluations = cell.sampler.num_evaluations(cell.levels)
-            row: dict[str, Any] = {"model": who, "steps": count}
-            rows.append({**row, "network evaluations": evaluations, **found})
-            series.append(who)
-            if device.is_first:
-                names.append(title)
-                images.append(shown_images(folder, key, measure.num_shown))
-        if not device.is_first:
-            return
-        distance = measure.quality.keys[0]
-        write_csv(folder / "distillation.csv", rows)
-        head = f"`{ckpt_path}` and its students, " if ckpt_path else ""
-        text = f"{head}{measure.num_samples} images each, seed {measure.seed}.\n\n{markdown(rows)}"
-        write_text(folder / "distillation.md", text)
-        plot_distances(folder / "distillation.png", rows, distance, series)
-        label_rows(folder / "grids.png", names, images)
-        print(f"\n{text}\nThe table, a plot and the images are in {folder}")
+    def work(worker: Worker) -> None:
+        folder = worker.folder(output, name)
+        data = worker.images(datamodule)
+        rows: list[CompareRow] = []
+        for entry in _entries(worker, teacher, steps, files):
+            text = f"{len(rows) + 1}/{len(steps) + len(files)}: {entry.title}"
+            cell, key_of = entry.cell, entry.fingerprint
+            key, found = found_or_measured(
+                entry.worker, settings, cell, folder, key_of, data, text
+            )
+            rows.append(CompareRow(entry, key, found))
+        if worker.is_first:
+            _write(folder, rows, settings, ckpt_path)
 
-    on_every_device(trainer, model, work, ckpt_path=ckpt_path)
+    on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
+
+
+class Entry(NamedTuple):
+    """A model with its steps, to be measured.
+
+    Attributes:
+        name: The teacher with its sampler, or the student's experiment.
+        worker: Holds the model.
+        cell: Sampler and levels.
+        fingerprint: Of the model.
+    """
+
+    name: str
+    worker: Worker
+    cell: Cell
+    fingerprint: str
+
+    @property
+    def title(self) -> str:
+        """Label in pages and progress bars."""
+        count = len(self.cell.levels) - 1
+        return f"{self.name}, {count} step{'s' if count > 1 else ''}"
+
+
+class CompareRow(NamedTuple):
+    """An entry, the name of its cell's files, and what was found."""
+
+    entry: Entry
+    key: str
+    found: dict[str, float]
+
+
+def _entries(
+    worker: Worker, teacher: str, steps: Sequence[int], files: Sequence[str]
+) -> Iterator[Entry]:
+    """The teacher with each number of steps, then the students."""
+    model = worker.model
+    sampler = default_sampler(model.noise)
+    for count in steps:
+        cell = Cell(sampler, "linear", linear(model.schedule.num_levels, count))
+        yield Entry(f"teacher, {type(sampler).__name__}", worker, cell, teacher)
+    for file in files:
+        student = load(file, name="students").to(model.device)
+        cell = Cell(student.sampler, "own", student.levels)
+        yield Entry(_series(file), worker.with_model(student), cell, fingerprint(student))
+
+
+def _write(
+    folder: Path, done: Sequence[CompareRow], settings: CellSettings, ckpt_path: str | None
+) -> None:
+    """Write table, plot and page of images."""
+    rows = []
+    for entry, _, found in done:
+        cell = entry.cell
+        row: dict[str, Any] = {"model": entry.name, "steps": len(cell.levels) - 1}
+        row["network evaluations"] = cell.sampler.num_evaluations(cell.levels)
+        rows.append({**row, **found})
+    write_csv(folder / "distillation.csv", rows)
+    head = f"`{ckpt_path}` and its students, " if ckpt_path else ""
+    count = settings.measure.num_samples
+    text = f"{head}{count} images each, seed {settings.seed}.\n\n{markdown(rows)}"
+    write_text(folder / "distillation.md", text)
+    distance = settings.measure.quality.keys[0]
+    plot_distances(folder / "distillation.png", rows, distance, [row.entry.name for row in done])
+    images = [shown_images(folder, row.key, settings.num_shown) for row in done]
+    label_rows(folder / "grids.png", [row.entry.title for row in done], images)
+    print(f"\n{text}\nThe table, a plot and the images are in {folder}")
 
 
 def _student_files(students: Sequence[str]) -> list[str]:
@@ -137,13 +190,13 @@ def _student_files(students: Sequence[str]) -> list[str]:
     return files
 
 
-def _read(file: str, teacher: DiffusionModule) -> int:
+def _read_steps(file: str, teacher: DiffusionModule) -> int:
     """The steps of a student, which must draw images of the teacher's shape."""
-    student = load_teacher(file)
+    student = load(file, name="students")
     if student.image_shape != teacher.image_shape:
         raise ValueError(
-            f"student {file!r} draws images of shape {student.image_shape}, the teacher of "
-            f"{teacher.image_shape}: give a student of this teacher"
+            f"students must have images of the teacher's shape {teacher.image_shape}, got "
+            f"{file!r} with {student.image_shape}: give a student of this teacher"
         )
     return len(student.levels) - 1
 

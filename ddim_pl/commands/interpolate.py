@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ddim_pl.commands.devices import Device, at_least, check_images, check_label, on_every_device
+from ddim_pl.checks import check_at_least
 from ddim_pl.commands.sources import (
     RealImages,
     check_deterministic,
@@ -15,6 +15,7 @@ from ddim_pl.commands.sources import (
     unclipped,
     validation_images,
 )
+from ddim_pl.evaluation.worker import Worker, check_images, check_label, on_every_worker
 from ddim_pl.images import grid, to_uint8, write_png
 from ddim_pl.latents import encode, slerp
 from ddim_pl.training import DiffusionModule
@@ -52,51 +53,63 @@ def interpolate(
         num_points: Images in a row, the ends included.
         label: Class to draw; needed with `images` if the model has classes.
         seed: Seed of the latents; by default that of training.
-        batch_size: Images in a batch, on each device.
+        batch_size: Images in a batch, on each worker.
         output: Folder to write to; by default `interpolate` in the checkpoint's run.
 
     Raises:
         ValueError: If the sampler is stochastic, an image cannot be read, or the arguments do not
             fit one another.
     """
-    at_least(1, num_pairs=num_pairs, batch_size=batch_size)
-    at_least(2, num_points=num_points)
-    at_least(0, seed=seed or 0)
+    check_at_least(1, num_pairs=num_pairs, batch_size=batch_size)
+    check_at_least(2, num_points=num_points)
+    check_at_least(0, seed=seed)
     check_label(model, label)
     check_deterministic(model.sampler)
     files = read_images(model, _pairs(images), label) if images else None
     if from_data:
         if images:
-            raise ValueError("from_data takes the data module's images: leave images out")
+            raise ValueError("images must be left out with from_data, which takes the data's")
         check_images(datamodule)
 
-    def work(device: Device) -> None:
-        folder = device.folder(output, "interpolate")
+    def work(worker: Worker) -> None:
+        folder = worker.folder(output, "interpolate")
         real = files
         if from_data:
-            real = validation_images(device, datamodule, partial(_pair_classes, num_pairs))
-        ends, labels = _ends(device, real, num_pairs, label, seed)
-        pairs = len(ends) // 2
-        points = list(range(pairs * num_points))
-        shown = torch.zeros(len(points), *model.image_shape, dtype=torch.int32)
-        mine = device.share(points)
-        starts = range(0, len(mine), batch_size)
-        for start in device.progress(starts, len(starts), "interpolating"):
-            batch = torch.tensor(mine[start : start + batch_size])
-            pair, point = batch // num_points, batch % num_points
-            z = slerp(ends[2 * pair], ends[2 * pair + 1], point / (num_points - 1))
-            classes = None if labels is None else labels[2 * pair]
-            # Between images as they were encoded, so that the ends are their reconstructions.
-            denoiser = model.conditioned(classes) if real is None else unclipped(model, classes)
-            with device.trainer.precision_plugin.forward_context():
-                drawn = model.sampler(denoiser, z.to(model.device), model.levels)
-            shown[batch] = to_uint8(drawn).cpu().int()
-        shown = device.sum(shown).to(torch.uint8)
-        if device.is_first:
+            real = validation_images(worker, datamodule, partial(_pair_classes, num_pairs))
+        ends, labels = _ends(worker, real, num_pairs, label, seed)
+        shown = _between(worker, ends, labels, num_points, batch_size, clip=real is None)
+        if worker.is_first:
             write_png(grid(shown, columns=num_points), folder / "grid.png")
-            print(f"{pairs} rows of {num_points} images are in {folder / 'grid.png'}")
+            print(f"{len(ends) // 2} rows of {num_points} images are in {folder / 'grid.png'}")
 
-    on_every_device(trainer, model, work, ckpt_path=ckpt_path)
+    on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
+
+
+def _between(
+    worker: Worker,
+    ends: Tensor,
+    labels: Tensor | None,
+    num_points: int,
+    batch_size: int,
+    *,
+    clip: bool,
+) -> Tensor:
+    """All images of all rows, uint8, on all workers.
+
+    Between images they are not clipped, so that the ends are their reconstructions.
+    """
+    model, count = worker.model, len(ends) // 2 * num_points
+    shown = torch.zeros(count, *model.image_shape, dtype=torch.int32)
+    for some in worker.batches(range(count), batch_size, "interpolating"):
+        batch = torch.tensor(list(some))
+        pair, point = batch // num_points, batch % num_points
+        z = slerp(ends[2 * pair], ends[2 * pair + 1], point / (num_points - 1))
+        classes = None if labels is None else labels[2 * pair]
+        denoiser = model.conditioned(classes) if clip else unclipped(model, classes)
+        with worker.precision():
+            images = model.sampler(denoiser, z.to(model.device), model.levels)
+        shown[batch] = to_uint8(images).cpu().int()
+    return worker.all_reduce(shown).to(torch.uint8)
 
 
 def _pairs(images: Sequence[str]) -> Sequence[str]:
@@ -116,12 +129,12 @@ def _pair_classes(num_pairs: int, labels: Tensor) -> Tensor:
 
 
 def _ends(
-    device: Device, real: RealImages | None, num_pairs: int, label: int | None, seed: int | None
+    worker: Worker, real: RealImages | None, num_pairs: int, label: int | None, seed: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Latents `(2 P, C, H, W)`, neighbours paired, and their classes."""
-    model = device.model
+    model = worker.model
     if real is not None:
-        with device.trainer.precision_plugin.forward_context():
+        with worker.precision():
             z = encode(
                 unclipped(model, real.label),
                 real.images.to(model.device),

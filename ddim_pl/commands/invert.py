@@ -1,7 +1,9 @@
 """`main.py invert`: latents of real images, by gradient descent (Pokle et al. 2022, section 5)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 import torch
@@ -10,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ddim_pl.commands.devices import Device, at_least, check_images, on_every_device
-from ddim_pl.commands.report import label_rows, markdown, plot_lines, write_csv, write_text
-from ddim_pl.commands.sources import RealImages, read_images, unclipped, validation_images
+from ddim_pl.checks import check_at_least
+from ddim_pl.commands.sources import RealImages, image_source, unclipped
 from ddim_pl.denoiser import NetworkDenoiser
+from ddim_pl.evaluation.plots import label_rows, plot_lines
+from ddim_pl.evaluation.tables import markdown, scatter, write_csv, write_text
+from ddim_pl.evaluation.worker import Worker, on_every_worker
 from ddim_pl.files import replacing
 from ddim_pl.images import read_png, to_uint8
 from ddim_pl.inversion import Implicit, Inversion, Method
@@ -73,78 +77,111 @@ def invert(
         lr: Rate of Adam.
         max_seconds: Stop each batch after this time, if that comes first.
         seed: Seed of the noise; by default that of training.
-        batch_size: Images at once, on each device.
+        batch_size: Images at once, on each worker.
         output: Folder to write to; by default `invert` in the checkpoint's run.
 
     Raises:
         ValueError: If an image or the first latents cannot be read, or a number does not fit.
     """
-    at_least(1, num_images=num_images, batch_size=batch_size, num_updates=num_updates)
-    at_least(0, seed=seed or 0)
+    check_at_least(1, num_images=num_images, batch_size=batch_size, num_updates=num_updates)
+    check_at_least(0, seed=seed)
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr}: 5e-3 is usual")
     if not model.noise.is_gaussian:
         raise ValueError(
-            f"invert knows Gaussian noise only, and the model has {model.noise}: reconstruct and "
-            "interpolate encode its images"
+            f"noise must be Gaussian for invert, got {model.noise}: reconstruct and interpolate "
+            "encode images of other models"
         )
     levels = make_levels(timesteps, model.schedule, num_steps)
     given = None if start in ("encoding", "noise") else _read_latents(start, model)
-    files = read_images(model, images, label) if images else None
-    if not images:
-        check_images(datamodule)
+    source = image_source(model, datamodule, images, label, num_images)
     method = method or Implicit()
+    first = FirstLatents(start, model.seed if seed is None else seed, levels, given)
+    optimise = partial(
+        find_latents, method=method, num_updates=num_updates, lr=lr, max_seconds=max_seconds
+    )
 
-    def first_latents(denoiser: NetworkDenoiser, x: Tensor, indices: Sequence[int]) -> Tensor:
-        """The latents to begin with, of the images `x` of these indices."""
-        if given is not None:
-            return given[list(indices)].to(x)
-        if start == "encoding":
-            return encode(denoiser, x, levels)
-        return latents(model.seed if seed is None else seed, indices, model.image_shape)[0].to(x)
-
-    def work(device: Device) -> None:
-        folder = device.folder(output, "invert")
-        real = files or validation_images(
-            device, datamodule, lambda labels: torch.arange(min(num_images, len(labels)))
-        )
-        if given is not None and len(given) < len(real.images):
-            raise ValueError(
-                f"start {start!r} holds {len(given)} latents for {len(real.images)} images"
-            )
-        found = {name: torch.zeros_like(real.images) for name in ("latents", "first", "images")}
-        curves: list[tuple[int, Inversion]] = []
-        mine = device.share(range(len(real.images)))
-        for begin in range(0, len(mine), batch_size):
-            batch = list(mine[begin : begin + batch_size])
-            denoiser = unclipped(model, None if real.label is None else real.label[batch])
-            x = real.images[batch].to(model.device)
-            with device.trainer.precision_plugin.forward_context():
-                z = first_latents(denoiser, x, batch)
-                found["first"][batch] = DDIM()(denoiser, z, levels).float().cpu()
-                # Lightning predicts in inference mode, in which there are no gradients.
-                with torch.inference_mode(False), torch.enable_grad():
-                    inversion = find_latents(
-                        denoiser,
-                        x.clone(),
-                        levels.clone(),
-                        z.clone(),
-                        method=method,
-                        num_updates=num_updates,
-                        lr=lr,
-                        max_seconds=max_seconds,
-                        progress=device.shows_progress,
-                    )
-            found["latents"][batch] = inversion.latents.float().cpu()
-            found["images"][batch] = inversion.images.float().cpu()
-            curves.append((len(batch), inversion))
-        curve = _mean_curve(device, curves)
-        found = {name: device.sum(values) for name, values in found.items()}
-        if device.is_first:
+    def work(worker: Worker) -> None:
+        folder = worker.folder(output, "invert")
+        real = source(worker)
+        first.check(len(real.images))
+        found, curve = _invert_all(worker, real, first, optimise, batch_size)
+        if worker.is_first:
             text = f"{len(levels) - 1} {timesteps} steps from {start}, {method}, Adam {lr:g}"
             _write(folder, real, found, curve, text)
 
-    on_every_device(trainer, model, work, ckpt_path=ckpt_path)
+    on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
+
+
+class FirstLatents(NamedTuple):
+    """The latents that the updates begin with.
+
+    Attributes:
+        start: "encoding", "noise", or the file that they were read from.
+        seed: Seed of the noise.
+        levels: Levels of the chain, `(S + 1,)`.
+        given: What was read from the file.
+    """
+
+    start: str
+    seed: int
+    levels: Tensor
+    given: Tensor | None
+
+    def check(self, count: int) -> None:
+        """Check that there are enough.
+
+        Raises:
+            ValueError: If a file holds fewer latents than there are images.
+        """
+        if self.given is not None and len(self.given) < count:
+            raise ValueError(
+                f"start must hold a latent for each of {count} images, got {self.start!r} with "
+                f"{len(self.given)}"
+            )
+
+    def of(self, denoiser: NetworkDenoiser, x: Tensor, indices: Sequence[int]) -> Tensor:
+        """The latents of the images `x` of these indices, `(B, ...)`."""
+        if self.given is not None:
+            return self.given[list(indices)].to(x)
+        if self.start == "encoding":
+            return encode(denoiser, x, self.levels)
+        return latents(self.seed, indices, x.shape[1:])[0].to(x)
+
+
+def _invert_all(
+    worker: Worker,
+    real: RealImages,
+    first: FirstLatents,
+    optimise: Callable[..., Inversion],
+    batch_size: int,
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Latents and images of all batches on all workers, and the curve of their losses."""
+    model = worker.model
+    found = {name: torch.zeros_like(real.images) for name in ("latents", "first", "images")}
+    curves: list[tuple[int, Inversion]] = []
+    mine = worker.share(range(len(real.images)))
+    for begin in range(0, len(mine), batch_size):
+        batch = list(mine[begin : begin + batch_size])
+        denoiser = unclipped(model, None if real.label is None else real.label[batch])
+        x = real.images[batch].to(model.device)
+        with worker.precision():
+            z = first.of(denoiser, x, batch)
+            found["first"][batch] = DDIM()(denoiser, z, first.levels).float().cpu()
+            # Lightning predicts in inference mode, in which there are no gradients.
+            with torch.inference_mode(False), torch.enable_grad():
+                inversion = optimise(
+                    denoiser,
+                    x.clone(),
+                    first.levels.clone(),
+                    z.clone(),
+                    progress=worker.shows_progress,
+                )
+        found["latents"][batch] = inversion.latents.float().cpu()
+        found["images"][batch] = inversion.images.float().cpu()
+        curves.append((len(batch), inversion))
+    curve = _mean_curve(worker, curves)
+    return {name: worker.all_reduce(values) for name, values in found.items()}, curve
 
 
 def _read_latents(start: str, model: DiffusionModule) -> Tensor:
@@ -167,21 +204,21 @@ def _read_latents(start: str, model: DiffusionModule) -> Tensor:
     return z
 
 
-def _mean_curve(device: Device, curves: Sequence[tuple[int, Inversion]]) -> list[dict[str, float]]:
+def _mean_curve(worker: Worker, curves: Sequence[tuple[int, Inversion]]) -> list[dict[str, float]]:
     """The curves of all batches on all devices as one, as far as all of them go.
 
-    Losses and evaluations are means over the images; the time is that of all batches of a device,
-    one after the other, on the slowest device.
+    Losses and evaluations are means over the images; the time is that of all batches of a worker,
+    one after the other, on the slowest worker.
     """
     far = 2**31 - 1  # a device without images does not hold the others back
     lengths = [far, *(len(each.curve) for _, each in curves)]
-    points = int(device.gather(torch.tensor(min(lengths))).min())
+    points = int(worker.gather(torch.tensor(min(lengths))).min())
     sums = torch.zeros(points, len(COLUMNS), dtype=torch.float64)
     for count, each in curves:
         rows = torch.tensor([point[1:] for point in each.curve[:points]], dtype=torch.float64)
         sums += rows * torch.tensor([1, *[count] * (len(COLUMNS) - 1)])
-    every = device.gather(sums)
-    images = float(device.gather(torch.tensor(float(sum(count for count, _ in curves)))).sum())
+    every = worker.gather(sums)
+    images = float(worker.gather(torch.tensor(float(sum(count for count, _ in curves)))).sum())
     means = every.sum(0) / images
     means[:, 0] = every[..., 0].max(0).values
     return [
@@ -197,19 +234,29 @@ def _write(
     curve: list[dict[str, float]],
     text: str,
 ) -> None:
-    """Write all that there is to see and to go on with."""
+    """Write latents, images, curves and a summary."""
     with replacing(folder / "latents.safetensors") as part:
         save_file({"latents": found["latents"]}, part)
-    shown = {"images": real.images, "drawn first": found["first"], "drawn": found["images"]}
+    shown = {"images": real.images, "first": found["first"], "best": found["images"]}
     pictures = [to_uint8(images[:GRID_IMAGES]) for images in shown.values()]
     label_rows(folder / "grid.png", list(shown), pictures)
     write_csv(folder / "curves.csv", curve)
     lines = {name: [row[name] for row in curve] for name in ("loss", "best loss")}
-    plot_lines(
-        folder / "curves.png",
-        {x: [row[x] for row in curve] for x in ("seconds", "evaluations", "update")},
-        lines,
+    axes = {x: [row[x] for row in curve] for x in ("seconds", "evaluations", "update")}
+    plot_lines(folder / "curves.png", axes, lines)
+    _write_events(folder, curve)
+    last = curve[-1]
+    text = (
+        f"{len(real.images)} images inverted: {text}.\n\n{_summary(real, found)}\n"
+        f"{int(last['update'])} updates, {last['evaluations']:.0f} evaluations of the network for "
+        f"each image, {last['seconds']:.0f} s."
     )
+    write_text(folder / "invert.md", text)
+    print(f"\n{text}\nLatents, curves and images are in {folder}")
+
+
+def _write_events(folder: Path, curve: list[dict[str, float]]) -> None:
+    """Write the curves and the page of images for TensorBoard, in the place of earlier ones."""
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
     with SummaryWriter(str(folder)) as log:
@@ -217,25 +264,20 @@ def _write(
             for name in COLUMNS:
                 log.add_scalar(f"invert/{name.replace(' ', '_')}", row[name], int(row["update"]))
         log.add_image("invert/images", read_png(folder / "grid.png"))
+
+
+def _summary(real: RealImages, found: dict[str, Tensor]) -> str:
+    """The errors of the first and the best latents, as a table."""
     rows = []
-    for name, drawn in list(shown.items())[1:]:
-        errors = (drawn - real.images).double().square().flatten(1).sum(1)
+    for name, images in {"first": found["first"], "best": found["images"]}.items():
+        errors = (images - real.images).double().square().flatten(1).sum(1)
         rows.append(
             {
-                "latents": "first" if name == "drawn first" else "best",
+                "latents": name,
                 "loss": float(errors.mean()),
-                "standard error": float(errors.std() / len(errors) ** 0.5)
-                if len(errors) > 1
-                else 0.0,
+                "standard error": scatter(errors),
                 "least": float(errors.min()),
                 "most": float(errors.max()),
             }
         )
-    last = curve[-1]
-    text = (
-        f"{len(real.images)} images inverted: {text}.\n\n{markdown(rows)}\n"
-        f"{int(last['update'])} updates, {last['evaluations']:.0f} evaluations of the network for "
-        f"each image, {last['seconds']:.0f} s."
-    )
-    write_text(folder / "invert.md", text)
-    print(f"\n{text}\nLatents, curves and images are in {folder}")
+    return markdown(rows)

@@ -6,7 +6,8 @@ from pathlib import Path
 import lightning as L
 from torch import Tensor
 
-from ddim_pl.commands.devices import Device, at_least, on_every_device
+from ddim_pl.checks import check_at_least
+from ddim_pl.evaluation.worker import Worker, on_every_worker
 from ddim_pl.level_search import StepErrors, candidate_levels, cheapest_levels, one_step_errors
 from ddim_pl.timesteps import save_levels
 from ddim_pl.training import DiffusionModule
@@ -27,7 +28,7 @@ def levels(
 ) -> None:
     """Search the levels at which a checkpoint's DDIM errs least, and write them as a small JSON.
 
-    Give the file as `--model.timesteps FILE` to any verb, with one of its numbers of steps.
+    Give the file as `--model.timesteps FILE` to any command, with one of its numbers of steps.
 
     Args:
         trainer: Gives the devices.
@@ -35,32 +36,32 @@ def levels(
         ckpt_path: Checkpoint, or "last".
         num_steps: Numbers of steps to search for.
         num_images: Trajectories to measure on.
-        batch_size: Trajectories in a batch, on each device, of which all 200 states are kept.
+        batch_size: Trajectories in a batch, on each worker, of which all 200 states are kept.
         output: File to write; by default `levels.json` in the checkpoint's run.
 
     Raises:
         ValueError: If a number does not fit.
     """
-    at_least(2, num_images=num_images)
-    at_least(1, batch_size=batch_size)
+    check_at_least(2, num_images=num_images)
+    check_at_least(1, batch_size=batch_size)
     check_steps(model, num_steps)
     if output is not None and not output.endswith(".json"):
         raise ValueError(f"output must end in .json, got {output!r}")
 
-    def work(device: Device) -> None:
-        file = Path(output) if output else device.folder(None, ".") / "levels.json"
-        found = search_levels(device, num_steps, num_images, batch_size)
-        if device.is_first:
+    def work(worker: Worker) -> None:
+        file = Path(output) if output else worker.folder(None, ".") / "levels.json"
+        found = search_levels(worker, num_steps, num_images, batch_size)
+        if worker.is_first:
             save_levels(file, model.schedule, found)
             for each in found:
                 print(f"{len(each) - 1:4d} steps: " + ", ".join(f"{t:g}" for t in each.tolist()))
             print(f"They are in {file}")
 
-    on_every_device(trainer, model, work, ckpt_path=ckpt_path)
+    on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
 
 
 def check_steps(model: DiffusionModule, num_steps: Sequence[int]) -> None:
-    """See that there are candidate levels enough.
+    """Check that there are enough candidate levels.
 
     Raises:
         ValueError: If not.
@@ -72,22 +73,22 @@ def check_steps(model: DiffusionModule, num_steps: Sequence[int]) -> None:
 
 
 def search_levels(
-    device: Device, num_steps: Sequence[int], num_images: int, batch_size: int
+    worker: Worker, num_steps: Sequence[int], num_images: int, batch_size: int
 ) -> list[Tensor]:
     """The levels, alike on every device; each measures on its share of the trajectories."""
-    model = device.model
-    mine = device.share(range(num_images))
+    model = worker.model
+    mine = worker.share(range(num_images))
     candidates = candidate_levels(model.schedule)
     errors = StepErrors.none(len(candidates))
     starts = range(0, len(mine), batch_size)
-    for start in device.progress(starts, len(starts), "searching levels"):
+    for start in worker.progress(starts, len(starts), "searching levels"):
         batch = mine[start : start + batch_size]
         z, _ = model.latents(batch, candidates[0], seed=SEARCH_SEED + model.seed)
         denoiser = model.conditioned(model.label_of(batch))
-        with device.trainer.precision_plugin.forward_context():
+        with worker.precision():
             more = one_step_errors(
-                denoiser, z.to(model.device), candidates, progress=device.shows_progress
+                denoiser, z.to(model.device), candidates, progress=worker.shows_progress
             )
         errors = StepErrors(*(a + b for a, b in zip(errors, more, strict=True)))
-    costs = StepErrors(*map(device.sum, errors)).costs()
-    return device.agree([cheapest_levels(costs, candidates, steps) for steps in num_steps])
+    costs = StepErrors(*map(worker.all_reduce, errors)).costs()
+    return worker.broadcast([cheapest_levels(costs, candidates, steps) for steps in num_steps])

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import lightning as L
 
-from ddim_pl.commands.devices import Device, at_least, on_every_device
+from ddim_pl.checks import check_at_least
 from ddim_pl.data.teacher_pairs import PAIR_SEED, PairStore
+from ddim_pl.evaluation.worker import Worker, on_every_worker
 from ddim_pl.training import DiffusionModule
 from ddim_pl.training.pairs import check_teacher_sampler, make_pairs, recipe_of
 
@@ -35,38 +36,38 @@ def pairs(
         num_pairs: How many; as many as the data module's num_pairs and num_validation together.
         shard_size: Pairs in a file.
         pair_seed: Seed of the latents; that of the data module, by default the same.
-        batch_size: Images in a batch, on each device.
+        batch_size: Images in a batch, on each worker.
 
     Raises:
         ValueError: If the sampler is stochastic, a number does not fit, or the folder holds the
             pairs of another teacher.
     """
-    at_least(1, num_pairs=num_pairs, shard_size=shard_size, batch_size=batch_size)
-    at_least(0, pair_seed=pair_seed)
+    check_at_least(1, num_pairs=num_pairs, shard_size=shard_size, batch_size=batch_size)
+    check_at_least(0, pair_seed=pair_seed)
     check_teacher_sampler(model.sampler)
 
-    def work(device: Device) -> None:
-        precision = str(device.trainer.precision)
+    def work(worker: Worker) -> None:
+        precision = str(worker.trainer.precision)
         recipe = recipe_of(model, model.sampler, model.levels, precision=precision)
         recipe["seed"] = pair_seed
         store = PairStore(Path(folder), recipe, num_pairs=num_pairs, shard_size=shard_size)
-        device.wait()  # all have read the manifest before one writes it
-        if device.is_first:
+        worker.barrier()  # all have read the manifest before one writes it
+        if worker.is_first:
             store.begin()
-        device.wait()  # the manifest is there before a shard is
-        with device.trainer.precision_plugin.forward_context():
+        worker.barrier()  # the manifest is there before a shard is
+        with worker.precision():
             made = make_pairs(
                 store,
                 model,
                 model.sampler,
                 model.levels,
-                rank=device.rank,
-                world_size=device.world_size,
+                rank=worker.rank,
+                world_size=worker.world_size,
                 batch_size=batch_size,
-                progress=device.shows_progress,
+                progress=worker.shows_progress,
             )
-        device.wait()
-        if device.is_first:
+        worker.barrier()
+        if worker.is_first:
             print(f"{num_pairs} pairs are in {folder}; {made} shards were made now")
 
-    on_every_device(trainer, model, work, ckpt_path=ckpt_path)
+    on_every_worker(trainer, model, work, ckpt_path=ckpt_path)

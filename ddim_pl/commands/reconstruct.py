@@ -1,20 +1,23 @@
 """`main.py reconstruct`: how well images come back from their latents (Song et al. 2021, 5.4)."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from ddim_pl.commands.devices import Device, at_least, check_images, on_every_device
-from ddim_pl.commands.report import label_rows, markdown, write_csv, write_text
+from ddim_pl.checks import check_at_least
 from ddim_pl.commands.sources import (
     RealImages,
     check_deterministic,
-    read_images,
+    image_source,
     unclipped,
-    validation_images,
 )
+from ddim_pl.evaluation.plots import label_rows
+from ddim_pl.evaluation.tables import markdown, scatter, write_csv, write_text
+from ddim_pl.evaluation.worker import Worker, on_every_worker
 from ddim_pl.images import to_uint8
 from ddim_pl.latents import encode
 from ddim_pl.timesteps import has_own_length, make_levels
@@ -55,74 +58,65 @@ def reconstruct(
         num_steps: Numbers of steps; by default 10, 20, 50, 100, 200, 500, 1000, as far as there
             are levels.
         timesteps: Strategy of the levels.
-        batch_size: Images in a batch, on each device.
+        batch_size: Images in a batch, on each worker.
         output: Folder to write to; by default `reconstruct` in the checkpoint's run.
 
     Raises:
         ValueError: If the sampler is stochastic, an image cannot be read, or a number does not
             fit.
     """
-    at_least(1, num_images=num_images, batch_size=batch_size)
+    check_at_least(1, num_images=num_images, batch_size=batch_size)
     check_deterministic(model.sampler)
     steps = num_steps or [n for n in STEPS if n <= model.schedule.num_levels]
     all_levels = [make_levels(timesteps, model.schedule, n) for n in steps]
     if has_own_length(timesteps):
         all_levels = all_levels[:1]
-    files = read_images(model, images, label) if images else None
-    if not images:
-        check_images(datamodule)
+    source = image_source(model, datamodule, images, label, num_images)
 
-    def work(device: Device) -> None:
-        folder = device.folder(output, "reconstruct")
-        real = files or validation_images(
-            device, datamodule, lambda labels: torch.arange(min(num_images, len(labels)))
-        )
-        shown, rows = [real.images], []
+    def work(worker: Worker) -> None:
+        folder = worker.folder(output, "reconstruct")
+        real = source(worker)
+        shown = {"images": real.images}
+        rows = []
         for i, levels in enumerate(all_levels):
-            text = f"{len(levels) - 1} steps ({i + 1} of {len(all_levels)})"
-            drawn = _there_and_back(device, real, levels, batch_size, text)
-            error = ((drawn - real.images).double() / 2).square().flatten(1).mean(1)
-            rows.append(
-                {
-                    "steps": len(levels) - 1,
-                    "network evaluations": 2 * model.sampler.num_evaluations(levels),
-                    "error": float(error.mean()),
-                    "standard error": float(error.std() / len(error) ** 0.5)
-                    if len(error) > 1
-                    else 0.0,
-                }
+            count = len(levels) - 1
+            text = f"{count} steps ({i + 1} of {len(all_levels)})"
+            back = shown[f"{count} steps"] = _there_and_back(
+                worker, real, levels, batch_size, text
             )
-            shown.append(drawn)
-        if not device.is_first:
-            return
-        names = ["images", *(f"{row['steps']} steps" for row in rows)]
-        few = [to_uint8(images[:GRID_IMAGES]) for images in shown]
-        label_rows(folder / "grid.png", names, few)
-        write_csv(folder / "reconstruct.csv", rows)
-        table = markdown(rows)
-        text = (
-            f"Mean squared error per dimension, [0, 1], of {len(real.images)} images; "
-            f"{model.sampler}, {timesteps} levels.\n\n{table}"
-        )
-        write_text(folder / "reconstruct.md", text)
-        print(f"\n{text}\nThe images are in {folder / 'grid.png'}")
+            error = ((back - real.images).double() / 2).square().flatten(1).mean(1)
+            evaluations = 2 * model.sampler.num_evaluations(levels)
+            row = {"steps": count, "network evaluations": evaluations}
+            rows.append({**row, "error": float(error.mean()), "standard error": scatter(error)})
+        if worker.is_first:
+            _write(folder, shown, rows, f"{model.sampler}, {timesteps} levels")
 
-    on_every_device(trainer, model, work, ckpt_path=ckpt_path)
+    on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
+
+
+def _write(folder: Path, shown: dict[str, Tensor], rows: list[dict[str, Any]], text: str) -> None:
+    """Write the table and the page of images."""
+    few = [to_uint8(images[:GRID_IMAGES]) for images in shown.values()]
+    label_rows(folder / "grid.png", list(shown), few)
+    write_csv(folder / "reconstruct.csv", rows)
+    text = (
+        f"Mean squared error per dimension, [0, 1], of {len(shown['images'])} images; {text}.\n\n"
+        f"{markdown(rows)}"
+    )
+    write_text(folder / "reconstruct.md", text)
+    print(f"\n{text}\nThe images are in {folder / 'grid.png'}")
 
 
 def _there_and_back(
-    device: Device, real: RealImages, levels: Tensor, batch_size: int, text: str
+    worker: Worker, real: RealImages, levels: Tensor, batch_size: int, text: str
 ) -> Tensor:
-    """Reconstructions of all images on all devices, `(B, C, H, W)` on the CPU."""
-    model, drawn = device.model, torch.zeros_like(real.images)
-    mine = device.share(range(len(real.images)))
-    starts = range(0, len(mine), batch_size)
-    for start in device.progress(starts, len(starts), text):
-        batch = list(mine[start : start + batch_size])
+    """Reconstructions of all images on all workers, `(B, C, H, W)` on the CPU."""
+    model, back = worker.model, torch.zeros_like(real.images)
+    for some in worker.batches(range(len(real.images)), batch_size, text):
+        batch = list(some)
         denoiser = unclipped(model, None if real.label is None else real.label[batch])
-        with device.trainer.precision_plugin.forward_context():
-            z = encode(
-                denoiser, real.images[batch].to(model.device), levels, sampler=model.sampler
-            )
-            drawn[batch] = model.sampler(denoiser, z, levels).float().cpu()
-    return device.sum(drawn)
+        with worker.precision():
+            x = real.images[batch].to(model.device)
+            z = encode(denoiser, x, levels, sampler=model.sampler)
+            back[batch] = model.sampler(denoiser, z, levels).float().cpu()
+    return worker.all_reduce(back)

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddim_pl.commands.devices import Device, at_least, check_label, on_every_device
+from ddim_pl.checks import check_at_least
+from ddim_pl.evaluation.worker import Worker, check_label, on_every_worker
 from ddim_pl.files import replacing
 from ddim_pl.images import grid, to_uint8, write_png
 from ddim_pl.training import DiffusionModule
@@ -44,7 +45,7 @@ def sample(
         first: Index of the first image, to go on where an earlier call ended, whose images stay.
         label: Class to draw; by default all in turn.
         seed: Seed of the images; by default that of training.
-        batch_size: Images in a batch, on each device.
+        batch_size: Images in a batch, on each worker.
         png: Write each image as `<index>.png`.
         npz: Write `samples.npz` with uint8 images `arr_0` (N, H, W, C) and, where there are
             classes, labels `arr_1` (N,), the form of guided-diffusion and EDM.
@@ -54,58 +55,66 @@ def sample(
     Raises:
         ValueError: If an argument is out of range.
     """
-    at_least(1, num_images=num_images, batch_size=batch_size)
-    at_least(0, first=first, seed=seed or 0)
+    check_at_least(1, num_images=num_images, batch_size=batch_size)
+    check_at_least(0, first=first, seed=seed)
     check_label(model, label)
     indices = range(first, first + num_images)
 
-    def work(device: Device) -> None:
-        folder = device.folder(output, "sample")
-        if device.is_first and output is None and first == 0:
-            # The run's folder holds one set of images.
-            for old in (*folder.glob("*.png"), *folder.glob("*.npz")):
-                old.unlink()
-        device.wait()
-        shown = torch.zeros(min(num_images, GRID_IMAGES), *model.image_shape, dtype=torch.int32)
+    def work(worker: Worker) -> None:
+        folder = worker.folder(output, "sample")
+        if output is None and first == 0:
+            _remove_old(worker, folder)
+        first_images = torch.zeros(
+            min(num_images, GRID_IMAGES), *model.image_shape, dtype=torch.int32
+        )
         kept: list[Tensor] = []
-        for batch, images in device.draw(indices, batch_size, "drawing", label=label, seed=seed):
+        found = worker.sample_batches(indices, batch_size, "sampling", label=label, seed=seed)
+        for batch, images in found:
             pixels = to_uint8(images).cpu()
             for index, image in zip(batch, pixels, strict=True):
                 if png:
                     write_png(image, folder / f"{index:06d}.png")
-                if index - first < len(shown):
-                    shown[index - first] = image
+                if index - first < len(first_images):
+                    first_images[index - first] = image
             kept += [pixels] if npz else []
-        shown = device.sum(shown).to(torch.uint8)
+        shown = worker.all_reduce(first_images).to(torch.uint8)
         if npz:
-            _write_npz(device, folder, kept, model, indices, label)
-        if device.is_first:
+            _write_npz(worker, folder, kept, model, indices, label)
+        if worker.is_first:
             write_png(grid(shown, columns=columns), folder / "grid.png")
             print(f"{num_images} images are in {folder}")
 
-    on_every_device(trainer, model, work, ckpt_path=ckpt_path)
+    on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
+
+
+def _remove_old(worker: Worker, folder: Path) -> None:
+    """Remove the images of an earlier call: the run's folder holds one set of images."""
+    if worker.is_first:
+        for old in (*folder.glob("*.png"), *folder.glob("*.npz")):
+            old.unlink()
+    worker.barrier()
 
 
 def _write_npz(
-    device: Device,
+    worker: Worker,
     folder: Path,
     kept: list[Tensor],
     model: DiffusionModule,
     indices: range,
     label: int | None,
 ) -> None:
-    """Join the devices' images in the order of their indices."""
+    """Join the workers' images in the order of their indices."""
     mine = torch.cat([torch.empty(0, *model.image_shape, dtype=torch.uint8), *kept])
-    if not device.is_first:
-        np.save(folder / f".share-{device.rank}.npy", mine.numpy())
-    device.wait()
-    if not device.is_first:
+    if not worker.is_first:
+        np.save(folder / f".share-{worker.rank}.npy", mine.numpy())
+    worker.barrier()
+    if not worker.is_first:
         return
     images = np.empty((len(indices), *mine.shape[1:]), dtype=np.uint8)
-    images[:: device.world_size] = mine.numpy()
-    for rank in range(1, device.world_size):
+    images[:: worker.world_size] = mine.numpy()
+    for rank in range(1, worker.world_size):
         share = folder / f".share-{rank}.npy"
-        images[rank :: device.world_size] = np.load(share)
+        images[rank :: worker.world_size] = np.load(share)
         share.unlink()
     arrays = [images.transpose(0, 2, 3, 1)]
     labels = model.label_of(indices)

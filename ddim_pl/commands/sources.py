@@ -1,7 +1,6 @@
-"""Real images for the verbs that encode: files, or the data module's validation images."""
+"""Real images for the commands that encode: files, or the data module's validation images."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,9 +8,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ddim_pl.commands.devices import Device, check_label
 from ddim_pl.data.image_folder import decode
 from ddim_pl.denoiser import NetworkDenoiser
+from ddim_pl.evaluation.worker import Worker, check_images, check_label
 from ddim_pl.images import from_uint8
 from ddim_pl.samplers import Sampler
 from ddim_pl.training import DiffusionModule
@@ -33,7 +32,7 @@ def read_images(model: DiffusionModule, files: Sequence[str], label: int | None)
     """
     channels, height, width = model.image_shape
     if height != width:
-        raise ValueError(f"images can be read for square models only, got {model.image_shape}")
+        raise ValueError(f"image_shape must be square to read files, got {model.image_shape}")
     check_label(model, label)
     if model.num_classes is not None and label is None:
         raise ValueError(
@@ -47,7 +46,7 @@ def read_images(model: DiffusionModule, files: Sequence[str], label: int | None)
 
 
 def validation_images(
-    device: Device,
+    worker: Worker,
     datamodule: L.LightningDataModule | None,
     choose: Callable[[Tensor], Tensor],
 ) -> RealImages:
@@ -55,20 +54,43 @@ def validation_images(
 
     The classes are all 0 for a model without them.
     """
-    source = device.images(datamodule).val_set
+    source = worker.images(datamodule).val_set
     labels = source.labels(torch.arange(len(source)))
-    has_classes = device.model.num_classes is not None
+    has_classes = worker.model.num_classes is not None
     indices = choose(labels if has_classes else torch.zeros_like(labels))
     return RealImages(from_uint8(source.images(indices)), labels[indices] if has_classes else None)
 
 
+def image_source(
+    model: DiffusionModule,
+    datamodule: L.LightningDataModule | None,
+    files: Sequence[str] | None,
+    label: int | None,
+    num_images: int,
+) -> Callable[[Worker], RealImages]:
+    """Where a command's images come from: files, read and checked now, or the validation set.
+
+    Raises:
+        ValueError: As `read_images`, or if neither gives images.
+    """
+    if files:
+        given = read_images(model, files, label)
+        return lambda worker: given
+    check_images(datamodule)
+
+    def choose(labels: Tensor) -> Tensor:
+        return torch.arange(min(num_images, len(labels)))
+
+    return lambda worker: validation_images(worker, datamodule, choose)
+
+
 def unclipped(model: DiffusionModule, label: Tensor | None) -> NetworkDenoiser:
     """The model as a denoiser that can encode."""
-    return replace(model.conditioned(label), clip=False)
+    return model.conditioned(label).without_clipping()
 
 
 def check_deterministic(sampler: Sampler) -> None:
-    """See that a sampler can encode.
+    """Check that a sampler can encode.
 
     Raises:
         ValueError: If it is stochastic.

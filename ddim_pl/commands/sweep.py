@@ -9,22 +9,28 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor, nn
 
-from ddim_pl.commands.cells import Cell, Measure, found_or_measured, measure_of, shown_images
-from ddim_pl.commands.devices import Device, at_least, check_images, on_every_device
+from ddim_pl.checks import check_at_least
 from ddim_pl.commands.levels import check_steps, search_levels
-from ddim_pl.commands.report import label_rows, markdown, plot_distances, write_csv, write_text
+from ddim_pl.evaluation.cells import (
+    Cell,
+    CellSettings,
+    cell_settings,
+    found_or_measured,
+    shown_images,
+)
+from ddim_pl.evaluation.plots import label_rows, plot_distances
+from ddim_pl.evaluation.tables import markdown, write_csv, write_text
+from ddim_pl.evaluation.worker import Worker, check_images, on_every_worker
 from ddim_pl.level_search import candidate_levels
 from ddim_pl.samplers import Sampler
 from ddim_pl.timesteps import has_own_length, load_levels, make_levels, save_levels
 from ddim_pl.timesteps import strategies as known_strategies
 from ddim_pl.training import DiffusionModule
-from ddim_pl.training.fingerprint import fingerprint
+from ddim_pl.training.fingerprint import fingerprint_of_file
 
 ADAPTIVE = "adaptive"
 SEARCH_IMAGES = 256
@@ -71,7 +77,7 @@ def sweep(
         metrics: Metrics of `ddim_pl.metrics.quality.SampleQuality`.
         num_samples: Images in a cell.
         num_shown: Images of a cell in `grids.png`.
-        batch_size: Images in a batch, on each device.
+        batch_size: Images in a batch, on each worker.
         seed: Seed of the images; by default that of training.
         name: Folder in the checkpoint's run to write to.
         output: Folder to write to, in place of that.
@@ -80,42 +86,42 @@ def sweep(
         ValueError: If a strategy or metric is unknown, an eta is given to samplers without one, or
             a number does not fit.
     """
-    at_least(1, num_shown=num_shown, **{"num_steps": min(num_steps, default=0)})
-    measure = measure_of(
-        trainer, model, features, metrics, num_samples, batch_size, seed, num_shown
+    check_at_least(1, num_steps=min(num_steps, default=0))
+    settings = cell_settings(
+        trainer,
+        model,
+        features=features,
+        metrics=metrics,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+        num_shown=num_shown,
     )
     check_images(datamodule)
     ways = _with_etas(samplers or [model.sampler], etas)
     strategies = list(timesteps or [_only_name(model)])
-    if ADAPTIVE in strategies:
-        check_steps(model, num_steps)
-    _check_strategies(strategies)
-    # What else is wrong shows now: too many steps, a file that does not fit.
-    _ = list(_cells(model, ways, [s for s in strategies if s != ADAPTIVE], num_steps, None))
-    file: dict[str, Any] = {}
-    if ckpt_path is not None:
-        file = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
-    checkpoint = fingerprint(model, file.get("state_dict"))
+    _check_strategies(model, ways, strategies, num_steps)
+    checkpoint = fingerprint_of_file(model, ckpt_path)
 
-    def work(device: Device) -> None:
-        folder = device.folder(output, name)
-        data = device.images(datamodule)
+    def work(worker: Worker) -> None:
+        folder = worker.folder(output, name)
+        data = worker.images(datamodule)
         adaptive = None
         if ADAPTIVE in strategies:
-            adaptive = _adaptive_file(device, folder, checkpoint, num_steps)
+            adaptive = _adaptive_file(worker, folder, checkpoint, num_steps)
         cells = list(_cells(model, ways, strategies, num_steps, adaptive))
         done: list[tuple[Cell, str, dict[str, float]]] = []
-        for i, cell in enumerate(cells):
-            text = f"{i + 1}/{len(cells)}: {cell.name}"
-            key, found = found_or_measured(device, measure, cell, folder, checkpoint, data, text)
+        for cell in cells:
+            text = f"{len(done) + 1}/{len(cells)}: {cell.name}"
+            key, found = found_or_measured(worker, settings, cell, folder, checkpoint, data, text)
             done.append((cell, key, found))
-            if device.is_first:
-                _write_report(folder, done, measure, ckpt_path)
-        if device.is_first:
+            if worker.is_first:
+                _write_report(folder, done, settings, ckpt_path)
+        if worker.is_first:
             print("\n" + (folder / "sweep.md").read_text())
             print(f"The table, a plot and the images are in {folder}")
 
-    on_every_device(trainer, model, work, ckpt_path=ckpt_path)
+    on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
 
 
 def _with_etas(samplers: Sequence[Sampler], etas: Sequence[float] | None) -> list[Sampler]:
@@ -125,14 +131,20 @@ def _with_etas(samplers: Sequence[Sampler], etas: Sequence[float] | None) -> lis
     for sampler in samplers:
         if "eta" not in {field.name for field in fields(sampler)}:  # type: ignore[arg-type]
             raise ValueError(
-                f"etas are {list(etas)}, but {sampler} has no eta: leave etas out and list "
+                f"etas must be left out for {sampler}, which has no eta, got {list(etas)}: list "
                 "samplers with the eta of each, such as DDIM with init_args eta"
             )
         found += [replace(sampler, eta=eta) for eta in etas]  # type: ignore[type-var]
     return found
 
 
-def _check_strategies(names: Sequence[str]) -> None:
+def _check_strategies(
+    model: DiffusionModule,
+    samplers: Sequence[Sampler],
+    names: Sequence[str],
+    num_steps: Sequence[int],
+) -> None:
+    """Check the names, and that every combination has its levels."""
     known = sorted([ADAPTIVE, *known_strategies()])
     for name in names:
         if name not in known and not name.endswith(".json"):
@@ -140,6 +152,10 @@ def _check_strategies(names: Sequence[str]) -> None:
                 f"timesteps must be one of {known} or a .json file of adaptive levels, got "
                 f"{name!r}"
             )
+    if ADAPTIVE in names:
+        check_steps(model, num_steps)
+    others = [name for name in names if name != ADAPTIVE]
+    _ = list(_cells(model, samplers, others, num_steps, None))
 
 
 def _only_name(model: DiffusionModule) -> str:
@@ -168,43 +184,42 @@ def _cells(
 
 
 def _adaptive_file(
-    device: Device, folder: Path, checkpoint: str, num_steps: Sequence[int]
+    worker: Worker, folder: Path, checkpoint: str, num_steps: Sequence[int]
 ) -> Path:
     """Levels for this checkpoint; those of an earlier start of the same sweep are kept."""
     file = folder / "cells" / f"adaptive-{checkpoint[:16]}.json"
     levels: dict[int, Tensor] = {}
     # Of a larger sweep's earlier start, all stay in the file.
-    for steps in range(1, len(candidate_levels(device.model.schedule))):
+    for steps in range(1, len(candidate_levels(worker.model.schedule))):
         try:
-            levels[steps] = load_levels(file, device.model.schedule, steps)
+            levels[steps] = load_levels(file, worker.model.schedule, steps)
         except ValueError:  # none yet
             continue
     wanted = [steps for steps in sorted(set(num_steps)) if steps not in levels]
-    wanted = device.agree(wanted)
+    wanted = worker.broadcast(wanted)
     if wanted:
-        found = search_levels(device, wanted, SEARCH_IMAGES, SEARCH_BATCH_SIZE)
+        found = search_levels(worker, wanted, SEARCH_IMAGES, SEARCH_BATCH_SIZE)
         levels |= dict(zip(wanted, found, strict=True))
-        if device.is_first:
-            save_levels(file, device.model.schedule, list(levels.values()))
-    device.wait()
+        if worker.is_first:
+            save_levels(file, worker.model.schedule, list(levels.values()))
+    worker.barrier()
     return file
 
 
 def _write_report(
     folder: Path,
     done: Sequence[tuple[Cell, str, dict[str, float]]],
-    measure: Measure,
+    settings: CellSettings,
     ckpt_path: str | None,
 ) -> None:
-    """Write all that people look at, of the cells so far."""
+    """Write table, plot and page of images of the cells so far."""
     rows = [{**cell.row(), **found} for cell, _, found in done]
     write_csv(folder / "sweep.csv", rows)
-    write_text(
-        folder / "sweep.md",
-        f"{f'`{ckpt_path}`: ' if ckpt_path else ''}{measure.num_samples} images in each cell, "
-        f"seed {measure.seed}.\n\n{markdown(rows)}",
-    )
+    head = f"`{ckpt_path}`: " if ckpt_path else ""
+    count = settings.measure.num_samples
+    text = f"{head}{count} images in each cell, seed {settings.seed}.\n\n{markdown(rows)}"
+    write_text(folder / "sweep.md", text)
     series = [f"{cell.sampler}, {cell.timesteps}" for cell, _, _ in done]
-    plot_distances(folder / "sweep.png", rows, measure.quality.keys[0], series)
-    images = [shown_images(folder, key, measure.num_shown) for _, key, _ in done]
+    plot_distances(folder / "sweep.png", rows, settings.measure.quality.keys[0], series)
+    images = [shown_images(folder, key, settings.num_shown) for _, key, _ in done]
     label_rows(folder / "grids.png", [cell.name for cell, _, _ in done], images)

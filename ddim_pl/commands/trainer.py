@@ -1,4 +1,4 @@
-"""Lightning's trainer with the verbs as methods, which is where its command line looks."""
+"""Lightning's trainer with the commands as methods, which is where its command line looks."""
 
 import lightning as L
 
@@ -13,7 +13,7 @@ from ddim_pl.commands.sweep import sweep
 
 
 class Trainer(L.Trainer):
-    """Lightning's trainer with the verbs of this package."""
+    """Lightning's trainer with the commands of this package."""
 
     sample = sample
     interpolate = interpolate
@@ -26,4 +26,4 @@ class Trainer(L.Trainer):
 
 
 COMMANDS = tuple(name for name in vars(Trainer) if not name.startswith("_"))
-"""Names of the verbs."""
+"""Names of the commands."""

@@ -353,7 +353,7 @@ def _image_shape(network: nn.Module, shape: Iterable[int] | None) -> tuple[int, 
 
 
 def _check_channels(network: nn.Module, channels: int, prediction: PredictionType) -> None:
-    """See that a network that tells its output channels has as many as are read."""
+    """Check the output channels of a network that has such an attribute."""
     wanted = 2 * channels if prediction == "both" else channels
     found = getattr(network, "out_channels", wanted)
     if found != wanted:

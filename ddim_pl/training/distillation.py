@@ -144,7 +144,7 @@ def set_dropout(network: nn.Module, dropout: float) -> None:
 
 
 def check_same_kind(teacher: DiffusionModule, student: DiffusionModule, path: str) -> None:
-    """See that a student can begin from a teacher's weights.
+    """Check that a student can begin from a teacher's weights.
 
     Raises:
         ValueError: If image size, schedule, noise, time input or network differ.

@@ -37,3 +37,16 @@ def fingerprint(model: DiffusionModule, state: Mapping[str, Tensor] | None = Non
     if not model.noise.is_gaussian:
         text += repr(model.noise)
     return digest_of(average, text)
+
+
+def fingerprint_of_file(model: DiffusionModule, ckpt_path: str | None) -> str:
+    """The fingerprint that a model will have once a checkpoint's weights are loaded into it.
+
+    Args:
+        model: The model.
+        ckpt_path: The checkpoint; None takes the weights that the model has.
+    """
+    if ckpt_path is None:
+        return fingerprint(model)
+    file = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+    return fingerprint(model, file["state_dict"])

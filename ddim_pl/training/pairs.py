@@ -15,7 +15,7 @@ from ddim_pl.training.fingerprint import fingerprint
 
 
 def check_teacher_sampler(sampler: Sampler) -> None:
-    """See that a latent has one image.
+    """Check that a latent has one image.
 
     Raises:
         ValueError: If the sampler is stochastic.

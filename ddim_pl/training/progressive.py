@@ -290,7 +290,7 @@ class ProgressiveDistillation(Distillation):
         return self
 
     def setup(self, stage: str) -> None:
-        """Compile; and see that the fit ends where the ladder does."""
+        """Compile, and end the fit where the ladder ends."""
         super().setup(stage)
         if self.compile_network:
             self.teacher.compile()

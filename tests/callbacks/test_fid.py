@@ -105,7 +105,7 @@ def test_every_measurement_of_a_run_starts_anew(tmp_path):
         t = trainer(tmp_path, callback)
         t.validate(module, data, verbose=False)
         values.append(t.callback_metrics["val/digits_kid"])
-    assert callback.key == "digits_kid"
+    assert callback.settings.quality.keys[0] == "digits_kid"
     assert values[0] == values[1]
 
 
@@ -164,7 +164,7 @@ def test_too_few_samples_for_a_metric_are_refused_before_the_run():
 
 def test_a_plain_dataloader_is_refused(tmp_path):
     loader = DataLoader([(torch.zeros(1, 8, 8), 0)])
-    with pytest.raises(ValueError, match="needs a data module"):
+    with pytest.raises(ValueError, match="data must be a data module"):
         trainer(tmp_path, FrechetDistance(DigitsFeatures)).test(tiny_ddpm(), loader)
 
 

@@ -160,7 +160,7 @@ def test_wrong_numbers_are_refused(arguments, message):
 
 def test_a_plain_dataloader_is_refused(tmp_path):
     loader = DataLoader([(torch.zeros(1, 8, 8), 0)])
-    with pytest.raises(ValueError, match=r"BitsPerDim needs a data module.*got NoneType"):
+    with pytest.raises(ValueError, match=r"data must be a data module.*got NoneType"):
         trainer(tmp_path, BitsPerDim()).test(tiny_ddpm(), loader)
 
 

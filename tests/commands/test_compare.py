@@ -92,6 +92,6 @@ def test_wrong_students_are_errors(tmp_path, run):
         with pytest.raises(ValueError, match=message):
             compare(tmp_path / "out", teacher, students)
     other = tiny_ddpm(network=tiny_unet(image_size=16, attention=[8]))
-    with pytest.raises(ValueError, match="draws images of shape"):
+    with pytest.raises(ValueError, match="must have images of the teacher's shape"):
         compare(tmp_path / "out", other, [str(folder)])
     assert not (tmp_path / "out").exists()

@@ -274,7 +274,7 @@ def test_real_images_are_read_once(tmp_path):
     ("arguments", "message"),
     [
         ({"timesteps": ["cubic"]}, "timesteps must be one of .*'adaptive'.*'linear'.*cubic"),
-        ({"etas": [0.5]}, r"Heun\(\) has no eta"),
+        ({"etas": [0.5]}, r"etas must be left out for Heun\(\), which has no eta"),
         ({"samplers": [DDIM()], "etas": [1.5]}, "eta must lie in"),
         ({"metrics": ["foo"]}, "metrics has 'foo'; known are fd"),
         ({"num_steps": [0]}, "num_steps must be at least 1, got 0"),

@@ -16,7 +16,7 @@ from tiny import some_ddpm, tiny_config, tiny_unet, write_config
 
 from ddim_pl.cli import main
 from ddim_pl.commands import COMMANDS, Trainer
-from ddim_pl.commands.devices import on_every_device
+from ddim_pl.evaluation.worker import on_every_worker
 from ddim_pl.data.digits import DigitsDataModule, digits_arrays
 from ddim_pl.images import from_uint8, grid, read_png, to_uint8, write_png
 from ddim_pl.latents import reconstruct as reconstruction
@@ -120,22 +120,22 @@ def test_work_is_not_in_the_trainers_precision_but_the_network_is(tmp_path):
     """An extractor in bfloat16 would measure another distance than `test` does."""
     seen = []
 
-    def work(device):
+    def work(worker):
         seen.append(torch.is_autocast_enabled("cpu"))
         model.average.module.register_forward_pre_hook(
             lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
         )
-        list(device.draw([0], 1, ""))
+        list(worker.sample_batches([0], 1, ""))
 
     model = some_ddpm(num_steps=1)
-    on_every_device(trainer(tmp_path, precision="bf16-mixed"), model, work)
+    on_every_worker(trainer(tmp_path, precision="bf16-mixed"), model, work)
     assert seen == [False, True]
 
 
 def test_the_model_is_set_up_so_that_it_can_compile(tmp_path, monkeypatch):
     model, stages = some_ddpm(compile=True), []
     monkeypatch.setattr(model, "setup", stages.append)
-    on_every_device(trainer(tmp_path), model, lambda device: None)
+    on_every_worker(trainer(tmp_path), model, lambda device: None)
     assert stages == ["predict"]
 
 
@@ -276,12 +276,12 @@ def test_levels_do_not_depend_on_the_batches(tmp_path):
         ("sample", {"num_images": 0}, "num_images must be at least 1, got 0"),
         ("sample", {"first": -1}, "first must be at least 0"),
         ("sample", {"seed": -1}, "seed must be at least 0"),
-        ("sample", {"label": 3}, "the model has no classes"),
+        ("sample", {"label": 3}, "label must be left out for a model without classes"),
         ("interpolate", {"num_points": 1}, "num_points must be at least 2"),
         ("interpolate", {"images": ["a.png"]}, "images must be an even number"),
         ("interpolate", {"images": ["a.png", "b.png"]}, "a.png cannot be read"),
-        ("interpolate", {"from_data": True}, "needs a data module"),
-        ("reconstruct", {}, "needs a data module"),
+        ("interpolate", {"from_data": True}, "data must be a data module"),
+        ("reconstruct", {}, "data must be a data module"),
         ("reconstruct", {"images": ["nowhere.png"]}, "nowhere.png cannot be read"),
         ("reconstruct", {"num_steps": [2000]}, "num_steps must lie in"),
         ("reconstruct", {"timesteps": "cubic"}, "timesteps must be one of"),
@@ -397,7 +397,7 @@ def test_a_verb_without_a_checkpoint_is_an_error(verb):
         (["--model.sampler", "Heun", "--model.sampler.eta", "1"], "no argument 'eta'"),
         (["--model.sampler.eta", "2"], "eta must lie in"),
         (["--num_imagez", "3"], "num_imagez"),
-        (["--output", "README.md"], "output 'README.md' cannot be made a folder"),
+        (["--output", "README.md"], "output must be a folder, got 'README.md'"),
     ],
 )
 def test_wrong_options_are_one_line(checkpoint, arguments, message, capsys):

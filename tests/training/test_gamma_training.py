@@ -185,7 +185,7 @@ def test_the_noise_is_part_of_the_fingerprint():
 
 
 def test_bits_per_dim_are_those_of_gaussian_noise(teacher, tmp_path):
-    with pytest.raises(ValueError, match=r"BitsPerDim knows Gaussian noise only.*theta_0"):
+    with pytest.raises(ValueError, match=r"noise must be Gaussian for BitsPerDim.*theta_0"):
         trainer(tmp_path, callbacks=[BitsPerDim()]).test(teacher, DigitsDataModule())
 
 

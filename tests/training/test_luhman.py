@@ -21,7 +21,7 @@ from tiny import some_ddpm, tiny_config, tiny_unet, write_config
 
 from ddim_pl.cli import main
 from ddim_pl.commands import Trainer as TrainerWithVerbs
-from ddim_pl.commands.devices import Device
+from ddim_pl.evaluation.worker import Worker
 from ddim_pl.commands.pairs import pairs as pairs_verb
 from ddim_pl.data import teacher_pairs
 from ddim_pl.data.digits import DigitsDataModule
@@ -290,7 +290,7 @@ def test_no_device_writes_a_shard_before_the_manifest_is_there(
         (PairStore, "_check_manifest"),
         (PairStore, "begin"),
         (PairStore, "write"),
-        (SingleDeviceStrategy, "barrier") if way == "fit" else (Device, "wait"),
+        (SingleDeviceStrategy, "barrier") if way == "fit" else (Worker, "wait"),
     ]:
         recorded(monkeypatch, owner, name, events)
     if way == "fit":

@@ -1,7 +1,5 @@
-"""Tables and plots of a verb's results; every file appears whole or not at all."""
+"""Plots and pages of images; every file appears whole or not at all."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,41 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddim_pl.evaluation.tables import Row
 from ddim_pl.files import replacing
 from ddim_pl.images import write_png
-
-Row = Mapping[str, Any]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, with a line break at its end."""
-    with replacing(path) as part:
-        part.write_text(text.rstrip("\n") + "\n")
-
-
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as CSV under the names of all their columns; numbers in full precision."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _columns(rows), lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table; numbers with four significant digits.
-
-    >>> print(markdown([{"steps": 10, "fd": 0.123456}]))
-    | steps | fd |
-    |---|---|
-    | 10 | 0.1235 |
-    <BLANKLINE>
-    """
-    names = _columns(rows)
-    lines = [names, ["---"] * len(names)]
-    lines += [[_cell(row.get(name, "")) for name in names] for row in rows]
-    head, rule, *body = ("| " + " | ".join(line) + " |" for line in lines)
-    return "\n".join([head, rule.replace(" ", ""), *body]) + "\n"
 
 
 def plot_distances(path: Path, rows: Sequence[Row], key: str, series: Sequence[str]) -> None:
@@ -153,11 +119,3 @@ def _apart(values: Sequence[int]) -> list[int]:
         if not kept or value > 1.15 * kept[-1]:
             kept.append(value)
     return kept
-
-
-def _columns(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

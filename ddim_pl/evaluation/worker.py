@@ -1,6 +1,7 @@
 """Running a function on every device of a trainer, with a model's averaged weights there."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -10,18 +11,33 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddim_pl.data.base import ImageDataModule, IndexBatches
+from ddim_pl.lightning_internals import without_callbacks_and_loggers
 from ddim_pl.samplers import Sampler
 from ddim_pl.training import DiffusionModule
 
 T = TypeVar("T")
 
 
-class Device:
-    """One of the devices that share a verb's work; its `rank` is the process' number."""
+class Worker:
+    """One of the processes that share the work, each with a device of its own.
+
+    Args:
+        trainer: Started the processes.
+        model: The model, on this process' device.
+        run: Folder of the run, if there is one.
+        progress: Show progress bars, on the first worker; by default if the trainer does.
+    """
 
     def __init__(
-        self, trainer: L.Trainer, model: DiffusionModule, run: str | None, progress: bool
+        self,
+        trainer: L.Trainer,
+        model: DiffusionModule,
+        *,
+        run: str | None = None,
+        progress: bool | None = None,
     ) -> None:
+        if progress is None:
+            progress = trainer.progress_bar_callback is not None
         self.trainer = trainer
         self.model = model
         self.run = run
@@ -29,60 +45,83 @@ class Device:
         self.world_size: int = trainer.world_size
         self.shows_progress = progress and self.rank == 0
 
-    def of(self, model: DiffusionModule) -> "Device":
-        """The same device for another model, which must be there already."""
-        return Device(self.trainer, model, self.run, self.shows_progress)
+    def with_model(self, model: DiffusionModule) -> "Worker":
+        """The same worker for another model, which must be on its device already."""
+        return Worker(self.trainer, model, run=self.run, progress=self.shows_progress)
 
     @property
     def is_first(self) -> bool:
-        """Whether this device writes what all have made."""
+        """Whether this worker writes what all have made."""
         return self.rank == 0
 
+    @property
+    def device(self) -> torch.device:
+        """Where float64 sums are kept: the model's device, but for Apple's, which has none."""
+        return torch.device("cpu") if self.model.device.type == "mps" else self.model.device
+
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """The part of the items that is this device's."""
+        """The part of the items that is this worker's."""
         return items[self.rank :: self.world_size]
 
     def progress(self, items: Iterable[T], total: int, text: str) -> Iterable[T]:
-        """The items, with a progress bar on the first device."""
+        """The items, with a progress bar on the first worker."""
         return tqdm(items, total=total, desc=text, leave=False, disable=not self.shows_progress)
 
-    def wait(self) -> None:
-        """Wait for the other devices."""
-        self.trainer.strategy.barrier("verb")
+    def batches(self, items: Sequence[T], batch_size: int, text: str) -> Iterator[Sequence[T]]:
+        """Batches of this worker's share of the items, with a progress bar."""
+        mine = self.share(items)
+        starts = range(0, len(mine), batch_size)
+        for start in self.progress(starts, len(starts), text):
+            yield mine[start : start + batch_size]
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum of all devices' values, on the CPU."""
+    def precision(self) -> AbstractContextManager[None]:
+        """A context in which the network runs in the trainer's precision."""
+        return self.trainer.precision_plugin.forward_context()
+
+    def barrier(self) -> None:
+        """Wait for the other workers."""
+        self.trainer.strategy.barrier("worker")
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum of all workers' values, on the CPU."""
         if self.world_size == 1:  # Apple's devices, of which there is one, have no float64
             return values.cpu()
         there = values.to(self.model.device)
         return cast(Tensor, self.trainer.strategy.reduce(there, reduce_op="sum")).cpu()
 
     def gather(self, values: Tensor) -> Tensor:
-        """All devices' values, of one shape everywhere, `(devices, ...)` on the CPU."""
+        """All workers' values, of one shape everywhere, `(workers, ...)` on the CPU."""
         every = torch.zeros(self.world_size, *values.shape, dtype=values.dtype)
         every[self.rank] = values.cpu()
-        return self.sum(every)
+        return self.all_reduce(every)
 
-    def agree(self, value: T) -> T:
-        """The first device's value, on all of them."""
+    def broadcast(self, value: T) -> T:
+        """The first worker's value, on all of them."""
         return self.trainer.strategy.broadcast(value)
 
     def folder(self, output: str | None, name: str) -> Path:
-        """Where to write: `output`, or a folder of this name in the run; ask on every device."""
-        run = self.agree(self.run or self.trainer.default_root_dir)
+        """Where to write: `output`, or a folder of this name in the run; called on every worker.
+
+        Raises:
+            ValueError: If the folder cannot be made.
+        """
+        run = self.broadcast(self.run or self.trainer.default_root_dir)
         folder = Path(output) if output else Path(run, name)
         problem = None
         if self.is_first:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                problem = f"output {str(folder)!r} cannot be made a folder ({error.strerror})"
-        problem = self.agree(problem)  # all stop, or none
+                problem = (
+                    f"output must be a folder, got {str(folder)!r}, which cannot be made "
+                    f"({error.strerror}): give another as --output"
+                )
+        problem = self.broadcast(problem)  # all stop, or none
         if problem is not None:
-            raise ValueError(f"{problem}: give another as --output")
+            raise ValueError(problem)
         return folder
 
-    def draw(
+    def sample_batches(
         self,
         indices: Sequence[int],
         batch_size: int,
@@ -93,12 +132,9 @@ class Device:
         levels: Tensor | None = None,
         seed: int | None = None,
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """Draw this device's share of the images, yielding indices and float images of batches."""
-        mine = self.share(indices)
-        starts = range(0, len(mine), batch_size)
-        for start in self.progress(starts, len(starts), text):
-            batch = mine[start : start + batch_size]
-            with self.trainer.precision_plugin.forward_context():
+        """Sample this worker's share of the images: indices and float images of each batch."""
+        for batch in self.batches(indices, batch_size, text):
+            with self.precision():
                 images = self.model.sample(
                     batch,
                     label=None if label is None else torch.full((len(batch),), label),
@@ -113,20 +149,20 @@ class Device:
         module = check_images(datamodule)
         if self.trainer.local_rank == 0:
             module.prepare_data()
-        self.wait()
+        self.barrier()
         module.setup("test")
         return module
 
 
 class _Job(L.LightningModule):
-    """A function in the place of a prediction, which Lightning calls on every device.
+    """A function in the place of a prediction, which Lightning calls in every process.
 
     It is called before the one step that predicts nothing, since a step runs in the trainer's
     precision: feature extractors and metrics keep their own.
     """
 
     def __init__(
-        self, model: DiffusionModule, work: Callable[[Device], None], run: str | None, bar: bool
+        self, model: DiffusionModule, work: Callable[[Worker], None], run: str | None, bar: bool
     ) -> None:
         super().__init__()
         self.model = model
@@ -135,52 +171,47 @@ class _Job(L.LightningModule):
         self.bar = bar
 
     def setup(self, stage: str) -> None:
-        """Let the model, which Lightning does not see, make itself ready."""
+        """Set up the model, which Lightning does not see."""
         self.model.setup(stage)
 
     def on_predict_start(self) -> None:
         """Do all the work at once."""
-        self.work(Device(self.trainer, self.model, self.run, self.bar))
+        self.work(Worker(self.trainer, self.model, run=self.run, progress=self.bar))
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Return something: Lightning warns of nothing."""
+        """Return the batch, because Lightning warns about None."""
         return batch
 
 
-def on_every_device(
+def on_every_worker(
     trainer: L.Trainer,
     model: DiffusionModule,
-    work: Callable[[Device], None],
+    work: Callable[[Worker], None],
     *,
     ckpt_path: str | None = None,
 ) -> None:
-    """Call `work` once on every device, without gradients, with the model there.
+    """Call `work` once in every process, without gradients, with the model on its device.
 
     Args:
         trainer: Starts the processes; its callbacks and loggers, which are of fit and test, take
             no part.
         model: The model.
-        work: What to do on each device.
+        work: What to do in each process.
         ckpt_path: Checkpoint to load the weights from first.
     """
+    bar = trainer.progress_bar_callback is not None
+    # Read here, because Lightning would begin a log in the run's folder.
+    run = cast(str | None, getattr(trainer.logger, "log_dir", None))
     if ckpt_path is not None:
         checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
         model.load_state_dict(checkpoint["state_dict"])
-    bar = trainer.progress_bar_callback is not None
-    # Asked for here because Lightning would begin a log in the run's folder.
-    run = cast(str | None, getattr(trainer.logger, "log_dir", None))
-    if ckpt_path is not None:
-        run = str(_run_of(Path(ckpt_path)))
-    callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
-    trainer.callbacks, trainer.loggers = [], []  # type: ignore[attr-defined]
-    try:
-        once_each = IndexBatches([torch.zeros(1, dtype=torch.long)])
+        run = str(run_of(Path(ckpt_path)))
+    once_each = IndexBatches([torch.zeros(1, dtype=torch.long)])
+    with without_callbacks_and_loggers(trainer):
         trainer.predict(_Job(model, work, run, bar), once_each, return_predictions=False)
-    finally:
-        trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
 
 
-def _run_of(checkpoint: Path) -> Path:
+def run_of(checkpoint: Path) -> Path:
     """The run of a checkpoint; of a file that lies in none, a folder of its name beside it.
 
     The same folder every time, so that a sweep of a moved file finds its cells again.
@@ -192,21 +223,21 @@ def _run_of(checkpoint: Path) -> Path:
 
 
 def check_images(datamodule: L.LightningDataModule | None) -> ImageDataModule:
-    """See that a data module has images.
+    """Check that a data module has images.
 
     Raises:
         ValueError: If it has not.
     """
     if not isinstance(datamodule, ImageDataModule):
         raise ValueError(
-            "this needs a data module with the real images (a subclass of "
-            f"ddim_pl.data.base.ImageDataModule), got {type(datamodule).__name__}: set --data"
+            "data must be a data module with the real images, a subclass of "
+            f"ddim_pl.data.base.ImageDataModule, got {type(datamodule).__name__}: set --data"
         )
     return datamodule
 
 
 def check_label(model: DiffusionModule, label: int | None) -> None:
-    """See that the model has this class.
+    """Check that the model has this class.
 
     Raises:
         ValueError: If it has not.
@@ -214,17 +245,6 @@ def check_label(model: DiffusionModule, label: int | None) -> None:
     if label is None:
         return
     if model.num_classes is None:
-        raise ValueError(f"label is {label}, but the model has no classes: leave it out")
+        raise ValueError(f"label must be left out for a model without classes, got {label}")
     if not 0 <= label < model.num_classes:
         raise ValueError(f"label must lie in [0, {model.num_classes - 1}], got {label}")
-
-
-def at_least(least: int, **values: int) -> None:
-    """See that numbers are large enough.
-
-    Raises:
-        ValueError: If one is not.
-    """
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,0 +1,1 @@
+"""Generating images with a model and measuring them, once for everyone who does."""

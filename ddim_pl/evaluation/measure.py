@@ -1,0 +1,149 @@
+"""Measuring a model's images against the real ones: the one loop that generates and measures."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol, cast, runtime_checkable
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from ddim_pl.checks import check_at_least
+from ddim_pl.data.base import ImageDataModule
+from ddim_pl.evaluation.worker import Worker
+from ddim_pl.images import to_uint8
+from ddim_pl.lightning_internals import callbacks_of
+from ddim_pl.metrics.inception import InceptionFeatures
+from ddim_pl.metrics.quality import SampleQuality, check_metrics
+from ddim_pl.samplers import Sampler
+from ddim_pl.training.fingerprint import digest_of
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """How images are measured.
+
+    Args:
+        make_features: Makes the feature extractor, see `ddim_pl.metrics.quality.FeatureExtractor`.
+        metrics: Names of metrics, see `SampleQuality`.
+        num_samples: Images to generate; published FIDs take 50,000.
+        batch_size: Images in a batch, on each device.
+
+    Raises:
+        ValueError: If a number is too small or a metric unknown.
+    """
+
+    make_features: Callable[[], nn.Module] = InceptionFeatures
+    metrics: tuple[str, ...] = ("fd",)
+    num_samples: int = 50_000
+    batch_size: int = 250
+
+    def __post_init__(self) -> None:
+        check_at_least(2, num_samples=self.num_samples)
+        check_at_least(1, batch_size=self.batch_size)
+        check_metrics(self.metrics)
+
+    @cached_property
+    def quality(self) -> SampleQuality:
+        """The metrics, with the extractor loaded; once a process."""
+        quality = SampleQuality(self.make_features(), self.metrics)
+        quality.check_num_samples(self.num_samples)
+        return quality
+
+    @cached_property
+    def extractor(self) -> str:
+        """A name for the feature extractor and its weights."""
+        extractor = self.quality.extractor
+        return f"{extractor.name} {digest_of(cast(nn.Module, extractor).state_dict())}"
+
+
+@runtime_checkable
+class ChecksBeforeRun(Protocol):
+    """A callback that can tell, before a run writes anything, that it will not be able to work."""
+
+    def check(self, datamodule: L.LightningDataModule | None, stage: str) -> None:
+        """Raise what is wrong with this data for "fit", "validate", "test" or "predict"."""
+
+
+def settings_of(trainer: L.Trainer) -> MeasureSettings:
+    """The settings of the config's callback that measures, or the default ones."""
+    found = (getattr(callback, "settings", None) for callback in callbacks_of(trainer))
+    return next((each for each in found if isinstance(each, MeasureSettings)), MeasureSettings())
+
+
+class Measured(NamedTuple):
+    """What a measurement found.
+
+    Attributes:
+        values: The numbers, float32 scalars, by their names.
+        images_per_second: Images generated and measured in a second.
+        first: The first images, uint8 `(num_shown, C, H, W)` on the CPU.
+    """
+
+    values: dict[str, Tensor]
+    images_per_second: float
+    first: Tensor
+
+
+@torch.no_grad()
+def measure(
+    worker: Worker,
+    settings: MeasureSettings,
+    data: ImageDataModule,
+    text: str,
+    *,
+    sampler: Sampler | None = None,
+    levels: Tensor | None = None,
+    seed: int | None = None,
+    num_shown: int = 0,
+) -> Measured:
+    """Generate images and measure them, on every worker.
+
+    The work is shared over the workers; exactly `num_samples` images are generated, the same ones
+    every time. The real side, all training images of the data module, is computed once.
+
+    Args:
+        worker: Its model generates the images, with the averaged weights.
+        settings: How they are measured.
+        data: The real images.
+        text: For the progress bar.
+        sampler: By default the model's, as are the next two.
+        levels: Levels to visit, `(S + 1,)`.
+        seed: Seed of the images.
+        num_shown: How many of the first images to return.
+    """
+    quality = settings.quality.to(worker.device)
+    _measure_real(worker, settings, data)
+    quality.reset_samples()
+    first = torch.zeros(num_shown, *worker.model.image_shape, dtype=torch.int32)
+    begin = time.perf_counter()
+    for batch, images in worker.sample_batches(
+        range(settings.num_samples),
+        settings.batch_size,
+        text,
+        sampler=sampler,
+        levels=levels,
+        seed=seed,
+    ):
+        pixels = to_uint8(images)
+        quality.update(pixels, real=False)
+        for index, image in zip(batch, pixels, strict=True):
+            if index < num_shown:
+                first[index] = image.cpu()
+    speed = settings.num_samples / (time.perf_counter() - begin)
+    values = quality.compute()
+    quality.reset_samples()
+    return Measured(values, speed, worker.all_reduce(first).to(torch.uint8))
+
+
+def _measure_real(worker: Worker, settings: MeasureSettings, data: ImageDataModule) -> None:
+    """Take in the real images, unless that is done."""
+    quality = settings.quality
+    if not quality.needs_real or quality.num_real:
+        return
+    batches = data.reference_images(worker.rank, worker.world_size, settings.batch_size)
+    total = -(-data.num_reference // (settings.batch_size * worker.world_size))
+    for images in worker.progress(batches, total, "real features"):
+        quality.update(images, real=True)
