@@ -16,8 +16,8 @@ from tiny import some_ddpm, tiny_config, tiny_unet, write_config
 
 from ddim_pl.cli import main
 from ddim_pl.commands import COMMANDS, Trainer
-from ddim_pl.evaluation.worker import on_every_worker
 from ddim_pl.data.digits import DigitsDataModule, digits_arrays
+from ddim_pl.evaluation.worker import on_every_worker
 from ddim_pl.images import from_uint8, grid, read_png, to_uint8, write_png
 from ddim_pl.latents import reconstruct as reconstruction
 from ddim_pl.latents import slerp

@@ -21,11 +21,11 @@ from tiny import some_ddpm, tiny_config, tiny_unet, write_config
 
 from ddim_pl.cli import main
 from ddim_pl.commands import Trainer as TrainerWithVerbs
-from ddim_pl.evaluation.worker import Worker
 from ddim_pl.commands.pairs import pairs as pairs_verb
 from ddim_pl.data import teacher_pairs
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.data.teacher_pairs import PAIR_SEED, PairBatch, PairStore, TeacherPairsDataModule
+from ddim_pl.evaluation.worker import Worker
 from ddim_pl.noise import latents
 from ddim_pl.prediction import decode, target
 from ddim_pl.rng import share_generators, step_generators
