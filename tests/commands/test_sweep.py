@@ -1,62 +1,24 @@
 """A sweep measures what FrechetDistance does, keeps what it has, and ends alike after a stop."""
 
-import csv
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from sweeps import sweep
 from tiny import some_ddpm, tiny_ddpm
 
-from callbacks import FrechetDistance
-from ddim_pl.commands import Trainer
-from ddim_pl.data.base import TensorImages
-from ddim_pl.data.digits import DigitsDataModule, digits_arrays
 from ddim_pl.images import read_png, to_uint8
-from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.metrics.quality import SampleQuality
-from ddim_pl.samplers import DDIM, Ancestral, Heun
+from ddim_pl.samplers import DDIM, Ancestral
 from ddim_pl.timesteps import make_levels
 
 ROOT = Path(__file__).parents[2]
-
-
-def trainer(folder, *callbacks, **settings):
-    return Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        limit_test_batches=1,
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        **settings,
-    )
-
-
-def sweep(folder, model=None, **arguments):
-    settings = {
-        "timesteps": ["linear", "exponential"],
-        "num_steps": [2, 3],
-        "samplers": [DDIM(), Heun()],
-        "features": DigitsFeatures,
-        "num_samples": 40,
-        "batch_size": 16,
-        "num_shown": 4,
-        "output": str(folder),
-        **arguments,
-    }
-    trainer(folder).sweep(model or some_ddpm(), DigitsDataModule(), **settings)
-    return list(csv.DictReader((folder / "sweep.csv").read_text().splitlines()))
 
 
 def test_a_sweep_has_every_combination_once_and_writes_all_files(tmp_path):
@@ -74,30 +36,6 @@ def test_a_sweep_has_every_combination_once_and_writes_all_files(tmp_path):
     assert "40 images" in table
     for name in ("sweep.png", "grids.png"):
         assert read_png(tmp_path / name).shape[1] > 100
-
-
-def test_a_cell_has_the_distance_that_the_callback_measures(tmp_path):
-    model = some_ddpm(timesteps="quadratic", num_steps=3)
-    callback = FrechetDistance(DigitsFeatures, num_samples=40, batch_size=40)
-    t = trainer(tmp_path, callback)
-    t.test(model, DigitsDataModule(), verbose=False)
-    rows = sweep(
-        tmp_path / "sweep", model, timesteps=None, samplers=None, num_steps=[3], num_samples=40
-    )
-    expected = float(t.callback_metrics["test/digits_fd"])
-    assert float(rows[0]["digits_fd"]) == pytest.approx(expected, rel=1e-4)
-
-
-def test_settings_come_from_the_callback_where_none_are_given(tmp_path):
-    callback = FrechetDistance(
-        DigitsFeatures, num_samples=37, batch_size=10, metrics=("fd", "precision_recall")
-    )
-    trainer(tmp_path, callback).sweep(
-        some_ddpm(), DigitsDataModule(), num_steps=[2], output=str(tmp_path)
-    )
-    assert "37 images" in (tmp_path / "sweep.md").read_text()
-    rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
-    assert {"digits_fd", "digits_precision", "digits_recall"} <= set(rows[0])
 
 
 def test_the_page_shows_the_images_of_the_same_latents(tmp_path):
@@ -189,51 +127,6 @@ def test_a_larger_sweep_measures_the_new_cells_only(tmp_path, monkeypatch):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("other", ["images", "extractor", "precision", "metrics"])
-def test_a_cell_of_other_circumstances_is_measured_anew(tmp_path, monkeypatch, other):
-    class OtherDigits(DigitsDataModule):
-        pixel = 0
-
-        def load(self, train):
-            images, labels = digits_arrays()
-            images[0, 0, 0, 0] += self.pixel
-            return TensorImages(images, labels, 10)
-
-    class OtherFeatures(DigitsFeatures):
-        def __init__(self, change=0.0):
-            super().__init__()
-            self.classifier.head.bias.data += change
-
-    def run(data, features, precision, metrics=("fd",)):
-        calls.clear()
-        trainer(tmp_path, precision=precision).sweep(
-            model,
-            data,
-            timesteps=["linear"],
-            num_steps=[1],
-            features=features,
-            num_samples=40,
-            metrics=metrics,
-            output=str(tmp_path / "out"),
-        )
-        return len(calls)
-
-    model, calls, original = some_ddpm(), [], SampleQuality.compute
-    monkeypatch.setattr(SampleQuality, "compute", lambda s: calls.append(1) or original(s))
-    first = (OtherDigits(), OtherFeatures, "32-true")
-    assert run(*first) == 1
-    assert run(*first) == 0
-    changed = OtherDigits()
-    changed.pixel = 1
-    others = {
-        "images": (changed, *first[1:]),
-        "extractor": (first[0], partial(OtherFeatures, 1.0), first[2]),
-        "precision": (*first[:2], "bf16-mixed"),
-        "metrics": (*first, ("fd", "kid")),
-    }
-    assert run(*others[other]) == 1
-
-
 def test_adaptive_levels_of_an_earlier_start_stay(tmp_path, monkeypatch):
     monkeypatch.setattr("ddim_pl.commands.sweep.SEARCH_IMAGES", 4)
     model, settings = some_ddpm(), {"timesteps": ["adaptive"], "samplers": [DDIM()]}
@@ -243,31 +136,9 @@ def test_adaptive_levels_of_an_earlier_start_stay(tmp_path, monkeypatch):
     assert sorted(json.loads(file.read_text())["levels"]) == ["2", "3"]
 
 
-def test_a_damaged_cell_is_measured_anew(tmp_path):
-    model = some_ddpm()
-    first = sweep(tmp_path, model, timesteps=["linear"], num_steps=[2], samplers=[DDIM()])
-    (file,) = (tmp_path / "cells").glob("*.json")
-    file.write_text(file.read_text()[:20])
-    with pytest.warns(UserWarning, match="is damaged"):
-        again = sweep(tmp_path, model, timesteps=["linear"], num_steps=[2], samplers=[DDIM()])
-    assert first == again
-
-
 def test_etas_replace_that_of_samplers_that_have_one(tmp_path):
     rows = sweep(tmp_path, samplers=[DDIM()], etas=[0.0, 1.0], timesteps=["linear"], num_steps=[2])
     assert [row["sampler"] for row in rows] == ["DDIM(eta=0.0)", "DDIM(eta=1.0)"]
-
-
-def test_real_images_are_read_once(tmp_path):
-    class Counting(DigitsFeatures):
-        seen = 0
-
-        def forward(self, images):
-            type(self).seen += len(images)
-            return super().forward(images)
-
-    sweep(tmp_path, features=Counting)
-    assert Counting.seen == 1797 + 6 * 40
 
 
 @pytest.mark.parametrize(
@@ -304,10 +175,3 @@ def test_adaptive_levels_of_another_schedule_are_an_error(tmp_path):
     save_levels(file, ImprovedCosineSchedule(), [torch.tensor([1000.0, 10, 0])])
     with pytest.raises(ValueError, match=r"were found for Improved.*but the model has Linear"):
         sweep(tmp_path / "out", timesteps=[str(file)], num_steps=[2])
-
-
-def test_the_plot_and_table_of_one_cell(tmp_path):
-    sweep(tmp_path, timesteps=["linear"], num_steps=[1], samplers=[DDIM()])
-    assert re.search(
-        r"\| DDIM\(eta=0.0\) \| linear \| 1 \| 1 \|", (tmp_path / "sweep.md").read_text()
-    )

@@ -1,6 +1,5 @@
 """Distillation in one step: pairs that can be trusted, and a student that learns them."""
 
-import errno
 import functools
 import inspect
 import json
@@ -8,314 +7,25 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 from exact import ExactGaussian
-from lightning.pytorch.strategies import SingleDeviceStrategy
-from safetensors.torch import load_file
-from tiny import some_ddpm, tiny_config, tiny_unet, write_config
+from luhman_runs import ROOT, pairs, student, trainer
+from tiny import tiny_config, tiny_unet, write_config
 
 from ddim_pl.cli import main
-from ddim_pl.commands import Trainer as TrainerWithVerbs
-from ddim_pl.commands.pairs import pairs as pairs_verb
-from ddim_pl.data import teacher_pairs
+from ddim_pl.commands.pairs import pairs as pairs_command
 from ddim_pl.data.digits import DigitsDataModule
-from ddim_pl.data.teacher_pairs import PAIR_SEED, PairBatch, PairStore, TeacherPairsDataModule
-from ddim_pl.evaluation.worker import Worker
+from ddim_pl.data.teacher_pairs import PAIR_SEED, PairBatch, TeacherPairsDataModule
 from ddim_pl.noise import latents
 from ddim_pl.prediction import decode, target
 from ddim_pl.rng import share_generators, step_generators
 from ddim_pl.samplers import DDIM, Ancestral
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
-from ddim_pl.training import DDPM, LuhmanDistillation, luhman
-from ddim_pl.training.pairs import make_pairs, recipe_of
-
-ROOT = Path(__file__).parents[2]
-
-
-def trainer(folder, kind=L.Trainer, **arguments):
-    return kind(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=folder,
-        limit_val_batches=1,
-        num_sanity_val_steps=0,
-        **arguments,
-    )
-
-
-def saved(module, path):
-    """A checkpoint of a module, as its trainer writes it."""
-    t = trainer(path.parent, max_epochs=0)
-    t.fit(module, DigitsDataModule())
-    t.save_checkpoint(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def teacher_file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    module = some_ddpm(network=tiny_unet(num_classes=10))
-    return saved(module, folder / "teacher.ckpt"), module
-
-
-def pairs(folder, **arguments):
-    settings = {
-        "num_pairs": 40,
-        "num_validation": 8,
-        "shard_size": 16,
-        "batch_size": 10,
-        **arguments,
-    }
-    return TeacherPairsDataModule(DigitsDataModule(), str(folder / "pairs"), **settings)
-
-
-def student(teacher_file, **arguments):
-    settings = {
-        "teacher_timesteps": "linear",
-        "teacher_num_steps": 4,
-        "ema_decay": 0.9,
-        "optimizer": functools.partial(torch.optim.Adam, lr=1e-3),
-        **arguments,
-    }
-    return LuhmanDistillation(teacher=teacher_file[0], **settings)
-
-
-def with_the_steps_of_fit(teacher_file):
-    """The teacher as `main.py pairs` is given it for `student`."""
-    return DDPM.load_from_checkpoint(
-        teacher_file[0], weights_only=True, timesteps="linear", num_steps=4
-    )
-
-
-def store_of(folder, module, *, num_pairs=40, **arguments):
-    levels = torch.tensor([1000.0, 500, 0])
-    recipe = {**recipe_of(module, DDIM(), levels, precision="32-true"), "seed": 3, **arguments}
-    store = PairStore(folder, recipe, num_pairs=num_pairs, shard_size=16)
-    return store, functools.partial(make_pairs, store, module, DDIM(), levels, batch_size=5)
-
-
-# ---- pairs ------------------------------------------------------------------------------------
-
-
-def test_pairs_are_the_teachers_images_of_the_latents_that_a_batch_holds(tmp_path, teacher_file):
-    _, module = teacher_file
-    data = pairs(tmp_path, pair_seed=3)
-    levels = torch.tensor([1000.0, 500, 0])
-    store = data.open(recipe_of(module, DDIM(), levels, precision="32-true"))
-    store.begin()
-    assert make_pairs(store, module, DDIM(), levels, batch_size=5) == 3
-    batch = next(iter(data.train_dataloader()))
-    again = DDIM()(module.conditioned(batch.labels), batch.latents, levels)
-    torch.testing.assert_close(batch.images, again, rtol=0, atol=2e-5)
-    validation = list(data.val_dataloader())
-    z, _ = latents(3, range(40, 48), (1, 8, 8))
-    assert torch.equal(validation[0].latents, z)
-    assert validation[0].labels.tolist() == [i % 10 for i in range(40, 48)]
-
-
-def test_what_is_there_is_kept_and_what_is_damaged_is_made_again(tmp_path, teacher_file):
-    store, make = store_of(tmp_path, teacher_file[1])
-    store.begin()
-    assert make() == 3
-    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
-    assert make() == 0
-    shard = tmp_path / "00001.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(bytes(content))
-    (tmp_path / "00002.sha256").unlink()
-    with pytest.warns(UserWarning, match="does not match its checksum"):
-        assert make() == 2
-    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
-
-
-def test_ranks_share_the_shards_and_make_the_same_pairs(tmp_path, teacher_file):
-    alone, make = store_of(tmp_path / "alone", teacher_file[1])
-    alone.begin()
-    make()
-    shared, make = store_of(tmp_path / "shared", teacher_file[1])
-    shared.begin()
-    assert [make(rank=rank, world_size=2) for rank in range(2)] == [2, 1]
-    for shard in range(3):
-        name = f"{shard:05d}.safetensors"
-        one, two = (load_file(s.folder / name)["images"] for s in (alone, shared))
-        assert torch.equal(one, two)
-
-
-def test_more_pairs_are_added_to_those_there(tmp_path, teacher_file):
-    few, make = store_of(tmp_path, teacher_file[1], num_pairs=32)
-    few.begin()
-    assert make() == 2
-    many, make = store_of(tmp_path, teacher_file[1], num_pairs=50)
-    assert make() == 2
-    assert all(many.is_whole(shard) for shard in range(4))
-
-
-@pytest.mark.parametrize("change", [{"seed": 4}, {"sampler": "Heun()"}, {"levels": [1000.0, 0.0]}])
-def test_pairs_of_another_recipe_are_refused(tmp_path, teacher_file, change):
-    store, _ = store_of(tmp_path, teacher_file[1])
-    store.begin()
-    (name,) = change
-    with pytest.raises(ValueError, match=f"was made with {name}="):
-        store_of(tmp_path, teacher_file[1], **change)
-
-
-def test_pairs_of_other_weights_are_refused(tmp_path, teacher_file):
-    store, _ = store_of(tmp_path, teacher_file[1])
-    store.begin()
-    other = some_ddpm(network=tiny_unet(num_classes=10))
-    next(other.average.module.parameters()).data += 1e-3
-    with pytest.raises(ValueError, match="was made with teacher="):
-        store_of(tmp_path, other)
-
-
-def test_a_full_disk_stops_cleanly_and_the_same_command_goes_on(
-    tmp_path, teacher_file, monkeypatch
-):
-    store, make = store_of(tmp_path, teacher_file[1])
-    store.begin()
-    original, calls = teacher_pairs.save_file, []
-
-    def full(tensors, path):
-        calls.append(path)
-        if len(calls) == 2:
-            path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        original(tensors, path)
-
-    monkeypatch.setattr(teacher_pairs, "save_file", full)
-    with pytest.raises(OSError, match=r"shard 1 of 3 .*no space is left.*make room"):
-        make()
-    assert store.is_whole(0)
-    assert not list(tmp_path.glob("*.part"))
-    monkeypatch.setattr(teacher_pairs, "save_file", original)
-    assert make() == 2
-    assert all(store.is_whole(shard) for shard in range(3))
-
-
-WRITE_UNDER_A_LIMIT = """
-import resource, signal, sys
-from pathlib import Path
-import torch
-from ddim_pl.data.teacher_pairs import PairStore
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-store = PairStore(Path(sys.argv[1]), {"seed": 0}, num_pairs=4, shard_size=2)
-store.begin()
-store.write(0, torch.zeros(2, 1, 8, 8))
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-try:
-    store.write(1, torch.zeros(2, 1, 64, 64))
-except OSError as error:
-    print(error)
-assert store.is_whole(0)
-"""
-
-
-def test_a_file_that_the_system_will_not_let_grow_stops_cleanly(tmp_path):
-    """As a quota does: safetensors raises an error of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", WRITE_UNDER_A_LIMIT, tmp_path],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "shard 1 of 2 cannot be written to" in done.stdout
-    assert "File too large" in done.stdout
-    assert {f.name for f in tmp_path.iterdir()} == {
-        "manifest.json",
-        "00000.safetensors",
-        "00000.sha256",
-    }
-
-
-def test_pairs_of_another_precision_are_refused(tmp_path, teacher_file):
-    trainer(tmp_path, max_steps=1).fit(student(teacher_file), pairs(tmp_path))
-    assert json.loads((tmp_path / "pairs/manifest.json").read_text())["precision"] == "32-true"
-    message = "was made with precision='32-true', but 'bf16-mixed' is wanted"
-    with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, max_steps=1, precision="bf16-mixed").fit(
-            student(teacher_file), pairs(tmp_path)
-        )
-    with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, TrainerWithVerbs, precision="bf16-mixed").pairs(
-            with_the_steps_of_fit(teacher_file),
-            folder=str(tmp_path / "pairs"),
-            num_pairs=48,
-            shard_size=16,
-        )
-
-
-def test_the_verb_makes_the_pairs_that_fit_asks_for(tmp_path, teacher_file):
-    trainer(tmp_path, TrainerWithVerbs).pairs(
-        with_the_steps_of_fit(teacher_file),
-        folder=str(tmp_path / "pairs"),
-        num_pairs=48,
-        shard_size=16,
-    )
-    before = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "pairs").glob("0*")}
-    trainer(tmp_path, max_steps=1).fit(student(teacher_file), pairs(tmp_path))
-    assert {f.name: f.stat().st_mtime_ns for f in (tmp_path / "pairs").glob("0*")} == before
-    assert len(before) == 6
-
-
-def recorded(monkeypatch, owner, name, events):
-    original = getattr(owner, name)
-
-    def record(self, *arguments):
-        events.append(name)
-        return original(self, *arguments)
-
-    monkeypatch.setattr(owner, name, record)
-
-
-@pytest.mark.parametrize("way", ["fit", "verb"])
-def test_no_device_writes_a_shard_before_the_manifest_is_there(
-    tmp_path, teacher_file, monkeypatch, way
-):
-    """All wait between reading and writing it, and again before the first shard."""
-    events = []
-    for owner, name in [
-        (PairStore, "_check_manifest"),
-        (PairStore, "begin"),
-        (PairStore, "write"),
-        (SingleDeviceStrategy, "barrier") if way == "fit" else (Worker, "wait"),
-    ]:
-        recorded(monkeypatch, owner, name, events)
-    if way == "fit":
-        trainer(tmp_path, max_steps=1).fit(student(teacher_file), pairs(tmp_path))
-    else:
-        trainer(tmp_path, TrainerWithVerbs).pairs(
-            teacher_file[1], folder=str(tmp_path / "pairs"), num_pairs=8
-        )
-    wait = "barrier" if way == "fit" else "wait"
-    first = events.index("_check_manifest")
-    assert events[first : first + 5] == ["_check_manifest", wait, "begin", wait, "write"]
-    last = len(events) - events[::-1].index("write")
-    assert events[last] == wait
-
-
-def test_a_folder_without_a_readable_manifest_is_refused(tmp_path, teacher_file):
-    (tmp_path / "00000.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"without a manifest.json"):
-        store_of(tmp_path, teacher_file[1])
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be read"):
-        store_of(tmp_path, teacher_file[1])
-
-
-# ---- the student ------------------------------------------------------------------------------
+from ddim_pl.training import LuhmanDistillation, luhman
+from ddim_pl.training.pairs import recipe_of
 
 
 @pytest.mark.parametrize("schedule", [LinearSchedule(), CosineLogSNRSchedule()])
@@ -378,7 +88,7 @@ def test_a_stopped_fit_ends_with_the_weights_of_an_unbroken_one(tmp_path, teache
 
 
 def test_no_seed_in_use_is_judged_by_latents_of_the_default_pairs():
-    for kind in (TeacherPairsDataModule, pairs_verb):
+    for kind in (TeacherPairsDataModule, pairs_command):
         assert inspect.signature(kind).parameters["pair_seed"].default == PAIR_SEED
     for seed in range(1500):
         assert not share_generators(seed, 60_000, PAIR_SEED, 1_100_000), seed
@@ -451,9 +161,6 @@ def test_an_exact_student_of_an_exact_teacher_has_no_loss(teacher_file):
     torch.testing.assert_close(read.x, x)
 
 
-# ---- bad input --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -514,9 +221,6 @@ def test_fewer_validation_pairs_than_devices_are_refused(tmp_path, teacher_file)
         data.val_dataloader()
     with pytest.raises(ValueError, match=message):
         data.open(recipe)
-
-
-# ---- from the command line --------------------------------------------------------------------
 
 
 def luhman_config(folder, teacher):

@@ -2,14 +2,14 @@ import functools
 import shutil
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 from exact import Distilled, ExactGaussian, ExactMixture, two_steps
 from fsspec.implementations.local import LocalFileOpener
+from ladders import clone, fit, ladder, same, save
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from tiny import some_ddpm, tiny_ddpm, tiny_unet
+from tiny import some_ddpm, tiny_unet
 from torch import nn
 
 from ddim_pl.data.digits import DigitsDataModule
@@ -64,9 +64,6 @@ def papers_target(teacher, z, t, step):
     return numerator / expand_like(end.alpha - ratio * level.alpha, z), z_s
 
 
-# ---- the target -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("student", ["x", "v"])
 @pytest.mark.parametrize("prediction", ["eps", "x", "v"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -113,9 +110,6 @@ def test_a_ladder_of_perfect_students_draws_what_the_teacher_draws(law, schedule
         torch.testing.assert_close(drawn, expected, rtol=1e-9, atol=1e-9)
     # It is not the data that comes out, but the teacher's 16 steps: few steps differ.
     assert not torch.allclose(DDIM()(teacher, z, linear(1000, 8)), expected, rtol=1e-6)
-
-
-# ---- the loss ---------------------------------------------------------------------------------
 
 
 class Reproducing(NetworkDenoiser):
@@ -198,89 +192,6 @@ def test_gradients_reach_the_student_alone():
     assert {id(p) for g in groups for p in g["params"]} == {
         id(p) for p in module.network.parameters()
     }
-
-
-# ---- the ladder -------------------------------------------------------------------------------
-
-
-def save(module, path):
-    """Write a module as a trainer would, without a fit."""
-    t = trainer(path.parent)
-    t.strategy.connect(module)
-    t.save_checkpoint(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """Checkpoint of a v-teacher on the cosine schedule."""
-    module = some_ddpm(
-        schedule=CosineLogSNRSchedule(),
-        network=tiny_unet(dropout=0.1),
-        prediction="v",
-        loss_weight="snr_plus_one",
-        time_input="log_snr",
-        clip=False,
-    )
-    return save(module, tmp_path_factory.mktemp("teacher") / "v.ckpt")
-
-
-@pytest.fixture(scope="module")
-def eps_teacher(tmp_path_factory):
-    return save(some_ddpm(), tmp_path_factory.mktemp("teacher") / "eps.ckpt")
-
-
-def trainer(folder, *callbacks, **arguments):
-    return L.Trainer(
-        **{
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-            "num_sanity_val_steps": 0,
-            "limit_val_batches": 0,
-            "max_epochs": -1,
-            "default_root_dir": folder,
-            "callbacks": list(callbacks),
-            **arguments,
-        }
-    )
-
-
-LADDER = [(4, 6), (2, 5), (1, 5)]  # after two updates of conversion it ends at update 18
-
-
-def ladder(path, **arguments):
-    # A run that resumes must not owe its result to the global generator.
-    seed_everything(arguments.pop("global_seed", 0), verbose=False)
-    return ProgressiveDistillation(
-        **{
-            "teacher": path,
-            "rounds": LADDER,
-            "conversion_updates": 2,
-            "ema_decay": 0.5,
-            "dropout": 0.1,
-            "optimizer": functools.partial(torch.optim.Adam, lr=1e-3),
-            **arguments,
-        }
-    )
-
-
-def fit(module, folder, *callbacks, ckpt_path=None, **arguments):
-    data = DigitsDataModule(batch_size=4, steps_per_epoch=8)
-    t = trainer(folder, *callbacks, **arguments)
-    t.fit(module, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return t
-
-
-def clone(network):
-    return {name: value.clone() for name, value in network.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class Diary(Callback):
@@ -402,9 +313,6 @@ def test_a_checkpoint_alone_rebuilds_the_ladder(whole):
     torch.testing.assert_close(loaded.sample([0, 1]), module.sample([0, 1]), rtol=0, atol=0)
 
 
-# ---- resuming ---------------------------------------------------------------------------------
-
-
 @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
 @pytest.mark.parametrize(
     "step",
@@ -445,19 +353,6 @@ def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(
     resumed = ladder(teacher, warmup_steps=1, global_seed=99)
     fit(resumed, tmp_path, ckpt_path=last)
     assert same(clone(whole[0].average.module), clone(resumed.average.module))
-
-
-# ---- teachers ---------------------------------------------------------------------------------
-
-
-def test_a_v_teacher_gives_all_that_is_not_said(teacher):
-    read, module = load_teacher(teacher), ladder(teacher, dropout=0.0)
-    assert module.schedule == read.schedule
-    assert module.first_prediction == "v"
-    assert (module.time_input, module.clip) == ("log_snr", False)
-    assert module.image_shape == read.image_shape
-    for network in (module.network, module.average.module, module.teacher):
-        assert same(clone(network), clone(read.average.module))
 
 
 def test_an_eps_teacher_is_read_as_such_until_it_is_converted(eps_teacher, tmp_path):
@@ -572,116 +467,6 @@ def test_a_new_fit_of_a_finished_ladder_begins_anew(whole, tmp_path):
     fit(again, tmp_path, diary)
     assert [page.round for page in diary.pages] == [page.round for page in whole[2]]
     assert diary.pages[0].averaged == 0
-
-
-def test_another_network_does_not_change_how_the_teacher_is_read(eps_teacher, tmp_path):
-    given = {"network": tiny_unet(), "schedule": LinearSchedule(), "rounds": [(4, 2)]}
-    module = ladder(eps_teacher, **given)
-    with pytest.raises(ValueError, match="predicts 'eps', but is read as 'v': set teacher_pred"):
-        fit(module, tmp_path)
-    told = ladder(eps_teacher, teacher_prediction="eps", conversion_updates=0, **given)
-    fit(told, tmp_path)
-    assert told.teacher_denoiser.prediction == "eps"
-
-
-# ---- bad input --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"rounds": [(8, 1), (3, 1)]}, "rounds must halve the steps: after 8 comes 4, got 3"),
-        ({"rounds": [(4, 1), (8, 1)]}, "rounds must halve the steps: after 4 comes 2, got 8"),
-        ({"rounds": [(3, 1), (1, 1)]}, "after 3 comes 1.5, got 1"),
-        ({"rounds": []}, "rounds must hold at least one pair"),
-        ({"rounds": [(4, 0)]}, r"rounds must hold pairs .* of at least 1, got \[4, 0\]"),
-        ({"rounds": [(0, 4)]}, r"got \[0, 4\]"),
-        ({"rounds": [(4,)]}, r"rounds must hold pairs .*, got \[4\]"),
-        ({"rounds": [(1001, 1)]}, r"num_steps must lie in \[1, 1000\].* got 1001"),
-        (
-            {"prediction": "eps"},
-            "prediction must be 'v', 'x' or 'both' .* got 'eps': at the last level",
-        ),
-        (
-            {"prediction": "eps", "loss_weight": "truncated_snr"},
-            "prediction must be 'v', 'x' or 'both' .* got 'eps'",
-        ),
-        ({"prediction": "residual"}, "prediction must be 'v', 'x' or 'both' .* got 'residual'"),
-        ({"loss_weight": "snr_plus_two"}, "loss_weight must be one of .* got 'snr_plus_two'"),
-        ({"conversion_updates": -1}, "conversion_updates must be at least 0, got -1"),
-        ({"warmup_steps": -2}, "warmup_steps must be at least 0, got -2"),
-        ({"teacher": None}, "teacher must be given"),
-        (
-            {"teacher": "nowhere.ckpt"},
-            "teacher must be a checkpoint .* got 'nowhere.ckpt', which is no file",
-        ),
-        ({"schedule": LinearSchedule()}, "teacher .* has schedule CosineLogSNR.* given Linear"),
-        ({"time_input": "index"}, "teacher .* has time_input log_snr, .* given index"),
-        ({"image_shape": (1, 16, 16)}, r"teacher .* has image_shape .* given \(1, 16, 16\)"),
-    ],
-)
-def test_wrong_arguments_are_refused(teacher, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        ladder(teacher, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"channels": 12}, "has another network than the student"),
-        (
-            {"image_size": 16, "attention": [8]},
-            r"has image_shape \(1, 8, 8\), .* \(1, 16, 16\)",
-        ),
-    ],
-)
-def test_a_network_that_is_not_the_teachers_is_refused_before_training(
-    teacher, tmp_path, change, message
-):
-    module = ladder(
-        teacher,
-        network=tiny_unet(**change),
-        schedule=CosineLogSNRSchedule(),
-        time_input="log_snr",
-    )
-    with pytest.raises(ValueError, match=message):
-        fit(module, tmp_path)
-    assert module.global_step == 0
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"not a checkpoint", {"state_dict": {}}, torch.zeros(3), [1]],
-    ids=["bytes", "no arguments", "tensor", "list"],
-)
-def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path, content):
-    path = tmp_path / "other.ckpt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
-    with pytest.raises(
-        ValueError, match=r"teacher must be a checkpoint .*other.ckpt', which cannot be read"
-    ):
-        ladder(str(path))
-
-
-def test_a_checkpoint_of_an_unknown_class_is_refused_by_name(tmp_path):
-    path = tmp_path / "other.ckpt"
-    torch.save({"hyper_parameters": {"_class_path": "os.system"}}, path)
-    with pytest.raises(ValueError, match=r"os.system is no DiffusionModule"):
-        ladder(str(path))
-
-
-def test_a_checkpoint_whose_weights_do_not_fit_is_refused(tmp_path):
-    path = save(tiny_ddpm(), tmp_path / "model.ckpt")
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["hyper_parameters"]["network"]["init_args"]["channels"] = 12
-    torch.save(checkpoint, path)
-    with pytest.raises(
-        ValueError, match=r"teacher must be a checkpoint .*model.ckpt', which cannot be read"
-    ):
-        ladder(path)
 
 
 def test_conversion_evaluates_at_levels_that_exist():

@@ -1,0 +1,30 @@
+"""Work on every device."""
+
+import torch
+from command_runs import trainer
+from tiny import some_ddpm
+
+from ddim_pl.evaluation.worker import on_every_worker
+
+
+def test_work_is_not_in_the_trainers_precision_but_the_network_is(tmp_path):
+    """An extractor in bfloat16 would measure another distance than `test` does."""
+    seen = []
+
+    def work(worker):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        model.average.module.register_forward_pre_hook(
+            lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+        )
+        list(worker.sample_batches([0], 1, ""))
+
+    model = some_ddpm(num_steps=1)
+    on_every_worker(trainer(tmp_path, precision="bf16-mixed"), model, work)
+    assert seen == [False, True]
+
+
+def test_the_model_is_set_up_so_that_it_can_compile(tmp_path, monkeypatch):
+    model, stages = some_ddpm(compile=True), []
+    monkeypatch.setattr(model, "setup", stages.append)
+    on_every_worker(trainer(tmp_path), model, lambda device: None)
+    assert stages == ["predict"]

@@ -1,0 +1,61 @@
+"""What every training method shares."""
+
+import pytest
+import torch
+from lightning import seed_everything
+from tiny import tiny_ddpm, tiny_unet
+from torch import nn
+
+from ddim_pl.rng import step_generators
+
+
+def test_a_step_depends_on_its_seed_alone():
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    module = tiny_ddpm()
+    denoiser = module.denoiser
+    losses = []
+    for seed, disturbance in ((5, 0), (5, 1), (6, 0)):
+        torch.manual_seed(disturbance)
+        losses.append(module.loss(denoiser, (x,), step_generators(seed, x.device)))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+    assert not torch.equal(losses[0], losses[2])
+
+
+def test_same_index_same_image_for_any_split():
+    seed_everything(0, verbose=False)
+    module = tiny_ddpm(timesteps="linear", num_steps=3)
+    for parameter in module.average.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    together = module.sample(range(5))
+    apart = torch.cat([module.sample([0, 1]), module.sample([2]), module.sample([3, 4])])
+    # Convolutions of another batch size may sum in another order.
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_classes_reach_the_network_in_training_and_sampling():
+    module = tiny_ddpm(network=tiny_unet(num_classes=3), clip=False)
+    for parameter in module.average.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    free = module.sample([0, 1, 2, 3])
+    torch.testing.assert_close(free, module.sample(range(4), label=torch.tensor([0, 1, 2, 0])))
+    other = module.sample(range(4), label=torch.tensor([1, 1, 2, 0]))
+    assert not torch.allclose(free[0], other[0])
+    torch.testing.assert_close(free[1:], other[1:])
+
+
+def test_learning_rate_warms_up_then_follows_the_schedule():
+    module = tiny_ddpm(
+        optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=20),
+        warmup_steps=4,
+    )
+    configured = module.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(21):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    expected = [min(1, (i + 1) / 5) * (1 - i / 20) for i in range(21)]
+    assert rates == pytest.approx(expected, abs=1e-9)
+    assert configured["lr_scheduler"]["interval"] == "step"

@@ -1,0 +1,88 @@
+"""Training a diffusion teacher."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_ddpm, tiny_unet
+from torch import nn
+
+from ddim_pl.denoiser import NetworkDenoiser
+from ddim_pl.prediction import x_error_weight
+from ddim_pl.rng import step_generators
+from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
+from ddim_pl.training.ddpm import denoising_loss, draw_levels
+from ddim_pl.transitions import q_sample
+
+
+@pytest.mark.parametrize("method", ["uniform", "antithetic"])
+def test_discrete_levels_are_uniform_over_one_to_t(method):
+    schedule = LinearSchedule(num_levels=10)
+    t = draw_levels(schedule, 100_000, method, torch.Generator().manual_seed(0))
+    counts = torch.bincount(t.long(), minlength=11)
+    assert counts[0] == 0
+    # Binomial(1e5, 0.1) has standard deviation 95; five of them.
+    assert (counts[1:] - 10_000).abs().max() < 475
+
+
+def test_antithetic_levels_come_in_mirrored_pairs():
+    t = draw_levels(CosineLogSNRSchedule(), 7, "antithetic", torch.Generator().manual_seed(0))
+    torch.testing.assert_close(t[:3] + t[4:], torch.full((3,), 1000.0, dtype=torch.float64))
+    assert len(t) == 7
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x", "v"])
+@pytest.mark.parametrize("weight", ["snr", "min_snr", "truncated_snr", "snr_plus_one", "uniform"])
+def test_loss_is_the_weighted_error_of_x(prediction, weight):
+    torch.manual_seed(0)
+    schedule = LinearSchedule()
+    network = tiny_unet().eval()
+    for parameter in network.parameters():  # the zero-initialised output would hide errors
+        nn.init.normal_(parameter, std=0.1)
+    denoiser = NetworkDenoiser(network, schedule, prediction, clip=False)
+    x, eps = torch.randn(2, 6, 1, 8, 8)
+    t = torch.tensor([1.0, 2, 50, 300, 600, 900])
+    with torch.no_grad():
+        loss = denoising_loss(denoiser, x, t, eps, weight=weight)
+        estimate = denoiser(q_sample(x, eps, schedule(t)), t).x
+    weights = x_error_weight(weight, schedule(t))
+    expected = weights * (x - estimate).double().square().flatten(1).mean(1)
+    # Recovering x from eps in float32 loses about sigma / alpha <= 60 units in the last place.
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:network is not stored in checkpoints")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_steps": 1001}, "num_steps must lie in"),
+        ({"timesteps": "quadratc"}, "quadratic"),
+        ({"ema_decay": 1.0}, "ema_decay must lie in"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"loss_weight": "truncated_snr"}, "diverges at the last level"),
+        ({"level_sampling": "sobol"}, "antithetic"),
+        ({"prediction": "noise"}, "prediction must be one of"),
+        ({"time_input": "seconds"}, "time_input must be one of"),
+        ({"network": nn.Identity()}, "image_shape must be given"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_ddpm(**arguments)
+
+
+def test_training_lowers_the_loss():
+    # Not a benchmark: 60 updates on one batch must do better than predicting nothing, whose simple
+    # loss is the variance of eps, 1.
+    module = tiny_ddpm(network=tiny_unet(dropout=0.0))
+    x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    optimizer = torch.optim.Adam(module.network.parameters(), lr=3e-3)
+    denoiser = NetworkDenoiser(module.network, module.schedule)
+    for step in range(60):
+        loss = module.loss(denoiser, (x,), step_generators(step, x.device)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert math.isfinite(loss.item())
+    assert loss.item() < 0.8
