@@ -2,6 +2,7 @@
 
 import csv
 
+import numpy as np
 from tiny import some_ddpm, tiny_unet
 
 from ddim_pl.commands import Trainer

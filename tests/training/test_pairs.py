@@ -230,7 +230,7 @@ def test_no_device_writes_a_shard_before_the_manifest_is_there(
         trainer(tmp_path, CommandTrainer).pairs(
             teacher_file[1], folder=str(tmp_path / "pairs"), num_pairs=8
         )
-    wait = "barrier" if way == "fit" else "wait"
+    wait = "barrier"
     first = events.index("_check_manifest")
     assert events[first : first + 5] == ["_check_manifest", wait, "begin", wait, "write"]
     last = len(events) - events[::-1].index("write")
