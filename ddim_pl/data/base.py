@@ -1,9 +1,9 @@
-"""Image sets, the order of their batches, and the data module that hands them to Lightning.
+"""Image sets, the order of their batches, and the data module that joins them for Lightning.
 
-An image set gives uint8 images and labels by index. `BatchOrder` says which indices make up batch
-number k of a whole training run: a function of (seed, k, rank, world size) and of nothing else, so
-that a resumed run goes on with the batch that an unbroken one would have seen. `ImageDataModule`
-joins the two; a dataset is one subclass with one method, `load`.
+An image set gives uint8 images and labels by index. `BatchOrder` gives the indices of batch number
+k of a training run. They depend on (seed, k, rank, world size) only, so a resumed run continues
+with the batch that an uninterrupted run would have seen. A dataset is a subclass of
+`ImageDataModule` with one method, `load`.
 """
 
 from abc import ABC, abstractmethod
@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from ddim_pl.checks import check_at_least
 from ddim_pl.images import from_uint8
 
 
@@ -63,8 +64,8 @@ class TensorImages:
         return self._labels[indices]
 
 
-class Draw(NamedTuple):
-    """What to take from an image set for one batch: int64 indices (B,) and boolean flips (B,)."""
+class BatchIndices(NamedTuple):
+    """The images of one batch: int64 indices (B,) and whether each is mirrored, boolean (B,)."""
 
     indices: Tensor
     flip: Tensor
@@ -77,10 +78,10 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
-class DrawnImages(Dataset[Batch]):
-    """A torch dataset whose index is a `Draw` and whose item is a whole `Batch` of uint8 images.
+class IndexedImages(Dataset[Batch]):
+    """A torch dataset from `BatchIndices` to a whole `Batch` of uint8 images.
 
-    Gathering a batch at once is far faster than collating it from single images.
+    Gathering a batch at once is much faster than collating it from single images.
     """
 
     def __init__(self, source: ImageSet) -> None:
@@ -90,11 +91,11 @@ class DrawnImages(Dataset[Batch]):
         """Return the number of images."""
         return len(self.source)
 
-    def __getitem__(self, draw: Draw) -> Batch:
-        """Return the batch, mirrored left to right where `draw.flip` is true."""
-        images = self.source.images(draw.indices)
-        images = torch.where(draw.flip[:, None, None, None], images.flip(-1), images)
-        return Batch(images, self.source.labels(draw.indices))
+    def __getitem__(self, index: BatchIndices) -> Batch:
+        """Return the batch, mirrored left to right where `index.flip` is true."""
+        images = self.source.images(index.indices)
+        images = torch.where(index.flip[:, None, None, None], images.flip(-1), images)
+        return Batch(images, self.source.labels(index.indices))
 
 
 def count_images(batch: Batch | Tensor) -> int:
@@ -105,10 +106,10 @@ def count_images(batch: Batch | Tensor) -> int:
 def shared_batches(num_items: int, batch_size: int, rank: int, world_size: int) -> list[Tensor]:
     """Return this rank's batches of the indices 0 to `num_items` - 1, each index on one rank.
 
-    Rank r has the indices r, r + world_size, ... in order. All ranks cut theirs into the same
-    number of batches, of nearly equal size, because an evaluation loop under DDP hangs where one
-    rank has a batch, and so a collective call, more than another. Only where an index is missing
-    altogether (fewer items than ranks, or a batch size of 1) is a rank short of a batch.
+    Rank r has the indices r, r + world_size, ... in order. All ranks have the same number of
+    batches, of nearly equal size: an evaluation loop under DDP hangs if one rank has more batches,
+    and so more collective calls, than another. Ranks differ by one batch only with fewer items
+    than ranks, or a batch size of 1.
 
     >>> shared_batches(7, 3, rank=0, world_size=2), shared_batches(7, 3, rank=1, world_size=2)
     ([tensor([0, 2]), tensor([4, 6])], [tensor([1, 3]), tensor([5])])
@@ -120,25 +121,25 @@ def shared_batches(num_items: int, batch_size: int, rank: int, world_size: int) 
 
 
 # Both samplers are DistributedSamplers because Lightning replaces any other sampler by its own in
-# a distributed run (`_requires_distributed_sampler` in its data_connector.py), and theirs would
-# hand out single indices in place of draws.
-class BatchOrder(DistributedSampler[Draw]):
-    """The training batches of a run, numbered from 0 without regard to epochs.
+# a distributed run (`_requires_distributed_sampler` in its data_connector.py), which would yield
+# single indices.
+class BatchOrder(DistributedSampler[BatchIndices]):
+    """The training batches of a run, numbered from 0 across epochs.
 
     A pass over the set is one permutation, cut into global batches of `batch_size` * `world_size`
-    indices; what is left at its end is dropped. Rank r takes elements r, r + world_size, ... of
-    each. A set smaller than a global batch is read through permutation after permutation instead.
-    Pass p draws its permutation and its flips from a generator seeded by (seed, p).
+    indices; an incomplete last batch is dropped. Rank r takes elements r, r + world_size, ... of
+    each. Of a set smaller than a global batch, the permutations are concatenated instead. The
+    permutation and the flips of pass p come from a generator seeded by (seed, p).
 
     Args:
         num_items: Number of images in the set.
         batch_size: Images per rank and batch.
-        seed: Seed of the whole order, at least 0.
+        seed: Seed of the order and the flips, at least 0.
         flip: Whether each image is mirrored with probability 1/2.
         rank: This process.
         world_size: Number of processes.
-        steps_per_epoch: Batches which one iteration yields; the batches of one pass if None.
-        position: Returns the number of batches the run has consumed, at which an iteration starts.
+        steps_per_epoch: Batches of one iteration; those of one pass if None.
+        position: Returns the number of the batch at which an iteration starts.
     """
 
     def __init__(
@@ -161,21 +162,21 @@ class BatchOrder(DistributedSampler[Draw]):
         self.batches_per_pass = max(1, num_items // self.global_batch_size)
         self.steps_per_epoch = steps_per_epoch
         self.position = position
-        self._cached_pass: tuple[int, Draw] | None = None
+        self._cached_pass: tuple[int, BatchIndices] | None = None
 
     def __len__(self) -> int:
-        """Return the number of batches which one iteration yields."""
+        """Return the number of batches of one iteration."""
         return self.steps_per_epoch or self.batches_per_pass
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[BatchIndices]:
         """Yield `len(self)` batches, beginning with batch number `position()`."""
-        # Also in an epoch resumed in its middle: Lightning counts its batches and stops at the
-        # epoch's end by itself. To yield only the rest would need the place in the epoch, which
-        # the position does not tell once `limit_train_batches` shortens epochs.
+        # This holds also when a run resumes within an epoch: Lightning counts the batches and
+        # stops at the epoch's end. The rest of the epoch cannot be computed from the position once
+        # `limit_train_batches` shortens epochs.
         start = self.position()
         return (self.batch(number) for number in range(start, start + len(self)))
 
-    def batch(self, number: int) -> Draw:
+    def batch(self, number: int) -> BatchIndices:
         """Return this rank's share of batch `number` of the run."""
         size = self.global_batch_size
         if self.num_items < size:
@@ -189,21 +190,21 @@ class BatchOrder(DistributedSampler[Draw]):
         share = torch.arange(first, first + size)[self.rank :: self.num_replicas]
         share -= first_pass * self.num_items
         indices, flip = (torch.cat(parts)[share] for parts in zip(*passes, strict=True))
-        return Draw(indices, flip)
+        return BatchIndices(indices, flip)
 
-    def _pass(self, index: int) -> Draw:
+    def _pass(self, index: int) -> BatchIndices:
         """Return the permutation and the flips of pass `index`."""
         if self._cached_pass is None or self._cached_pass[0] != index:
             words = np.random.SeedSequence([self.seed, index]).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(words[0]))
             order = torch.randperm(self.num_items, generator=generator)
             flip = torch.rand(self.num_items, generator=generator) < (0.5 if self.flip else 0.0)
-            self._cached_pass = index, Draw(order, flip)
+            self._cached_pass = index, BatchIndices(order, flip)
         return self._cached_pass[1]
 
 
-class EachOnce(DistributedSampler[Draw]):
-    """Every image once over all ranks, in the batches of `shared_batches`, never flipped."""
+class EachOnce(DistributedSampler[BatchIndices]):
+    """Every image once over all ranks, in the batches of `shared_batches`, never mirrored."""
 
     def __init__(
         self, num_items: int, batch_size: int, *, rank: int = 0, world_size: int = 1
@@ -216,17 +217,17 @@ class EachOnce(DistributedSampler[Draw]):
         """Return the number of this rank's batches."""
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[BatchIndices]:
         """Yield this rank's batches."""
-        return (Draw(batch, torch.zeros(len(batch), dtype=torch.bool)) for batch in self.batches)
+        for batch in self.batches:
+            yield BatchIndices(batch, torch.zeros(len(batch), dtype=torch.bool))
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """A DataLoader which Lightning knows to be resumable.
+    """A DataLoader that Lightning recognises as resumable.
 
-    The place to resume at is in Lightning's own progress, which `BatchOrder` asks for, so the
-    state is empty. But a loader without these two methods makes Lightning warn, when a run resumes
-    in the middle of an epoch, that its batches may be the wrong ones.
+    Without these two methods, Lightning warns when a run resumes within an epoch. The state is
+    empty because `BatchOrder` takes its position from Lightning's own progress.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -238,9 +239,9 @@ class ResumableLoader(DataLoader[Batch]):
 
 
 class IndexBatches:
-    """An iterable of index tensors, to predict on.
+    """The index tensors to predict on.
 
-    A bare list of tensors would be taken for a list of dataloaders.
+    Lightning would take a plain list of tensors for a list of dataloaders.
     """
 
     def __init__(self, batches: list[Tensor]) -> None:
@@ -259,17 +260,19 @@ class ImageDataModule(LightningDataModule, ABC):
     """Training, validation and prediction batches of an image set, for any number of devices.
 
     Training and validation steps get a `Batch`: float32 images (B, C, H, W) in [-1, 1] and int64
-    labels (B,). Prediction steps get int64 indices (B,) of the images to make. Needs no global
-    random state, and leaves it alone.
+    labels (B,). Prediction steps get int64 indices (B,) of the images to generate. The global
+    random state is neither used nor changed.
 
     Args:
-        batch_size: Images per device and step, at least 1.
-        flip: Whether training images are mirrored left to right with probability 1/2.
+        batch_size: Images, or pairs, per device and step, at least 1.
+        flip: Whether training images are mirrored left to right with probability 1/2. Suits faces,
+            for example, but not text.
         seed: Seed of the order of the training images, at least 0.
-        num_workers: Processes which prepare batches; 0 prepares them in the training process.
-        steps_per_epoch: Training batches per epoch; the whole batches of one pass if None.
-            Batches follow one another in the same order, however they are cut into epochs.
-        num_predict: Number of images to make when predicting, over all devices.
+        num_workers: Processes that prepare batches. 0 prepares them in the training process, which
+            is fastest for images held in memory.
+        steps_per_epoch: Training batches per epoch; the complete batches of one pass if None. The
+            order of the batches does not depend on it.
+        num_predict: Number of images to generate when predicting, over all devices.
 
     Raises:
         ValueError: If a number is out of range.
@@ -279,19 +282,15 @@ class ImageDataModule(LightningDataModule, ABC):
         self,
         batch_size: int = 128,
         *,
-        flip: bool,
+        flip: bool = False,
         seed: int = 0,
         num_workers: int = 0,
         steps_per_epoch: int | None = None,
         num_predict: int = 64,
     ) -> None:
         super().__init__()
-        _require_at_least("batch_size", batch_size, 1)
-        _require_at_least("seed", seed, 0)
-        _require_at_least("num_workers", num_workers, 0)
-        if steps_per_epoch is not None:
-            _require_at_least("steps_per_epoch", steps_per_epoch, 1)
-        _require_at_least("num_predict", num_predict, 0)
+        check_at_least(1, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
+        check_at_least(0, seed=seed, num_workers=num_workers, num_predict=num_predict)
         self.batch_size = batch_size
         self.flip = flip
         self.seed = seed
@@ -303,10 +302,10 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def load(self, train: bool) -> ImageSet:
-        """Return the training images, or those to validate on; called once for each."""
+        """Return the training or the validation images; called once for each."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Load both sets, unless nothing but prediction is to come; a second call does nothing."""
+        """Load both sets, except for prediction; a second call does nothing."""
         if stage == "predict":
             return
         if self._train_set is None:
@@ -316,21 +315,25 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     def predicting(self) -> bool:
-        """Whether the attached trainer only predicts, for which no images are needed."""
+        """Whether the attached trainer only predicts, which needs no images."""
         return self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
 
     @property
     def train_set(self) -> ImageSet:
-        """The images to train on, which are also those a Fréchet distance compares with."""
+        """The training images, also the reference of Fréchet distances.
+
+        Raises:
+            RuntimeError: Before `setup`.
+        """
         if self._train_set is None:
-            raise RuntimeError("The images are not loaded yet; call setup() first.")
+            raise RuntimeError("train_set must be loaded first: call setup()")
         return self._train_set
 
     @property
     def val_set(self) -> ImageSet:
-        """The images to validate and test on."""
+        """The images to validate and test on; errors as for `train_set`."""
         if self._val_set is None:
-            raise RuntimeError("The images are not loaded yet; call setup() first.")
+            raise RuntimeError("val_set must be loaded first: call setup()")
         return self._val_set
 
     @property
@@ -345,52 +348,51 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     def num_reference(self) -> int:
-        """Number of images which `reference_images` yields over all ranks."""
+        """Number of images that `reference_images` yields over all ranks."""
         return len(self.train_set)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return the loader of training batches, which goes on where the trainer's progress is.
+        """Return the loader of training batches, which starts at the trainer's progress.
 
         Raises:
-            ValueError: If the trainer asks for `overfit_batches`.
+            ValueError: If the trainer sets `overfit_batches`.
         """
-        self._check_order()
-        order = BatchOrder(
-            len(self.train_set),
-            self.batch_size,
-            seed=self.seed,
-            flip=self.flip,
-            steps_per_epoch=self.steps_per_epoch,
-            position=self._batches_consumed,
-            **self._place(),
-        )
-        return self._loader(self.train_set, order)
+        order = self._train_order(len(self.train_set))
+        return self._loader(IndexedImages(self.train_set), order)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Return the loader of validation batches: every image once, none flipped."""
-        self._check_share("the validation set", len(self.val_set))
-        order = EachOnce(len(self.val_set), self.batch_size, **self._place())
-        return self._loader(self.val_set, order)
+        """Return the loader of validation batches: every image once, none mirrored.
+
+        Raises:
+            ValueError: If there are fewer images than devices.
+        """
+        self._check_share("the number of validation images", len(self.val_set))
+        order = EachOnce(len(self.val_set), self.batch_size, **self._ranks())
+        return self._loader(IndexedImages(self.val_set), order)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return the same as `val_dataloader`."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> IndexBatches:
-        """Return int64 index tensors which cover 0 to `num_predict` - 1 once over all ranks."""
+        """Return int64 index tensors that cover 0 to `num_predict` - 1 once over all ranks.
+
+        Raises:
+            ValueError: If there are fewer images than devices.
+        """
         self._check_share("num_predict", self.num_predict)
-        return IndexBatches(shared_batches(self.num_predict, self.batch_size, **self._place()))
+        return IndexBatches(shared_batches(self.num_predict, self.batch_size, **self._ranks()))
 
     def reference_images(self, rank: int, world_size: int, batch_size: int) -> Iterator[Tensor]:
         """Yield uint8 batches (B, C, H, W) of the training images, each once over all ranks.
 
-        They come in order and are never flipped: the real side of a Fréchet distance.
+        They come in order and are never mirrored: the real side of a Fréchet distance.
         """
         for indices in shared_batches(self.num_reference, batch_size, rank, world_size):
             yield self.train_set.images(indices)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Turn uint8 images into float32 in [-1, 1], on the device; leave all else alone."""
+        """Convert uint8 images to float32 in [-1, 1], on the device; pass on any other batch."""
         if isinstance(batch, tuple | list) and len(batch) == 2:
             images, labels = batch
             if isinstance(images, Tensor) and images.dtype == torch.uint8:
@@ -398,41 +400,58 @@ class ImageDataModule(LightningDataModule, ABC):
         return batch
 
     def _check_order(self) -> None:
-        """Refuse that Lightning puts an order of its own in the place of this module's."""
+        """Check that Lightning will not replace the order of the batches.
+
+        Raises:
+            ValueError: If the trainer sets `overfit_batches`.
+        """
         overfit_batches = getattr(self.trainer, "overfit_batches", 0)
         if overfit_batches > 0:
             raise ValueError(
-                f"overfit_batches is {overfit_batches}, which would have Lightning replace the "
-                "order of the batches; it must be 0 (to overfit, train on a folder of few images)"
+                f"overfit_batches must be 0, got {overfit_batches}: Lightning would replace the "
+                "order of the batches; to overfit, train on a folder of few images"
             )
 
     def _check_share(self, name: str, count: int) -> None:
-        """Refuse fewer images than devices: Lightning hangs where a device has nothing to do."""
-        world_size = self._place()["world_size"]
+        """Check that every device has an image, without which Lightning hangs.
+
+        Raises:
+            ValueError: If there are fewer images than devices.
+        """
+        world_size = self._ranks()["world_size"]
         if count < world_size:
             raise ValueError(
-                f"{name} has {count} images for {world_size} devices; give at least as many, or "
-                "fewer devices"
+                f"{name} must be at least the number of devices, {world_size}, got {count}: give "
+                "more images, or fewer devices"
             )
+
+    def _ranks(self) -> dict[str, int]:
+        """Return the rank and the world size."""
+        if self.trainer is None:
+            return {"rank": 0, "world_size": 1}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
     def _batches_consumed(self) -> int:
         """Return how many batches the attached trainer has trained on since the run began."""
         if self.trainer is None:
             return 0
         # Lightning restores its progress before it asks for a loader. `processed` counts the
-        # batches that were trained on; `ready` would also count one that an exception broke off.
+        # batches trained on; `ready` would include one interrupted by an exception.
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
 
-    def _place(self) -> dict[str, int]:
-        """Return the rank and the world size."""
-        if self.trainer is None:
-            return {"rank": 0, "world_size": 1}
-        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+    def _train_order(self, num_items: int) -> BatchOrder:
+        self._check_order()
+        return BatchOrder(
+            num_items,
+            self.batch_size,
+            seed=self.seed,
+            flip=self.flip,
+            steps_per_epoch=self.steps_per_epoch,
+            position=self._batches_consumed,
+            **self._ranks(),
+        )
 
-    def _loader(self, source: ImageSet, order: DistributedSampler[Draw]) -> DataLoader[Batch]:
-        return self._loader_of(DrawnImages(source), order)
-
-    def _loader_of(self, dataset: Dataset[Batch], order: Any) -> DataLoader[Batch]:
+    def _loader(self, dataset: Dataset[Any], order: Any) -> DataLoader[Any]:
         return ResumableLoader(
             dataset,
             sampler=order,
@@ -440,12 +459,7 @@ class ImageDataModule(LightningDataModule, ABC):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            # A DataLoader draws a seed for its workers whenever an iteration begins. Taken from
-            # the global generator, it would shift the dropout of a resumed run.
+            # Each iteration of a DataLoader takes a seed for its workers. Taken from the global
+            # generator, it would change the dropout of a resumed run.
             generator=torch.Generator().manual_seed(self.seed),
         )
-
-
-def _require_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}")

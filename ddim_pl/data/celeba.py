@@ -1,8 +1,9 @@
-"""CelebA: 202,599 aligned photographs of faces, cut to the square that DDIM's experiments have."""
+"""CelebA: 202,599 aligned photographs of faces, cropped as in the experiments of DDIM."""
 
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from torchvision.datasets.utils import (
     extract_archive,
 )
 
+from ddim_pl.checks import check_at_least
 from ddim_pl.data.base import ImageDataModule, ImageSet
 from ddim_pl.data.image_folder import Box, image_set
 
@@ -20,7 +22,7 @@ HOME = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 ARCHIVE = "img_align_celeba.zip"
 IMAGES = "img_align_celeba"
 PARTITION = "list_eval_partition.txt"
-# Numbers of the splits in the partition file; its third is "test".
+# Numbers of the splits in the partition file; the third is "test".
 TRAIN, VALID = "0", "1"
 # 128x128 pixels around column 89, row 121, of 178x218.
 FACE: Box = (89 - 64, 121 - 64, 89 + 64, 121 + 64)
@@ -29,25 +31,21 @@ FACE: Box = (89 - 64, 121 - 64, 89 + 64, 121 + 64)
 class CelebADataModule(ImageDataModule):
     """CelebA as uint8 images (3, `image_size`, `image_size`) of one class.
 
-    Trains on the 162,770 images of the "train" split and validates on the 19,867 of "valid". Of an
-    aligned image the square FACE is kept and reduced by a bilinear filter without aliasing, as in
-    the code of Song et al. 2021. At 64 pixels the set takes 2 GB of memory in each process; above
-    93 it exceeds 4 GiB and is decoded as it is needed, see `image_set`: set `num_workers` then.
+    Trains on the 162,770 images of the "train" split and validates on the 19,867 of "valid". The
+    square FACE of an aligned image is resized by an antialiased bilinear filter, as in the code of
+    Song et al. 2021. At 64 pixels the set takes 2 GB of memory in each process. Above 93 it
+    exceeds 4 GiB and its images are decoded on demand, see `image_set`: set `num_workers` then.
 
     Without a network, or without the package gdown that the download needs, put
-    `img_align_celeba.zip` and `list_eval_partition.txt` into the folder `celeba` of `root`; they
+    `img_align_celeba.zip` and `list_eval_partition.txt` into the folder `celeba` of `root`. They
     are checked there and the archive is unpacked.
 
     Args:
         root: Folder of the folder `celeba`.
-        download: Whether to download the two files where they are missing.
+        download: Whether to download the two files if they are missing.
         image_size: Side of the square images, at least 1; above 128 enlarges them.
-        batch_size: Images per device and step, at least 1.
         flip: Whether training images are mirrored left to right with probability 1/2.
-        seed: Seed of the order of the training images, at least 0.
-        num_workers: Processes which prepare batches; 0 is fastest for images held in memory.
-        steps_per_epoch: Training batches per epoch; the whole batches of one pass if None.
-        num_predict: Number of images to make when predicting, over all devices.
+        **kwargs: Arguments of `ImageDataModule`.
 
     Raises:
         ValueError: If a number is out of range; at `setup`, if an image is broken.
@@ -59,33 +57,20 @@ class CelebADataModule(ImageDataModule):
         download: bool = True,
         *,
         image_size: int = 64,
-        batch_size: int = 128,
         flip: bool = True,
-        seed: int = 0,
-        num_workers: int = 0,
-        steps_per_epoch: int | None = None,
-        num_predict: int = 64,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            batch_size,
-            flip=flip,
-            seed=seed,
-            num_workers=num_workers,
-            steps_per_epoch=steps_per_epoch,
-            num_predict=num_predict,
-        )
-        if image_size < 1:
-            raise ValueError(f"image_size is {image_size}; it must be at least 1")
+        super().__init__(flip=flip, **kwargs)
+        check_at_least(1, image_size=image_size)
         self.root = root
         self.download = download
         self.image_size = image_size
 
     def prepare_data(self) -> None:
-        """Unpack the archive, downloading it and the partition first where that is needed.
+        """Unpack the archive, downloading it and the partition first if needed.
 
         Raises:
-            FileNotFoundError: If a file can be had neither from `root` nor from the network, or
-                does not have its MD5 sum.
+            FileNotFoundError: If neither `root` nor the network has a file with its MD5 sum.
         """
         if self.predicting:
             return
@@ -93,7 +78,7 @@ class CelebADataModule(ImageDataModule):
         if (self._folder / IMAGES).is_dir():
             return
         self._fetch(ARCHIVE)
-        # Elsewhere first: a folder that an interruption left half full would pass for the whole.
+        # Elsewhere first: an interruption must not leave an incomplete folder under this name.
         with TemporaryDirectory(dir=self._folder, prefix="unpacking-") as part:
             extract_archive(self._folder / ARCHIVE, part)
             Path(part, IMAGES).rename(self._folder / IMAGES)
@@ -122,18 +107,19 @@ class CelebADataModule(ImageDataModule):
         return Path(self.root).expanduser() / CelebA.base_folder
 
     def _names(self, split: str) -> list[str]:
-        """Return the file names of a split, all of which are there."""
+        """Return the file names of a split, after checking that all images exist."""
         if not self._has(PARTITION):
-            raise self._absent(f"no whole {PARTITION} is there")
+            raise self._absent(f"no complete {PARTITION}")
         images = self._folder / IMAGES
         if not images.is_dir():
-            raise self._absent(f"no folder {IMAGES} is there")
+            raise self._absent(f"no folder {IMAGES}")
         rows = [line.split() for line in (self._folder / PARTITION).read_text().splitlines()]
         absent = sorted({name for name, _ in rows}.difference(os.listdir(images)))
         if absent:
             raise FileNotFoundError(
-                f"{str(images)!r} lacks {len(absent)} of {len(rows)} images, {absent[0]} first; "
-                f"remove that folder and put {ARCHIVE} beside it, which is then unpacked"
+                f"{str(images)!r} must hold {len(rows)} images, got {len(absent)} fewer, "
+                f"{absent[0]} first: remove that folder and put {ARCHIVE} beside it, which is "
+                "then unpacked"
             )
         return [name for name, number in rows if number == split]
 
@@ -141,15 +127,15 @@ class CelebADataModule(ImageDataModule):
         return check_integrity(self._folder / name, _source(name)[1])
 
     def _fetch(self, name: str) -> None:
-        """Download a file unless it is there, and compare its MD5 sum."""
+        """Download a file unless it exists, and compare its MD5 sum."""
         if self._has(name):
             return
         if not self.download:
-            raise self._absent(f"no whole {name} is there")
+            raise self._absent(f"no complete {name}")
         file_id, md5 = _source(name)
         try:
             download_file_from_google_drive(file_id, self._folder, name, md5)
-        # RuntimeError without gdown or with a wrong sum, and whatever gdown itself may raise.
+        # RuntimeError without gdown or with a wrong sum; gdown itself may raise other errors.
         except Exception as error:
             raise self._absent(f"{name}: {error}") from error
 
@@ -157,9 +143,9 @@ class CelebADataModule(ImageDataModule):
         files = " and ".join(f"{name} (MD5 {_source(name)[1]})" for name in (ARCHIVE, PARTITION))
         offer = "" if self.download else ", or set `download: true`"
         return FileNotFoundError(
-            f"CelebA is not in root={self.root!r}, or not whole, and could not be fetched "
-            f"({reason}). Put {files} from {HOME} into {str(self._folder)!r}; the archive is then "
-            f"unpacked without a network{offer}."
+            f"root must hold a complete CelebA, got {self.root!r}, and it could not be downloaded "
+            f"({reason}): put {files} from {HOME} into {str(self._folder)!r}; the archive is then "
+            f"unpacked without a network{offer}"
         )
 
 

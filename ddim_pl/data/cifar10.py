@@ -2,6 +2,7 @@
 
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchvision.datasets import CIFAR10
@@ -19,55 +20,33 @@ class CIFAR10DataModule(ImageDataModule):
 
     Args:
         root: Folder of the archive and of the unpacked files.
-        download: Whether to download the archive where it is missing.
-        batch_size: Images per device and step, at least 1.
+        download: Whether to download the archive if it is missing.
         flip: Whether training images are mirrored left to right with probability 1/2.
-        seed: Seed of the order of the training images, at least 0.
-        num_workers: Processes which prepare batches; 0 is fastest for images held in memory.
-        steps_per_epoch: Training batches per epoch; the whole batches of one pass if None.
-        num_predict: Number of images to make when predicting, over all devices.
+        **kwargs: Arguments of `ImageDataModule`.
     """
 
     def __init__(
-        self,
-        root: str = "data",
-        download: bool = True,
-        *,
-        batch_size: int = 128,
-        flip: bool = True,
-        seed: int = 0,
-        num_workers: int = 0,
-        steps_per_epoch: int | None = None,
-        num_predict: int = 64,
+        self, root: str = "data", download: bool = True, *, flip: bool = True, **kwargs: Any
     ) -> None:
-        super().__init__(
-            batch_size,
-            flip=flip,
-            seed=seed,
-            num_workers=num_workers,
-            steps_per_epoch=steps_per_epoch,
-            num_predict=num_predict,
-        )
+        super().__init__(flip=flip, **kwargs)
         self.root = root
         self.download = download
 
     def prepare_data(self) -> None:
-        """Unpack the archive in `root`, downloading it first where that is allowed and needed.
+        """Unpack the archive in `root`, downloading it first if that is needed and allowed.
 
-        What a broken download leaves behind never passes for the archive: torchvision compares the
-        MD5 sums of the archive and of every unpacked file.
+        torchvision compares the MD5 sums of the archive and of every unpacked file, so an
+        incomplete download is never used.
 
         Raises:
-            FileNotFoundError: If the data can be had neither from `root` nor from the network.
+            FileNotFoundError: If neither `root` nor the network has the data.
         """
         if self.predicting:
             return
         archive = Path(self.root).expanduser() / CIFAR10.filename
-        # With a whole archive in place torchvision's download only unpacks, and needs no network.
-        if self.download or check_integrity(archive, CIFAR10.tgz_md5):
-            self._open(train=True, download=True)
-        else:
-            self._open(train=True, download=False)
+        # If the archive is complete, torchvision's download only unpacks and needs no network.
+        download = self.download or check_integrity(archive, CIFAR10.tgz_md5)
+        self._open(train=True, download=download)
 
     def load(self, train: bool) -> TensorImages:
         """Return the training or the test split; errors as in `prepare_data`."""
@@ -82,7 +61,7 @@ class CIFAR10DataModule(ImageDataModule):
         except (OSError, HTTPException, RuntimeError) as error:
             offer = "" if self.download else ", or set `download: true`"
             raise FileNotFoundError(
-                f"CIFAR-10 is not in root={self.root!r}, or not whole, and could not be fetched "
-                f"({error}). Put {CIFAR10.filename} from {CIFAR10.url} (MD5 {CIFAR10.tgz_md5}) "
-                f"into that folder; it is then unpacked without a network{offer}."
+                f"root must hold a complete CIFAR-10, got {self.root!r}, and it could not be "
+                f"downloaded ({error}): put {CIFAR10.filename} from {CIFAR10.url} (MD5 "
+                f"{CIFAR10.tgz_md5}) there, which is then unpacked without a network{offer}"
             ) from error

@@ -1,5 +1,7 @@
 """Scikit-learn's digits: 1,797 scans of 8x8 pixels that need no download."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -22,8 +24,8 @@ def digits_arrays() -> tuple[Tensor, Tensor]:
 def digits_split() -> tuple[Tensor, Tensor]:
     """Return the indices, ascending, of 1,437 training and 360 held-out digits.
 
-    The split is fixed and keeps the shares of the classes. The data module and the feature
-    extractor of `ddim_pl.metrics.digits` hold out the same images.
+    The split is fixed and stratified by class. The data module and the feature extractor of
+    `ddim_pl.metrics.digits` hold out the same images.
     """
     _, labels = digits_arrays()
     train, heldout = train_test_split(
@@ -33,41 +35,21 @@ def digits_split() -> tuple[Tensor, Tensor]:
 
 
 class DigitsDataModule(ImageDataModule):
-    """Digits as uint8 images (1, 8, 8) of 10 classes, never flipped: mirrored, they are no digits.
+    """Digits as uint8 images (1, 8, 8) of 10 classes, never mirrored.
 
     Args:
-        batch_size: Images per device and step, at least 1.
         holdout: False trains and validates on all 1,797 images, as is usual where a Fréchet
             distance is measured against the training images. True trains on the 1,437 training
             images of `digits_split` and validates on the 360 others.
-        seed: Seed of the order of the training images, at least 0.
-        num_workers: Processes which prepare batches; 0 is fastest for images held in memory.
-        steps_per_epoch: Training batches per epoch; the whole batches of one pass if None.
-        num_predict: Number of images to make when predicting, over all devices.
+        **kwargs: Arguments of `ImageDataModule`, without `flip`.
     """
 
-    def __init__(
-        self,
-        batch_size: int = 128,
-        *,
-        holdout: bool = False,
-        seed: int = 0,
-        num_workers: int = 0,
-        steps_per_epoch: int | None = None,
-        num_predict: int = 64,
-    ) -> None:
-        super().__init__(
-            batch_size,
-            flip=False,
-            seed=seed,
-            num_workers=num_workers,
-            steps_per_epoch=steps_per_epoch,
-            num_predict=num_predict,
-        )
+    def __init__(self, *, holdout: bool = False, **kwargs: Any) -> None:
+        super().__init__(flip=False, **kwargs)
         self.holdout = holdout
 
     def load(self, train: bool) -> TensorImages:
-        """Return all digits, or with `holdout` one side of `digits_split`."""
+        """Return all digits, or with `holdout` one part of `digits_split`."""
         images, labels = digits_arrays()
         if self.holdout:
             train_indices, heldout_indices = digits_split()

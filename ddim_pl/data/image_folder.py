@@ -1,4 +1,4 @@
-"""Any folder of images, nested or flat, with the first level of subfolders as classes."""
+"""Any folder of images, nested or flat; the first-level subfolders are classes."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
+from ddim_pl.checks import check_at_least, check_one_of
 from ddim_pl.data.base import ImageDataModule, ImageSet, TensorImages
 
 EXTENSIONS = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
@@ -23,6 +24,7 @@ MEMORY_LIMIT = 4 * 2**30
 PROGRESS_BAR_FROM = 1000
 
 Item = TypeVar("Item")
+Channels = Literal[1, 3]
 # The part of an image from (left, upper), inclusive, to (right, lower), exclusive, in pixels.
 Box = tuple[int, int, int, int]
 
@@ -34,9 +36,7 @@ def find_images(root: Path) -> list[Path]:
         ValueError: If `root` is not a folder or holds no image.
     """
     if not root.is_dir():
-        raise ValueError(
-            f"root={str(root)!r} is not a folder; give the path of a folder of images"
-        )
+        raise ValueError(f"root must be a folder of images, got {str(root)!r}")
     found = []
     for folder, subfolders, names in os.walk(root, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -47,7 +47,7 @@ def find_images(root: Path) -> list[Path]:
         ]
     if not found:
         raise ValueError(
-            f"{str(root)!r} holds no image; put files ending in "
+            f"root must hold images, got {str(root)!r} without any: put files ending in "
             f"{', '.join(sorted(EXTENSIONS))} there, or give another folder"
         )
     return sorted(found)
@@ -70,10 +70,9 @@ def decode(
 ) -> Tensor:
     """Return an image file as uint8 (`channels`, `image_size`, `image_size`).
 
-    An image is turned upright as its EXIF entry says, laid on white where it is transparent, and
-    made RGB or gray. With a `box` only that part of it is kept. With `resize`, the largest central
-    square is resampled by the filter `resample`, widened when reducing, so without aliasing: the
-    shorter side becomes `image_size` and the longer is cropped.
+    An image is rotated as its EXIF entry says, laid on white where it is transparent, and
+    converted to RGB or gray. A `box` crops it. `resize` crops the largest central square and
+    resizes it by the filter `resample`, antialiased.
 
     Raises:
         ValueError: If the file cannot be decoded, has more than 8 bits per channel, does not hold
@@ -82,9 +81,9 @@ def decode(
     try:
         with Image.open(path) as file:
             image = _with_channels(ImageOps.exif_transpose(file), channels)
-    # Decoders meet broken bytes with OSError, SyntaxError, struct.error and more.
+    # Decoders raise OSError, SyntaxError, struct.error and more on broken bytes.
     except Exception as error:
-        raise ValueError(f"{path} cannot be read ({error}); replace or remove it") from error
+        raise ValueError(f"{path} cannot be read ({error}): replace or remove it") from error
     _check_size(path, image.size, image_size, resize, box)
     if box is not None:
         image = image.crop(box)
@@ -98,7 +97,7 @@ def check_header(path: Path, image_size: int, resize: bool, *, box: Box | None =
     """Check an image file without decoding it: its header, its checksums (PNG), and its size.
 
     Raises:
-        ValueError: As `decode`, as far as the header tells.
+        ValueError: As in `decode`, as far as the header shows it.
     """
     try:
         with Image.open(path) as file:
@@ -106,14 +105,14 @@ def check_header(path: Path, image_size: int, resize: bool, *, box: Box | None =
             _check_depth(file.mode)
             file.verify()
     except Exception as error:
-        raise ValueError(f"{path} cannot be read ({error}); replace or remove it") from error
+        raise ValueError(f"{path} cannot be read ({error}): replace or remove it") from error
     _check_size(path, size, image_size, resize, box)
 
 
 class FileImages:
-    """An image set too large for memory, decoded whenever it is asked for.
+    """An image set too large for memory, decoded on demand.
 
-    A file that turns out to be broken stops training with its name.
+    A broken file stops training with an error that names it.
     """
 
     def __init__(
@@ -138,7 +137,7 @@ class FileImages:
         """Return the uint8 images (B, C, H, W) at int64 indices (B,)."""
         paths = [self._paths[index] for index in indices.tolist()]
         if get_worker_info() is not None:
-            # The workers already share the processors among them.
+            # The workers already use the processors in parallel.
             return torch.stack([self._decode(path) for path in paths])
         with ThreadPoolExecutor(_num_threads()) as pool:
             return torch.stack(list(pool.map(self._decode, paths)))
@@ -161,21 +160,21 @@ def image_set(
 ) -> ImageSet:
     """Return image files as an image set, decoded now if they fit into `MEMORY_LIMIT`.
 
-    The files of a larger set are checked by `check_header`, which finds all but damage in the
-    midst of a file that has no checksums (JPEG), and decoded as they are asked for.
+    The files of a larger set are decoded on demand. They are checked now by `check_header`, which
+    does not find damage inside a file without checksums (JPEG).
 
     Args:
         paths: The files.
         labels: Their classes, int64 (N,).
         num_classes: Number of classes.
-        image_size: As in `decode`, like all that follow.
+        image_size: As in `decode`.
         channels: 3 for RGB, 1 for gray.
-        resize: Whether to resize, rather than to demand that size.
+        resize: Whether to resize the images; False requires that they have this size.
         box: Part of each image to keep.
         resample: Filter to resize with.
 
     Raises:
-        ValueError: As `decode`.
+        ValueError: As in `decode`.
     """
     shape = (channels, image_size, image_size)
     decode_file = partial(
@@ -197,24 +196,18 @@ class ImageFolderDataModule(ImageDataModule):
     """A folder of images, as uint8 images (`channels`, `image_size`, `image_size`).
 
     The classes are the first-level subfolders, in alphabetical order, if every image lies in one;
-    otherwise all images have class 0. A set of up to 4 GiB is decoded once, in each process, and
-    kept in memory, so that broken files are found before training. Of a larger set the headers are
-    checked before training, and images are decoded as they are needed: set `num_workers`.
+    otherwise all images have class 0. A set of up to 4 GiB is decoded once in each process and
+    kept in memory, which finds broken files before training. In a larger set only the headers are
+    checked before training, and images are decoded on demand: set `num_workers` then.
 
     Args:
         root: The folder of training images; subfolders are searched.
         image_size: Side of the square images, at least 1.
-        resize: True resizes the shorter side to `image_size` and crops the centre (see `decode`);
-            False demands that every file has that size.
+        resize: True resizes the shorter side to `image_size` and crops the centre; False requires
+            that every file has that size.
         channels: 3 for RGB, 1 for gray.
         val_root: Folder of the images to validate on, with the same classes; `root` if None.
-        batch_size: Images per device and step, at least 1.
-        flip: Whether training images are mirrored left to right with probability 1/2. Set it where
-            a mirrored image is as likely as the image: for faces, not for text.
-        seed: Seed of the order of the training images, at least 0.
-        num_workers: Processes which prepare batches; 0 is fastest for images held in memory.
-        steps_per_epoch: Training batches per epoch; the whole batches of one pass if None.
-        num_predict: Number of images to make when predicting, over all devices.
+        **kwargs: Arguments of `ImageDataModule`.
 
     Raises:
         ValueError: If a number is out of range; at `setup`, if a folder is missing or empty, or a
@@ -227,27 +220,13 @@ class ImageFolderDataModule(ImageDataModule):
         image_size: int,
         *,
         resize: bool = True,
-        channels: Literal[1, 3] = 3,
+        channels: Channels = 3,
         val_root: str | None = None,
-        batch_size: int = 128,
-        flip: bool = False,
-        seed: int = 0,
-        num_workers: int = 0,
-        steps_per_epoch: int | None = None,
-        num_predict: int = 64,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            batch_size,
-            flip=flip,
-            seed=seed,
-            num_workers=num_workers,
-            steps_per_epoch=steps_per_epoch,
-            num_predict=num_predict,
-        )
-        if image_size < 1:
-            raise ValueError(f"image_size is {image_size}; it must be at least 1")
-        if channels not in (1, 3):
-            raise ValueError(f"channels is {channels}; it must be 1 (gray) or 3 (RGB)")
+        super().__init__(**kwargs)
+        check_at_least(1, image_size=image_size)
+        check_one_of(Channels, channels=channels)
         self.root = root
         self.image_size = image_size
         self.resize = resize
@@ -285,13 +264,13 @@ def _with_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _check_depth(mode: str) -> None:
-    # PIL would clip such values to 255 without a word.
+    # PIL would clip such values to 255 silently.
     if mode.startswith(("I", "F")):
-        raise ValueError(f"mode {mode} has more than 8 bits per channel; convert it to 8")
+        raise ValueError(f"mode {mode} has more than 8 bits per channel: convert it to 8")
 
 
 def _labels(root: Path, paths: list[Path], names: list[str]) -> Tensor:
-    """Return the int64 place in `names` of each path's first-level subfolder, or zeros."""
+    """Return the int64 index in `names` of each path's first-level subfolder, or zeros."""
     if not names:
         return torch.zeros(len(paths), dtype=torch.int64)
     numbers = {name: number for number, name in enumerate(names)}
@@ -300,8 +279,8 @@ def _labels(root: Path, paths: list[Path], names: list[str]) -> Tensor:
         first, *rest = path.relative_to(root).parts
         if not rest or first not in numbers:
             raise ValueError(
-                f"{path} lies in none of the training images' classes; move it to one of the "
-                f"subfolders {', '.join(names[:5])}{', ...' if len(names) > 5 else ''} of {root}"
+                f"{path} must lie in a subfolder named like a training class: move it to one of "
+                f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} in {root}"
             )
         labels.append(numbers[first])
     return torch.tensor(labels)
@@ -321,9 +300,9 @@ def _decode_all(
 
 
 def _for_each(function: Callable[[Item], None], items: Sequence[Item], verb: str) -> None:
-    """Call the function on every item in threads; the first error, in order, ends it."""
+    """Call the function on every item in threads, and raise the first error in order."""
     hidden = len(items) <= PROGRESS_BAR_FROM or not sys.stderr.isatty()
-    # PIL releases the interpreter's lock while it decodes.
+    # PIL releases the interpreter lock while it decodes.
     with ThreadPoolExecutor(_num_threads()) as pool:
         done = pool.map(function, items)
         for _ in tqdm(done, desc=f"{verb} images", total=len(items), disable=hidden):
@@ -336,17 +315,17 @@ def _check_size(
     width, height = size
     if box is not None:
         left, upper, right, lower = box
-        # PIL would fill what lies outside with black without a word.
+        # PIL would fill the pixels outside with black silently.
         if right > width or lower > height:
             raise ValueError(
-                f"{path} has {width}x{height} pixels, too few to cut out columns {left} to "
-                f"{right} and rows {upper} to {lower}; replace it by an image that has them"
+                f"{path} must have columns {left} to {right} and rows {upper} to {lower}, got "
+                f"{width}x{height} pixels: replace it by a larger image"
             )
         width, height = right - left, lower - upper
     if not resize and (width, height) != (image_size, image_size):
         raise ValueError(
-            f"{path} has {width}x{height} pixels in place of {image_size}x{image_size}; "
-            "set `resize: true`, or bring all images to that size"
+            f"{path} must have {image_size}x{image_size} pixels, got {width}x{height}: set "
+            "`resize: true`, or resize all images to that size"
         )
 
 

@@ -1,9 +1,9 @@
-"""Pairs (latent, teacher's image) on disk, for distillation in one step (Luhman & Luhman 2021).
+"""Pairs (latent, teacher's image) on disk, for one-step distillation (Luhman & Luhman 2021).
 
-A folder of pairs holds `manifest.json`, which says what the images were drawn with, and shards
-`00000.safetensors`, each beside `00000.sha256`. Only images are stored: latent `i` of a seed is
-made anew, to the bit, by `ddim_pl.noise.latents`. A shard that is missing or does not match its
-checksum is made again; a folder of another teacher is refused.
+A folder of pairs holds `manifest.json`, the recipe of the images, and shards `00000.safetensors`
+with checksums `00000.sha256`. Only images are stored: `ddim_pl.noise.latents` recomputes latent
+`i` of a seed to the bit. A shard that is missing or does not match its checksum is generated
+again. The folder of another teacher is refused.
 """
 
 import errno
@@ -20,17 +20,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ddim_pl.data.base import BatchOrder, Draw, EachOnce, ImageDataModule, ImageSet
+from ddim_pl.checks import check_at_least
+from ddim_pl.data.base import BatchIndices, EachOnce, ImageDataModule, ImageSet
 from ddim_pl.files import replacing
 from ddim_pl.rng import gaussian_latents
 
-# A student must not be judged by images that begin at latents it was trained on. For every seed of
-# evaluation below 1,500, the first 60,000 images share no generator with the first 1.1 million
-# pairs of this seed, see `ddim_pl.rng.share_generators`.
+# A student must not be evaluated on latents it was trained on. For every evaluation seed below
+# 1,500, the first 60,000 images share no generator with the first 1.1 million pairs of this seed,
+# see `ddim_pl.rng.share_generators`.
 PAIR_SEED = 1_001_301
 
 Latents = Callable[[int, Iterable[int], Sequence[int]], tuple[Tensor, list[torch.Generator]]]
-"""Makes the latents of a seed, given indices and shape, as `ddim_pl.noise.latents`."""
+"""The latents of a seed, given indices and shape, as `ddim_pl.noise.latents`."""
 
 
 class PairBatch(NamedTuple):
@@ -45,10 +46,10 @@ class PairStore:
     """The images of pairs 0 to `num_pairs` - 1, in shards.
 
     Args:
-        folder: Where they are, or will be.
-        recipe: What they are drawn with, plain data: `seed` and `shape` at least.
-        num_pairs: How many.
-        shard_size: Images in a shard.
+        folder: Folder of the shards.
+        recipe: All that the images depend on, as plain data: `seed` and `shape` at least.
+        num_pairs: Number of pairs, at least 1.
+        shard_size: Images in a shard, at least 1.
 
     Raises:
         ValueError: If a number is too small, or the folder holds pairs of another recipe.
@@ -57,9 +58,7 @@ class PairStore:
     def __init__(
         self, folder: Path, recipe: dict[str, Any], *, num_pairs: int, shard_size: int
     ) -> None:
-        for name, value in {"num_pairs": num_pairs, "shard_size": shard_size}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least(1, num_pairs=num_pairs, shard_size=shard_size)
         self.folder = folder
         self.recipe = {**json.loads(json.dumps(recipe)), "shard_size": shard_size}
         self.num_pairs = num_pairs
@@ -82,7 +81,7 @@ class PairStore:
         return range(start, min(start + self.shard_size, self.num_pairs))
 
     def is_whole(self, shard: int) -> bool:
-        """Whether a shard is there, long enough, and what was written."""
+        """Whether a shard exists, matches its checksum, and has all its images."""
         path = self._path(shard)
         digest = path.with_suffix(".sha256")
         if not (path.is_file() and digest.is_file()):
@@ -90,7 +89,7 @@ class PairStore:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != digest.read_text().strip():
-            rank_zero_warn(f"{path} does not match its checksum and is made again")
+            rank_zero_warn(f"{path} does not match its checksum and is generated again")
             return False
         return len(load_file(path)["images"]) >= len(self.indices(shard))
 
@@ -101,10 +100,10 @@ class PairStore:
             part.write_text(json.dumps(self.recipe, indent=1))
 
     def write(self, shard: int, images: Tensor) -> None:
-        """Write a shard's images, `(n, C, H, W)`; it appears whole or not at all.
+        """Write a shard's images, `(n, C, H, W)`, atomically.
 
         Raises:
-            OSError: If the disk is full or cannot be written; what is there stays good.
+            OSError: If the disk is full or cannot be written; the shards on it stay valid.
         """
         assert len(images) == len(self.indices(shard))
         path = self._path(shard)
@@ -117,13 +116,13 @@ class PairStore:
                 digest.unlink(missing_ok=True)
             with replacing(digest) as part:
                 part.write_text(found)
-        # What the system says, safetensors tells as an error of its own without a number.
+        # safetensors raises system errors as its own error without errno.
         except (OSError, SafetensorError) as error:
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
             reason = "no space is left" if full else str(error)
             raise OSError(
                 f"shard {shard} of {self.num_shards} cannot be written to "
-                f"{str(self.folder)!r} ({reason}): make room and give the same command again, "
+                f"{str(self.folder)!r} ({reason}): make room and run the same command again; "
                 "the shards before it are kept"
             ) from error
         self._loaded.pop(shard, None)
@@ -146,8 +145,8 @@ class PairStore:
         if not path.exists():
             if any(self.folder.glob("*.safetensors")):
                 raise ValueError(
-                    f"pairs folder {str(self.folder)!r} holds shards without a manifest.json: "
-                    "give another folder"
+                    f"pairs folder {str(self.folder)!r} must not hold shards without a "
+                    "manifest.json: give another folder"
                 )
             return
         try:
@@ -157,14 +156,13 @@ class PairStore:
         for name, value in self.recipe.items():
             if written.get(name) != value:
                 raise ValueError(
-                    f"pairs folder {str(self.folder)!r} was made with {name}="
-                    f"{written.get(name)!r}, but {value!r} is wanted: give another folder, or "
-                    "remove this one"
+                    f"pairs folder {str(self.folder)!r} must be made with {name}={value!r}, got "
+                    f"{written.get(name)!r}: give another folder, or remove this one"
                 )
 
 
-class DrawnPairs(Dataset[PairBatch]):
-    """A torch dataset whose index is a `Draw` and whose item is a whole `PairBatch`."""
+class IndexedPairs(Dataset[PairBatch]):
+    """A torch dataset from `BatchIndices`, counted from `first`, to a whole `PairBatch`."""
 
     def __init__(
         self, store: PairStore, first: int, count: int, make_latents: Latents = gaussian_latents
@@ -178,9 +176,9 @@ class DrawnPairs(Dataset[PairBatch]):
         """Return the number of pairs."""
         return self.count
 
-    def __getitem__(self, draw: Draw) -> PairBatch:
-        """Return the pairs, their latents made anew."""
-        indices = draw.indices + self.first
+    def __getitem__(self, index: BatchIndices) -> PairBatch:
+        """Return the pairs, with recomputed latents."""
+        indices = index.indices + self.first
         recipe = self.store.recipe
         z, _ = self.make_latents(recipe["seed"], indices.tolist(), recipe["shape"])
         classes = recipe.get("num_classes")
@@ -189,24 +187,20 @@ class DrawnPairs(Dataset[PairBatch]):
 
 
 class TeacherPairsDataModule(ImageDataModule):
-    """Training and validation batches of teacher pairs, beside the real images of another module.
+    """Training and validation batches of teacher pairs, with the real images of another module.
 
-    The pairs are made by the training module when a fit begins, see `LuhmanDistillation`; the real
-    images serve Fréchet distances and `test`.
+    `LuhmanDistillation` generates the pairs when a fit begins. The real images serve Fréchet
+    distances and `test`.
 
     Args:
         images: Data module of the real images.
         folder: Folder of the pairs.
-        num_pairs: Pairs to train on.
-        num_validation: Pairs to validate on, further ones of the same seed.
-        shard_size: Pairs in a file.
-        batch_size: Pairs per device and step, at least 1.
-        seed: Seed of the order of the pairs, at least 0.
-        pair_seed: Seed of the latents; none of those that the student is judged by may be among
-            them, see `PAIR_SEED`.
-        num_workers: Processes which prepare batches; 0 prepares them in the training process.
-        steps_per_epoch: Training batches per epoch; the whole batches of one pass if None.
-        num_predict: Number of images to make when predicting, over all devices.
+        num_pairs: Pairs to train on, at least 1.
+        num_validation: Pairs to validate on, further ones of the same seed, at least 1.
+        shard_size: Pairs in a file, at least 1.
+        pair_seed: Seed of the latents, which must not include those of the evaluation, see
+            `PAIR_SEED`.
+        **kwargs: Arguments of `ImageDataModule`, without `flip`.
 
     Raises:
         ValueError: If a number is out of range.
@@ -220,28 +214,12 @@ class TeacherPairsDataModule(ImageDataModule):
         num_pairs: int,
         num_validation: int = 256,
         shard_size: int = 10_000,
-        batch_size: int = 128,
-        seed: int = 0,
         pair_seed: int = PAIR_SEED,
-        num_workers: int = 0,
-        steps_per_epoch: int | None = None,
-        num_predict: int = 64,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            batch_size,
-            flip=False,  # a mirrored image has another latent
-            seed=seed,
-            num_workers=num_workers,
-            steps_per_epoch=steps_per_epoch,
-            num_predict=num_predict,
-        )
-        for name, value in {
-            "num_pairs": num_pairs,
-            "num_validation": num_validation,
-            "shard_size": shard_size,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        super().__init__(flip=False, **kwargs)  # a mirrored image has another latent
+        check_at_least(1, num_pairs=num_pairs, num_validation=num_validation)
+        check_at_least(1, shard_size=shard_size)
         self.source = images
         self.folder = Path(folder)
         self.num_pairs = num_pairs
@@ -252,7 +230,7 @@ class TeacherPairsDataModule(ImageDataModule):
         self._latents: Latents = gaussian_latents
 
     def prepare_data(self) -> None:
-        """Download the real images, if they are to be."""
+        """Prepare the real images."""
         self.source.prepare_data()
 
     def load(self, train: bool) -> ImageSet:
@@ -260,15 +238,15 @@ class TeacherPairsDataModule(ImageDataModule):
         return self.source.load(train)
 
     def open(self, recipe: dict[str, Any], make_latents: Latents = gaussian_latents) -> PairStore:
-        """Return the pairs of a teacher, of which some may not be made yet.
+        """Return the pairs of a teacher, some of which may not exist yet.
 
         Args:
-            recipe: What the teacher draws with, see `PairStore`.
-            make_latents: Makes the latents it draws from; by default Gaussian.
+            recipe: All that the pairs depend on except their seed, see `PairStore`.
+            make_latents: Gives the teacher's latents; by default Gaussian.
 
         Raises:
-            ValueError: If the folder holds the pairs of another teacher, or the trainer asks for
-                what the loaders refuse: better before the pairs are made than after.
+            ValueError: If the folder holds the pairs of another teacher, or the loaders do not
+                support the trainer's settings, so that it is known before pairs are generated.
         """
         self._check_order()
         self._check_share("num_validation", self.num_validation)
@@ -283,44 +261,34 @@ class TeacherPairsDataModule(ImageDataModule):
 
     @property
     def store(self) -> PairStore:
-        """The pairs, once they are open.
+        """The pairs.
 
         Raises:
-            ValueError: If they are not.
+            ValueError: Before `open`.
         """
         if self._store is None:
             raise ValueError(
-                "the pairs are not open: only fit opens them, and validates on them; use test, "
-                "which needs none"
+                "the pairs must be opened first: only fit opens them and validates on them; use "
+                "test, which needs none"
             )
         return self._store
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of training pairs, which goes on where the trainer's progress is.
+        """Return the loader of training pairs, which starts at the trainer's progress.
 
         Raises:
-            ValueError: If the trainer asks for `overfit_batches`, or the pairs are not open.
+            ValueError: If the trainer sets `overfit_batches`, or the pairs are not open.
         """
-        self._check_order()
-        order = BatchOrder(
-            self.num_pairs,
-            self.batch_size,
-            seed=self.seed,
-            steps_per_epoch=self.steps_per_epoch,
-            position=self._batches_consumed,
-            rank=self._place()["rank"],
-            world_size=self._place()["world_size"],
-        )
-        return self._pair_loader(0, self.num_pairs, order)
+        return self._pair_loader(0, self.num_pairs, self._train_order(self.num_pairs))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of validation pairs, which are none of the training pairs.
+        """Return the loader of validation pairs, none of which is a training pair.
 
         Raises:
-            ValueError: If there are fewer than devices, or the pairs are not open.
+            ValueError: If there are fewer pairs than devices, or the pairs are not open.
         """
         self._check_share("num_validation", self.num_validation)
-        order = EachOnce(self.num_validation, self.batch_size, **self._place())
+        order = EachOnce(self.num_validation, self.batch_size, **self._ranks())
         return self._pair_loader(self.num_pairs, self.num_validation, order)
 
     def test_dataloader(self) -> DataLoader[Any]:
@@ -328,10 +296,9 @@ class TeacherPairsDataModule(ImageDataModule):
         return super().val_dataloader()
 
     def _pair_loader(self, first: int, count: int, order: Any) -> DataLoader[Any]:
-        pairs: Any = DrawnPairs(self.store, first, count, self._latents)
-        return self._loader_of(pairs, order)
+        return self._loader(IndexedPairs(self.store, first, count, self._latents), order)
 
 
 def shards_of(store: PairStore, rank: int, world_size: int) -> Iterable[int]:
-    """The shards that a rank sees to."""
+    """Return the shards that a rank generates."""
     return range(rank, store.num_shards, world_size)

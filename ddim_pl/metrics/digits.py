@@ -1,9 +1,9 @@
-"""Features of 8x8 digits, for Fréchet distances where Inception-v3 has nothing to look at.
+"""Features of 8x8 digits, for Fréchet distances.
 
-Inception-v3 wants 299x299 photographs; scikit-learn's digits are 8x8 scans. `DigitsFeatures` is a
-classifier of those scans, trained by `ddim_pl.metrics.train_digits`, and its features are the
-activations before the last linear layer. Distances between such features can be compared with one
-another, and never with an FID of Inception features.
+Inception-v3 is made for 299x299 photographs; scikit-learn's digits are 8x8 scans. `DigitsFeatures`
+is a classifier of those scans, trained by `ddim_pl.metrics.train_digits`; its features are the
+activations before the last linear layer. Distances of these features cannot be compared with an
+FID of Inception features.
 """
 
 from pathlib import Path
@@ -18,19 +18,16 @@ IMAGE_SHAPE = (1, 8, 8)
 NUM_CLASSES = 10
 NUM_FEATURES = 32
 
-# Of the 360 images which `digits_split` holds out, the shipped weights classify 358 rightly.
+# The shipped weights classify 358 of the 360 images that `digits_split` holds out correctly.
 HELDOUT_ACCURACY = 358 / 360
 
 
 class DigitsClassifier(nn.Module):
-    """A small convolutional classifier of 8x8 digits, as it is trained.
-
-    It has neither batch norm nor dropout, so it computes the same in training and in use.
-    """
+    """A small convolutional classifier of 8x8 digits, without batch norm and dropout."""
 
     def __init__(self) -> None:
         super().__init__()
-        # GELU has no flat half-line, so no feature dies and the features' covariance keeps its
+        # GELU has no flat half-line, so no feature dies and the features' covariance has full
         # rank: 32 on all digits, with a condition number of 365.
         self.trunk = nn.Sequential(
             nn.Conv2d(IMAGE_SHAPE[0], 24, 3, padding=1),
@@ -55,7 +52,7 @@ class DigitsClassifier(nn.Module):
 class DigitsFeatures(nn.Module):
     """Frozen features of digits: uint8 (B, 1, 8, 8) to float32 (B, `num_features`).
 
-    Having `num_features`, it is what torchmetrics' `FrechetInceptionDistance(feature=...)` takes.
+    With `num_features`, it fits torchmetrics' `FrechetInceptionDistance(feature=...)`.
 
     Args:
         weights: Safetensors file of the weights; by default the one shipped with this package.
@@ -66,7 +63,7 @@ class DigitsFeatures(nn.Module):
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
         self.num_features = NUM_FEATURES
-        # Without storage there are no initial weights to draw from the global random state.
+        # On the meta device the initial weights use no global random state.
         with torch.device("meta"):
             self.classifier = DigitsClassifier()
         self.classifier.load_state_dict(load_file(weights or WEIGHTS), assign=True)
@@ -74,7 +71,7 @@ class DigitsFeatures(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode, whatever `mode` a surrounding module is put in."""
+        """Stay in evaluation mode, whatever the `mode` of a surrounding module."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -84,16 +81,12 @@ class DigitsFeatures(nn.Module):
             ValueError: If the images are not uint8 or not of that shape.
         """
         x = self._normalised(images)
-        # A training run in bfloat16 must not coarsen what measures it.
+        # The features of a training run in bfloat16 are computed in float32 too.
         with torch.autocast(images.device.type, enabled=False):
             return self.classifier.trunk(x).float()
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features, as `forward` does, and class logits (B, 10), float32, of one pass.
-
-        Raises:
-            ValueError: As in `forward`.
-        """
+        """Return the features and class logits (B, 10), float32; errors as in `forward`."""
         features = self(images)
         with torch.autocast(images.device.type, enabled=False):
             logits = self.classifier.head(features.to(self.classifier.head.weight.dtype))
@@ -105,11 +98,10 @@ class DigitsFeatures(nn.Module):
 
     def _normalised(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
-            raise ValueError(
-                f"images has dtype {images.dtype}; the digits features take torch.uint8, 0 to 255"
-            )
+            raise ValueError(f"images must be torch.uint8, 0 to 255, got {images.dtype}")
         if images.ndim != 4 or tuple(images.shape[1:]) != IMAGE_SHAPE:
             raise ValueError(
-                f"images has shape {tuple(images.shape)}; the digits features take (B, 1, 8, 8)"
+                f"images must have shape (B, 1, 8, 8), got {tuple(images.shape)}: other sizes "
+                "need another extractor"
             )
         return images.to(self.classifier.head.weight.dtype) / 127.5 - 1

@@ -9,11 +9,11 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 class InceptionFeatures(nn.Module):
     """Pool features of Inception-v3, as in the FID of Heusel et al. 2017.
 
-    The weights are torch-fidelity's conversion of the TensorFlow ones, loaded on the first use of
-    PyTorch's hub cache; images are resized as TensorFlow 1 did, without antialiasing.
+    The weights are torch-fidelity's conversion of the TensorFlow ones. Images are resized as
+    TensorFlow 1 did, without antialiasing.
 
     Args:
-        weights_path: File of the weights; by default they are downloaded and cached.
+        weights_path: File of the weights; by default they are downloaded to PyTorch's hub cache.
 
     Raises:
         ValueError: If the weights cannot be downloaded or read.
@@ -34,20 +34,20 @@ class InceptionFeatures(nn.Module):
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:  # URLError too
             raise ValueError(
                 f"the Inception weights could not be {'read' if weights_path else 'downloaded'} "
-                f"({error}): fetch weights-inception-2015-12-05-6726825d.pth from the releases "
-                "of torch-fidelity where there is a network, and give its place as the "
-                "weights_path of InceptionFeatures, or leave FrechetDistance out of the callbacks"
+                f"({error}): download weights-inception-2015-12-05-6726825d.pth from the releases "
+                "of torch-fidelity, and give its path as the weights_path of InceptionFeatures, "
+                "or leave FrechetDistance out of the callbacks"
             ) from error
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features `(B, 2048)` of uint8 images `(B, C, H, W)`; grey images are repeated to RGB."""
+        """Return features `(B, 2048)` of uint8 images `(B, C, H, W)`; gray is repeated to RGB."""
         return self.network(images.expand(-1, 3, -1, -1))
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The features, as `forward` gives them, and class logits `(B, 1008)` of the same pass.
+        """Return the features and class logits `(B, 1008)`.
 
-        The logits are without the last layer's bias, as published Inception scores take them; this
-        is what torch-fidelity calls "logits_unbiased".
+        The logits are without the last layer's bias, as in published Inception scores: the
+        "logits_unbiased" of torch-fidelity.
         """
         features = self(images)
         return features, features @ self.network.fc.weight.T

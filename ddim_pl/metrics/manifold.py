@@ -1,13 +1,12 @@
-"""Precision and recall, density and coverage: fidelity and variety of samples, told apart.
+"""Precision and recall, density and coverage: separate measures of fidelity and diversity.
 
-All four take a set of features to reach as far as the balls around its members, each as wide as
-the distance to the member's k-th nearest neighbour. Distances are computed in float64, block by
-block, so that the memory needed beside the features is a few matrices of `chunk_size` rows and
-columns, however many features there are.
+All four estimate the support of a set of features by balls around its members; a ball's radius is
+the distance to the member's k-th nearest neighbour. Distances are computed in float64, in blocks,
+so the memory needed is a few matrices of `chunk_size` rows and columns for any number of features.
 
-Distances and radii that are equal in exact arithmetic, as those of copied images are, count as
-equal: two squared distances are told apart only if they differ by more than `ROUNDING` times the
-squared norms, which is what float64 products leave uncertain and far below float32's resolution.
+Squared distances that differ by no more than `ROUNDING` times the squared norms count as equal, so
+that ties in exact arithmetic, as between copied images, stay ties. That is the rounding error of
+float64 products, far below float32's resolution.
 """
 
 from collections.abc import Iterator
@@ -15,11 +14,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ddim_pl.checks import check_at_least
+
 PRECISION_NEIGHBOURS = 3
-"""Neighbours that Kynkäänniemi et al. 2019 take."""
+"""k of Kynkäänniemi et al. 2019."""
 
 DENSITY_NEIGHBOURS = 5
-"""Neighbours that Naeem et al. 2020 take."""
+"""k of Naeem et al. 2020."""
 
 CHUNK_SIZE = 2048
 ROUNDING = 1e-12
@@ -29,20 +30,20 @@ ROUNDING = 1e-12
 def nearest_radii(features: Tensor, k: int, *, chunk_size: int = CHUNK_SIZE) -> Tensor:
     """Return the distance of each feature to its k-th nearest other one, float64 `(N,)`.
 
-    A feature is no neighbour of its own, but a copy of it is one, at distance 0.
+    A feature is not its own neighbour, but a copy of it is one, at distance 0.
 
     Args:
         features: `(N, D)`, floating point.
-        k: Which neighbour, from 1 to N - 1.
+        k: Number of the neighbour, from 1 to N - 1.
         chunk_size: Features on each side of a block of distances.
 
     Raises:
-        ValueError: If there are not more than `k` features, or the arguments are out of range.
+        ValueError: If there are at most `k` features, or the arguments are out of range.
     """
     _check_features("features", features)
     if not 1 <= k < len(features):
         raise ValueError(
-            f"k is {k}, for {len(features)} features; it must be at least 1 and below their number"
+            f"k must be at least 1 and below the number of features, {len(features)}, got {k}"
         )
     radii = []
     for rows, columns, squared, _ in _blocks(features, features, chunk_size):
@@ -67,22 +68,22 @@ def precision_recall(
 ) -> tuple[Tensor, Tensor]:
     """Return improved precision and recall, Kynkäänniemi et al. 2019, eq. 1 and 2, in [0, 1].
 
-    Precision is the share of the drawn features within a ball around a real one, recall the share
-    of the real features within a ball around a drawn one. Balls are closed, as in the paper.
-    Compare only numbers from as many features on each side.
+    Precision is the share of the generated features within a ball around a real one, recall the
+    share of the real features within a ball around a generated one. Balls are closed, as in the
+    paper. The numbers depend on N and M: compare them only for equal N and equal M.
 
     Args:
         real: Features of real images, `(N, D)`, floating point.
-        fake: Features of drawn images, `(M, D)`.
-        k: The neighbour that a ball reaches to, below N and M.
-        real_radii: `nearest_radii(real, k)`, where it is known already.
+        fake: Features of generated images, `(M, D)`.
+        k: Number of the neighbour that sets a radius, below N and M.
+        real_radii: `nearest_radii(real, k)`, if already computed.
         chunk_size: Features on each side of a block of distances.
 
     Returns:
         Two float64 scalars.
 
     Raises:
-        ValueError: If a side has not more than `k` features, or the two do not fit together.
+        ValueError: If a side has at most `k` features, or the two differ in width.
     """
     _check_pair(real, fake)
     if real_radii is None:
@@ -108,25 +109,24 @@ def density_coverage(
 ) -> tuple[Tensor, Tensor]:
     """Return density, at least 0, and coverage, in [0, 1], of Naeem et al. 2020.
 
-    Density is how many balls around real features hold a drawn one, over k, on average over the
-    drawn ones; coverage the share of those balls that hold any. Balls are open, as in the authors'
-    code, so that a set has density 1 to itself, and that a real feature with k copies, whose ball
-    is empty, is never covered. Of one distribution, density is 1 on average and coverage
+    Density is the average number of balls around real features that hold a generated one, over k;
+    coverage is the share of those balls that hold any. Balls are open, as in the authors' code: a
+    set has density 1 against itself, and a real feature with k copies, whose ball is empty, is
+    never covered. If both sides have one distribution, density is 1 on average and coverage
     1 - (N - 1) ... (N - k) / ((N + M - 1) ... (N + M - k)).
 
     Args:
         real: Features of real images, `(N, D)`, floating point.
-        fake: Features of drawn images, `(M, D)`.
-        k: The neighbour that a ball reaches to, below N.
-        real_radii: `nearest_radii(real, k)`, where it is known already.
+        fake: Features of generated images, `(M, D)`.
+        k: Number of the neighbour that sets a radius, below N.
+        real_radii: `nearest_radii(real, k)`, if already computed.
         chunk_size: Features on each side of a block of distances.
 
     Returns:
         Two float64 scalars.
 
     Raises:
-        ValueError: If there are not more than `k` real features, or the two sides do not fit
-            together.
+        ValueError: If there are at most `k` real features, or the two differ in width.
     """
     _check_pair(real, fake)
     if real_radii is None:
@@ -140,13 +140,12 @@ def density_coverage(
 def _blocks(
     a: Tensor, b: Tensor, chunk_size: int
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Yield rows of `a`, columns of `b`, their squared distances, and what rounding may add.
+    """Yield rows of `a`, columns of `b`, their squared distances, and the bound of the rounding.
 
     All columns of some rows come before the next rows.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
-    # A common offset would cost the differences their digits.
+    check_at_least(1, chunk_size=chunk_size)
+    # A common offset would cost the differences digits.
     centre = a.mean(dim=0, dtype=torch.float64)
     for top in range(0, len(a), chunk_size):
         rows = slice(top, min(top + chunk_size, len(a)))
@@ -165,14 +164,14 @@ def _check_pair(real: Tensor, fake: Tensor) -> None:
     _check_features("fake", fake)
     if real.shape[1] != fake.shape[1]:
         raise ValueError(
-            f"real has {real.shape[1]} features of an image and fake {fake.shape[1]}; take both "
-            "from one extractor"
+            f"real and fake must have the same width, got {real.shape[1]} and {fake.shape[1]}: "
+            "take both from one extractor"
         )
 
 
 def _check_features(name: str, features: Tensor) -> None:
     if features.ndim != 2 or not len(features) or not features.is_floating_point():
         raise ValueError(
-            f"{name} is {features.dtype} of shape {tuple(features.shape)}; give floating-point "
-            "features (N, D), N at least 1"
+            f"{name} must be floating-point features (N, D) with N at least 1, got "
+            f"{features.dtype} of shape {tuple(features.shape)}"
         )

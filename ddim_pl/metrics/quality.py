@@ -1,4 +1,4 @@
-"""Several numbers of one sample's quality from one pass over its images."""
+"""Several metrics of sample quality from one pass over the images."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ NUMBERS = {
 }
 """The metrics that `SampleQuality` knows, and the numbers that each gives."""
 
-# Of Inception features, some numbers have a name of their own.
+# Some numbers of Inception features have established names.
 INCEPTION_KEYS = {"fd": "fid", "score": "inception_score", "score_std": "inception_score_std"}
 
 # As in Binkowski et al. 2018, and in Salimans et al. 2016.
@@ -47,49 +47,51 @@ class FeatureExtractor(Protocol):
     num_features: int
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of the images, float32."""
+        """Return the features of the images, float32."""
 
 
 class ClassifyingExtractor(FeatureExtractor, Protocol):
-    """A feature extractor that can also tell classes, which the Inception score needs."""
+    """A feature extractor with class logits, which the Inception score needs."""
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The features, and class logits `(B, num_classes)`, float32, of the same pass."""
+        """Return the features and class logits `(B, num_classes)`, float32."""
 
 
 class SampleQuality:
-    """How near drawn images are to real ones, by any of several metrics of the same features.
+    """Distances and other metrics of generated images, all from the same features.
 
-    The extractor sees each image once, however many metrics are asked for. The metrics are
+    The extractor sees each image once, for any number of metrics. The metrics are
 
     - "fd", the Fréchet distance (Heusel et al. 2017), from running sums;
     - "kid", the unbiased squared MMD with the cubic kernel (Binkowski et al. 2018), which may be
-      negative: its mean and deviation over subsets of 1000, or of all images if they are fewer;
-    - "inception_score" (Salimans et al. 2016): its mean and deviation over ten parts of the drawn
-      images; real ones play no part. It grows with the number of images;
+      negative: mean and standard deviation over subsets of 1000 images, or of all if there are
+      fewer;
+    - "inception_score" (Salimans et al. 2016): mean and standard deviation over ten splits of the
+      generated images. It uses no real images and grows with the number of images;
     - "precision_recall" (Kynkäänniemi et al. 2019), with 3 neighbours;
     - "density_coverage" (Naeem et al. 2020), with 5 neighbours.
 
-    Of Inception features the numbers are called "fid", "kid", "inception_score", "precision",
-    "recall", "density" and "coverage"; of any other extractor "<name>_fd", "<name>_kid",
-    "<name>_score" and so on, since the numbers of two extractors cannot be compared. Deviations
-    end in "_std".
+    With Inception features the numbers are called "fid", "kid", "inception_score", "precision",
+    "recall", "density" and "coverage". With any other extractor they are called "<name>_fd",
+    "<name>_kid", "<name>_score" and so on, since numbers of different extractors cannot be
+    compared. Standard deviations end in "_std".
 
-    "fd" keeps no features. "kid", "precision_recall" and "density_coverage" share what they keep,
-    the features of both sides: 400 MB a side for 50,000 images and Inception, on each rank those
-    of all; "kid" takes 800 MB a side more while it is computed. "inception_score" keeps the logits
-    of the drawn images. In a distributed run all ranks must call `compute`; the numbers are those
-    of one process if rank r of w has images r, r + w, ...
+    Memory: "fd" stores no features. "kid", "precision_recall" and "density_coverage" share the
+    stored features of both sides, on each rank those of all ranks: 400 MB a side for 50,000 images
+    and Inception; computing "kid" takes 800 MB a side more. "inception_score" stores the logits of
+    the generated images.
 
-    Subsets and parts are random, the same ones every time. No global random state is touched.
+    In a distributed run all ranks must call `compute`. The numbers are those of one process if
+    rank r of w has images r, r + w, ... Subsets and splits are random but depend on `seed` only;
+    the global random state is neither used nor changed.
 
     Args:
         extractor: A `FeatureExtractor`, and a `ClassifyingExtractor` for "inception_score".
-        metrics: Names of metrics; see above.
-        seed: Seed of what is random.
+        metrics: Names of metrics, see above.
+        seed: Seed of subsets and splits.
 
     Raises:
-        ValueError: If a metric is unknown, there is none, or the extractor lacks the logits.
+        ValueError: If a metric is unknown, there is none, or the extractor has no logits.
     """
 
     def __init__(
@@ -103,8 +105,8 @@ class SampleQuality:
         self.extractor = cast(ClassifyingExtractor, extractor)
         if "inception_score" in self.metrics and not hasattr(extractor, "features_and_logits"):
             raise ValueError(
-                f"metrics has 'inception_score', which needs class logits: {self.extractor.name} "
-                "features have none; leave it out, or give the extractor features_and_logits"
+                "metrics must not have 'inception_score' without class logits, got the extractor "
+                f"{self.extractor.name!r}: leave it out, or give the extractor features_and_logits"
             )
         self._fd: FrechetInceptionDistance | None = None
         if "fd" in self.metrics:
@@ -118,26 +120,26 @@ class SampleQuality:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Names of the numbers that `compute` returns, those of the first metric first."""
+        """Names of the numbers that `compute` returns, in the order of the metrics."""
         return tuple(self._key(number) for name in self.metrics for number in NUMBERS[name])
 
     @property
     def needs_real(self) -> bool:
-        """Whether any of the metrics looks at real images."""
+        """Whether any of the metrics uses real images."""
         return self.metrics != ("inception_score",)
 
     @property
     def num_real(self) -> int:
-        """Real images that this process has seen."""
+        """Number of real images that this process has seen."""
         return self._num_real
 
     def check_num_samples(self, num_samples: int) -> None:
-        """See that so many drawn images, over all ranks, are enough.
+        """Check the number of generated images over all ranks.
 
-        Warns where "fd" has no more images than features, and so is a rough guide.
+        Warns if "fd" has no more images than features.
 
         Raises:
-            ValueError: If a metric cannot be computed of so few.
+            ValueError: If the number is too small for a metric.
         """
         if "fd" in self.metrics and num_samples <= self.extractor.num_features:
             rank_zero_warn(
@@ -147,12 +149,12 @@ class SampleQuality:
         least = PRECISION_NEIGHBOURS + 1 if "precision_recall" in self.metrics else 2
         if num_samples < least:
             raise ValueError(
-                f"num_samples is {num_samples}; it must be at least {least} for "
-                f"{', '.join(self.metrics)}"
+                f"num_samples must be at least {least} for {', '.join(self.metrics)}, got "
+                f"{num_samples}"
             )
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the extractor and all that is kept; Apple's devices lack the float64 needed."""
+        """Move the extractor and all state, to a device with float64 (not Apple's MPS)."""
         self.device = torch.device(device)
         self._module.to(self.device)
         if self._fd is not None:
@@ -164,7 +166,7 @@ class SampleQuality:
 
     @torch.no_grad()
     def update(self, images: Tensor, real: bool) -> None:
-        """Take in uint8 images `(B, C, H, W)`, from any device, real or drawn."""
+        """Add uint8 images `(B, C, H, W)`, from any device, real or generated."""
         if real and not self.needs_real:
             return
         images = images.to(self.device)
@@ -186,8 +188,8 @@ class SampleQuality:
         """Return the numbers of all ranks' images, float32 scalars, by the names in `keys`.
 
         Raises:
-            RuntimeError: If there are not at least two images of each side that is needed.
-            ValueError: If there are too few for one of the metrics.
+            RuntimeError: If a side that is needed has fewer than two images.
+            ValueError: If there are too few images for one of the metrics.
         """
         compute = {
             "fd": self._frechet_distance,
@@ -200,7 +202,7 @@ class SampleQuality:
         return {key: value.float() for key, value in zip(self.keys, values, strict=True)}
 
     def reset_samples(self) -> None:
-        """Forget the drawn images; what is known of the real ones stays."""
+        """Remove the generated images; the statistics of the real ones stay."""
         self._fake.clear()
         self._logits.clear()
         if self._fd is not None:
@@ -217,7 +219,7 @@ class SampleQuality:
             return (self._fd.compute(),)
 
     def _kid(self) -> tuple[Tensor, ...]:
-        # In float64, where the kernels' sums keep their digits and no GPU rounds products.
+        # In float64, since the kernels' sums cancel and a GPU may round float32 products.
         real, fake = self._real.of_all_ranks().double(), self._fake.of_all_ranks().double()
         size = min(KID_SUBSET_SIZE, len(real), len(fake))
         with _quiet(), self._random():
@@ -250,28 +252,28 @@ class SampleQuality:
 
     @contextmanager
     def _random(self) -> Iterator[None]:
-        """Seed the generator that torchmetrics draws from, and put its state back afterwards."""
-        # It is that of the CPU, on whatever device the features are. `torch.manual_seed` would
-        # seed those of all devices.
+        """Seed the generator that torchmetrics uses, and restore its state afterwards."""
+        # It is the CPU's, whatever the device of the features. `torch.manual_seed` would seed
+        # those of all devices.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(self.seed)
             yield
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
-    """See that the names are among the metrics that `SampleQuality` knows.
+    """Check that there are metrics and that `SampleQuality` knows all of them.
 
     Raises:
-        ValueError: If one is not, or there is none.
+        ValueError: If one is unknown, or there is none.
     """
     unknown = [name for name in metrics if name not in NUMBERS]
     if unknown or not metrics:
-        problem = f"has {', '.join(map(repr, unknown))}" if unknown else "is empty"
-        raise ValueError(f"metrics {problem}; known are {', '.join(NUMBERS)}")
+        got = ", ".join(map(repr, unknown)) or "none"
+        raise ValueError(f"metrics must be one or more of {', '.join(NUMBERS)}, got {got}")
 
 
 class _Given(nn.Module):
-    """Features of features: themselves."""
+    """The identity, a feature extractor for features."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -282,7 +284,7 @@ class _Given(nn.Module):
 
 
 class _Rows:
-    """Batches `(B, D)` of rows, and those of all ranks once they are asked for."""
+    """Batches `(B, D)` of rows, gathered from all ranks on demand."""
 
     def __init__(self) -> None:
         self._device = torch.device("cpu")
@@ -302,7 +304,7 @@ class _Rows:
         self._gathered = None if self._gathered is None else self._gathered.to(device)
 
     def of_all_ranks(self) -> Tensor:
-        """All rows, `(N, D)`; the first call after a change gathers them, so all ranks must."""
+        """Return all rows, `(N, D)`; a collective call if the rows have changed."""
         if len(self._parts) != 1:
             self._parts = [torch.cat(self._parts or [torch.empty(0, 0, device=self._device)])]
         rows = self._parts[0]
@@ -311,13 +313,15 @@ class _Rows:
                 self._gathered = _interleaved(gather_all_tensors(rows))
             rows = self._gathered
         if len(rows) < 2:
-            raise RuntimeError("There are not yet two real and two drawn images; call update.")
+            raise RuntimeError(
+                f"each side must have at least two images, got {len(rows)}: call update first"
+            )
         return rows
 
 
 def _interleaved(shares: list[Tensor]) -> Tensor:
-    """Rows in the order of one process, of which rank r of w has rows r, r + w, ..."""
-    # A rank without images does not know how long a row is.
+    """Return the rows in the order of one process, where rank r of w has rows r, r + w, ..."""
+    # A rank without images does not know the width of a row.
     shares = [share for share in shares if len(share)] or shares[:1]
     place = torch.cat([torch.arange(len(share), device=share.device) for share in shares])
     return torch.cat(shares)[place.argsort(stable=True)]
@@ -325,7 +329,7 @@ def _interleaved(shares: list[Tensor]) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Do without torchmetrics' warnings of kept features and of a rank without images."""
+    """Suppress torchmetrics' warnings of stored features and of a rank without images."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*will save all extracted features in buffer")
         warnings.filterwarnings("ignore", "The ``compute`` method of metric .* was called before")

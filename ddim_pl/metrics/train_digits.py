@@ -1,34 +1,34 @@
 """Train the digits feature extractor: `python -m ddim_pl.metrics.train_digits`.
 
-It sees the 1,437 training images of `ddim_pl.data.digits.digits_split`, shifted by up to one pixel
-and a little noisy, and is judged on the 360 held out. About a minute on two cores; the same seed
-gives the same weights on one machine.
+It is trained on the 1,437 training images of `ddim_pl.data.digits.digits_split`, shifted by up to
+one pixel and with a little noise, and evaluated on the 360 held out. This takes about a minute on
+two cores. The same seed gives the same weights on one machine.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as to_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from ddim_pl.data.digits import digits_arrays, digits_split
+from ddim_pl.files import replacing
 from ddim_pl.metrics.digits import WEIGHTS, DigitsClassifier, DigitsFeatures
 
 NUM_STEPS = 3000
 BATCH_SIZE = 128
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.05
-# Standard deviation, on images in [-1, 1]. More noise would teach the features to overlook what
-# noise a poor sampler leaves in its images.
+# Standard deviation, on images in [-1, 1]. More noise would make the features blind to the noise
+# that a poor sampler leaves in its images.
 NOISE = 0.04
 LABEL_SMOOTHING = 0.05
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return images (B, C, H, W), each moved by up to one pixel along both axes, on 0."""
+    """Return images (B, C, H, W), each shifted by up to one pixel along both axes; zeros enter."""
     batch, _, height, width = images.shape
     dy, dx = torch.randint(0, 3, (2, batch, 1), generator=generator)
     padded = F.pad(images, (1, 1, 1, 1))
@@ -47,7 +47,7 @@ def train(seed: int = 0, num_steps: int = NUM_STEPS) -> DigitsClassifier:
     generator = torch.Generator().manual_seed(seed)
     images, labels = digits_arrays()
     train_indices, _ = digits_split()
-    # The initial weights come from torch's global state, which is put back afterwards.
+    # The initial weights come from torch's global random state, which is restored afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = DigitsClassifier()
@@ -71,25 +71,21 @@ def train(seed: int = 0, num_steps: int = NUM_STEPS) -> DigitsClassifier:
 
 
 def save(network: DigitsClassifier, path: Path) -> None:
-    """Write the weights as safetensors; a reader finds the old file or the new, never a part."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(to_bytes(network.state_dict()))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write the weights as safetensors, atomically."""
+    with replacing(path) as part:
+        save_file(network.state_dict(), part)
 
 
 def heldout_accuracy(extractor: DigitsFeatures) -> float:
-    """Return the share of the held-out digits which the extractor's logits classify rightly."""
+    """Return the share of the held-out digits that the extractor classifies correctly."""
     images, labels = digits_arrays()
     _, heldout = digits_split()
-    right = extractor.logits(images[heldout]).argmax(1) == labels[heldout]
-    return right.double().mean().item()
+    correct = extractor.logits(images[heldout]).argmax(1) == labels[heldout]
+    return correct.double().mean().item()
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, save, and print the held-out accuracy of what was saved."""
+    """Train, save, and print the held-out accuracy of the saved weights."""
     parser = argparse.ArgumentParser(description="Train the feature extractor of 8x8 digits.")
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="the safetensors file")
     parser.add_argument("--seed", type=int, default=0)

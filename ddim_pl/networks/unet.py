@@ -1,57 +1,60 @@
 """The U-Net of DDPM (Ho et al. 2020) and its FiLM variant (Salimans & Ho 2022).
 
-The image goes down through levels of residual blocks, each half the size of the one above, and up
-again. Every tensor of the way down, resampled ones included, is kept, and the last one kept joins
-the next block on the way up:
+The down path is a sequence of levels of residual blocks, each level half the size of the one
+before; the up path reverses it. Every output of the down path, resampled ones included, is a skip
+connection to the up path:
 
-    h_0 = conv(z),  h_{k+1} = block_k(h_k, e),  g = block([g, h_k], e) with k falling.
+    h_0 = conv(z),  h_{k+1} = block_k(h_k, e),  g = block([g, h_k], e) with k decreasing.
 
 The embedding `e = silu(W_2 silu(W_1 sinusoid(t)) + table[label])` enters every block; attention
-follows the blocks at some resolutions. What number `t` is (an index, a function of the log-SNR)
-is the caller's affair.
+follows the blocks at some resolutions. The caller chooses what `t` is (an index, a function of
+the log-SNR).
 """
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddim_pl.checks import check_at_least, check_one_of
+
 __all__ = ["UNet"]
 
-# Every GroupNorm's, as in the code of both papers; torch's default is 1e-5.
+Resample = Literal["conv", "block"]
+
+# That of every GroupNorm in the code of both papers; torch's default is 1e-5.
 _EPS = 1e-6
 
 
 class UNet(nn.Module):
-    """U-Net with a time embedding and, if asked, a class embedding.
+    """U-Net with a time embedding and an optional class embedding.
 
     The defaults are the CIFAR-10 network of Ho et al. (2020, appendix B). That of Salimans & Ho
-    (2022) is `channels=256, multipliers=(1, 1, 1), num_blocks=3, attention=(8, 16), dropout=0.2,
+    (2022) has `channels=256, multipliers=(1, 1, 1), num_blocks=3, attention=(8, 16), dropout=0.2,
     scale_shift=True, resample="block"`.
 
     Args:
         image_size: Height and width of the images; a multiple of `2 ** (len(multipliers) - 1)`.
         in_channels: Channels of the input.
         out_channels: Channels of the output; as many as `in_channels` if None.
-        channels: Unit of width, and width of the sinusoid; even, at least 4.
+        channels: Base width, and width of the sinusoidal embedding; even, at least 4.
         multipliers: Width of each level in units of `channels`, from the finest level down.
-        num_blocks: Residual blocks of a level on the way down; the way up has one more.
-        attention: Resolutions with attention after every block. The middle always has one.
+        num_blocks: Residual blocks of a level on the down path; the up path has one more.
+        attention: Resolutions with attention after every block. The middle always has attention.
         num_heads: Attention heads; divides the width of every level.
-        dropout: Probability in [0, 1) of dropping an activation, once in every residual block.
+        dropout: Probability in [0, 1) of dropping an activation in every residual block.
         num_classes: Number of classes; None for a network without labels.
-        scale_shift: The embedding scales and shifts a block's second norm (FiLM; Salimans & Ho),
-            rather than being added before it (Ho et al.).
+        scale_shift: Whether the embedding scales and shifts a block's second norm (FiLM; Salimans
+            & Ho) or is added before it (Ho et al.).
         resample: "conv" resamples with a convolution (Ho et al.); "block" within a residual
             block, by average pooling and nearest neighbours (Salimans & Ho).
         groups: Groups of every GroupNorm; divides the width of every level.
 
     Attributes:
-        init_args: The constructor's arguments as plain data, for a checkpoint to hold.
+        init_args: The constructor's arguments as plain data, for checkpoints.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others.
@@ -71,7 +74,7 @@ class UNet(nn.Module):
         dropout: float = 0.1,
         num_classes: int | None = None,
         scale_shift: bool = False,
-        resample: Literal["conv", "block"] = "conv",
+        resample: Resample = "conv",
         groups: int = 32,
     ) -> None:
         super().__init__()
@@ -90,79 +93,102 @@ class UNet(nn.Module):
             "resample": resample,
             "groups": groups,
         }
-        _check_ranges(self.init_args)
-        _check_resolutions(image_size, multipliers, attention)
-        _check_widths(channels, multipliers, num_heads=num_heads, groups=groups)
+        _check_arguments(self.init_args)
         self.image_size: Final = image_size
         self.in_channels: Final = in_channels
         self.out_channels: Final = in_channels if out_channels is None else out_channels
         self.num_classes: Final = num_classes
+        self._build(channels, multipliers, groups)
 
-        in_block = resample == "block"
+    def _build(self, channels: int, multipliers: Sequence[int], groups: int) -> None:
+        """Create and initialise the layers; their order fixes the random numbers they get."""
         emb_width = 4 * channels
-        block = partial(
-            ResidualBlock,
-            emb_width=emb_width,
-            dropout=dropout,
-            scale_shift=scale_shift,
-            groups=groups,
-        )
-        attend = partial(SelfAttention, num_heads=num_heads, groups=groups)
-
-        def stage(in_width: int, width: int, resolution: int) -> Stage:
-            attends = resolution in attention
-            return Stage(block(in_width, width), attend(width) if attends else nn.Identity())
-
-        def halve(width: int) -> nn.Module:
-            return block(width, width, nn.AvgPool2d(2)) if in_block else Downsample(width)
-
-        def double(width: int) -> nn.Module:
-            return (
-                block(width, width, nn.Upsample(scale_factor=2)) if in_block else Upsample(width)
-            )
-
         self.time_in = nn.Linear(channels, emb_width)
         self.time_out = nn.Linear(emb_width, emb_width)
-        self.class_table = nn.Embedding(num_classes, emb_width) if num_classes else None
+        classes = self.num_classes
+        self.class_table = nn.Embedding(classes, emb_width) if classes else None
 
-        widths = [channels * multiplier for multiplier in multipliers]
-        resolutions = [image_size >> level for level in range(len(widths))]
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
-        kept = [channels]
-        self.down = nn.ModuleList()
-        for width, resolution in zip(widths, resolutions, strict=True):
-            if resolution < image_size:
-                self.down.append(halve(kept[-1]))
-                kept.append(kept[-1])
-            for _ in range(num_blocks):
-                self.down.append(stage(kept[-1], width, resolution))
-                kept.append(width)
-
-        width = widths[-1]
+        levels = [
+            (channels * multiplier, self.image_size >> level)
+            for level, multiplier in enumerate(multipliers)
+        ]
+        self.conv_in = nn.Conv2d(self.in_channels, channels, 3, padding=1)
+        self.down, kept = self._down_path(channels, levels)
+        width = kept[-1]
         self.middle = nn.ModuleList(
-            [Stage(block(width, width), attend(width)), block(width, width)]
+            [
+                Stage(self._block(width, width), self._attention(width)),
+                self._block(width, width),
+            ]
         )
-
-        self.up = nn.ModuleList()
-        below = width
-        for width, resolution in zip(reversed(widths), reversed(resolutions), strict=True):
-            for _ in range(num_blocks + 1):
-                self.up.append(stage(below + kept.pop(), width, resolution))
-                below = width
-            if resolution < image_size:
-                self.up.append(double(width))
-
-        self.norm_out = nn.GroupNorm(groups, below, eps=_EPS)
-        self.conv_out = nn.Conv2d(below, self.out_channels, 3, padding=1)
+        self.up = self._up_path(levels, kept)
+        self.norm_out = nn.GroupNorm(groups, levels[0][0], eps=_EPS)
+        self.conv_out = nn.Conv2d(levels[0][0], self.out_channels, 3, padding=1)
         self.apply(_initialise)
 
+    def _down_path(
+        self, channels: int, levels: list[tuple[int, int]]
+    ) -> tuple[nn.ModuleList, list[int]]:
+        """Return the down path and the widths of its skip connections.
+
+        Args:
+            channels: Width of the first skip connection.
+            levels: Width and resolution of each level, the finest first.
+        """
+        down, kept = nn.ModuleList(), [channels]
+        for width, resolution in levels:
+            if resolution < self.image_size:
+                down.append(self._halve(kept[-1]))
+                kept.append(kept[-1])
+            for _ in range(self.init_args["num_blocks"]):
+                down.append(self._stage(kept[-1], width, resolution))
+                kept.append(width)
+        return down, kept
+
+    def _up_path(self, levels: list[tuple[int, int]], kept: list[int]) -> nn.ModuleList:
+        """Return the up path, which takes the skip connections of widths `kept` from the last."""
+        up, below, skips = nn.ModuleList(), kept[-1], reversed(kept)
+        for width, resolution in reversed(levels):
+            for _ in range(self.init_args["num_blocks"] + 1):
+                up.append(self._stage(below + next(skips), width, resolution))
+                below = width
+            if resolution < self.image_size:
+                up.append(self._double(width))
+        return up
+
+    def _stage(self, in_width: int, width: int, resolution: int) -> "Stage":
+        attends = resolution in self.init_args["attention"]
+        block = self._block(in_width, width)
+        return Stage(block, self._attention(width) if attends else nn.Identity())
+
+    def _halve(self, width: int) -> nn.Module:
+        if self.init_args["resample"] == "block":
+            return self._block(width, width, nn.AvgPool2d(2))
+        return Downsample(width)
+
+    def _double(self, width: int) -> nn.Module:
+        if self.init_args["resample"] == "block":
+            return self._block(width, width, nn.Upsample(scale_factor=2))
+        return Upsample(width)
+
+    def _block(
+        self, in_width: int, width: int, resample: nn.Module | None = None
+    ) -> "ResidualBlock":
+        chosen = {name: self.init_args[name] for name in ("dropout", "scale_shift", "groups")}
+        emb_width = self.time_in.out_features
+        return ResidualBlock(in_width, width, resample, emb_width=emb_width, **chosen)
+
+    def _attention(self, width: int) -> "SelfAttention":
+        args = self.init_args
+        return SelfAttention(width, num_heads=args["num_heads"], groups=args["groups"])
+
     def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """Map a batch of images, each with its time, to images of the same size.
+        """Map images, each with its time, to images of the same size.
 
         Args:
             z: Images, (B, in_channels, image_size, image_size).
             t: Times, (B,), in about [0, 1000].
-            label: Classes in 0..num_classes - 1, (B,) int64; exactly if the network has classes.
+            label: Classes in 0..num_classes - 1, (B,) int64; None if the network has no classes.
 
         Returns:
             (B, out_channels, image_size, image_size).
@@ -175,7 +201,7 @@ class UNet(nn.Module):
         emb = self.time_out(F.silu(self.time_in(emb)))
         if self.class_table is not None:
             emb = emb + self.class_table(label)
-        emb = F.silu(emb)  # once here, rather than before the projection of every block
+        emb = F.silu(emb)  # once here instead of in every block
 
         kept = [self.conv_in(z)]
         for step in self.down:
@@ -184,25 +210,26 @@ class UNet(nn.Module):
         for step in self.middle:
             h = step(h, emb)
         for step in self.up:
-            if isinstance(step, Stage):  # a resampling step joins nothing
+            if isinstance(step, Stage):  # a resampling step has no skip connection
                 h = torch.cat([h, kept.pop()], dim=1)
             h = step(h, emb)
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def _check_inputs(self, z: Tensor, t: Tensor, label: Tensor | None) -> None:
-        """Check shapes only: values would cost a synchronisation with the device."""
+        """Check shapes only: checking values would synchronise with the device."""
         expected = (self.in_channels, self.image_size, self.image_size)
         if z.ndim != 4 or z.shape[1:] != expected:
-            raise ValueError(f"z has shape {tuple(z.shape)}; this network takes (B, *{expected}).")
+            raise ValueError(f"z must have shape (B, *{expected}), got {tuple(z.shape)}")
         if (label is None) != (self.num_classes is None):
             raise ValueError(
-                f"label is {'missing' if label is None else 'given'} but the network has "
-                f"num_classes={self.num_classes}; labels and classes go together."
+                "label must be given if and only if the network has classes, got "
+                f"{'none' if label is None else 'labels'} and num_classes={self.num_classes}"
             )
         for name, given in (("t", t), ("label", label)):
             if given is not None and given.shape != z.shape[:1]:
                 raise ValueError(
-                    f"{name} has shape {tuple(given.shape)}; give one per image, ({z.shape[0]},)."
+                    f"{name} must have shape ({z.shape[0]},), got {tuple(given.shape)}: give one "
+                    "per image"
                 )
 
 
@@ -220,10 +247,10 @@ class Stage(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut; the embedding enters between them.
+    """Two convolutions and a shortcut; the embedding enters between the convolutions.
 
-    With `resample`, both the hidden state and the shortcut are resampled before the first
-    convolution (Salimans & Ho 2022, after BigGAN).
+    With `resample`, the inputs of the first convolution and of the shortcut are resampled
+    (Salimans & Ho 2022, after BigGAN).
     """
 
     def __init__(
@@ -268,8 +295,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm = nn.GroupNorm(groups, width, eps=_EPS)
-        # The paper's 1x1 convolutions, as linear maps of pixels: the fused kernels want each
-        # pixel's channels side by side in memory.
+        # The paper's 1x1 convolutions, as linear maps of pixels: the fused kernels need the
+        # channels of a pixel to be contiguous in memory.
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -293,7 +320,7 @@ class Downsample(nn.Module):
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, H / 2, W / 2); the embedding is not used."""
-        # TensorFlow's "same" padding, which the paper's weights assume: right and bottom only.
+        # TensorFlow's "same" padding, as in the paper's weights: right and bottom only.
         return self.conv(F.pad(h, (0, 1, 0, 1)))
 
 
@@ -312,8 +339,8 @@ class Upsample(nn.Module):
 def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
     """Embed times as `width / 2` sines, then as many cosines (Ho et al. 2020, their code).
 
-    The frequencies fall from 1 to 1/10000. In float32 at least: bfloat16 cannot tell 999 from
-    1000.
+    The frequencies decrease from 1 to 1/10000. Computed in float32 at least: 999 and 1000 are
+    equal in bfloat16.
 
     Args:
         t: Times, (B,).
@@ -337,9 +364,9 @@ def _initialise(module: nn.Module) -> None:
     """Initialise as the code of Ho et al. (2020) does; for `Module.apply`, children come first.
 
     Weights are uniform with variance 1 / fan_avg (Xavier) and biases zero. The last layer of
-    every residual branch and of the network is zero, so that all blocks start as the identity
-    (their scale of 1e-10, read as zero, as Salimans & Ho's code does). The class table, which
-    they lack, keeps torch's unit normal.
+    every residual branch and of the network is zero (1e-10 in their code), as in Salimans & Ho's
+    code, so that all blocks start as the identity. The class table, which they do not have, keeps
+    torch's unit normal.
     """
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.xavier_uniform_(module.weight)
@@ -355,32 +382,36 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.conv_out.weight)
 
 
+def _check_arguments(args: dict[str, Any]) -> None:
+    """Check the constructor's arguments, each alone and then together."""
+    _check_ranges(args)
+    _check_resolutions(args["image_size"], args["multipliers"], args["attention"])
+    _check_widths(args)
+
+
 def _check_ranges(args: dict[str, Any]) -> None:
     """Check every argument that has a range of its own."""
     counts = ("image_size", "in_channels", "out_channels", "num_blocks", "num_heads")
-    for name in (*counts, "num_classes", "groups"):
-        if args[name] is not None and args[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {args[name]}.")
+    check_at_least(1, **{name: args[name] for name in (*counts, "num_classes", "groups")})
     if args["channels"] < 4 or args["channels"] % 2:
         raise ValueError(
             f"channels must be even and at least 4, got {args['channels']}: the time embedding "
-            "has as many sines as cosines."
+            "has as many sines as cosines"
         )
     if not args["multipliers"] or min(args["multipliers"]) < 1:
         raise ValueError(
             f"multipliers must be one or more positive integers, got {args['multipliers']}: "
-            "give one per level, such as [1, 2, 2, 2]."
+            "give one per level, such as [1, 2, 2, 2]"
         )
     if not 0 <= args["dropout"] < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {args['dropout']}; 0 turns it off.")
-    if args["resample"] not in ("conv", "block"):
-        raise ValueError(f'resample must be "conv" or "block", got {args["resample"]!r}.')
+        raise ValueError(f"dropout must be in [0, 1), got {args['dropout']}: 0 turns it off")
+    check_one_of(Resample, resample=args["resample"])
 
 
 def _check_resolutions(
     image_size: int, multipliers: Sequence[int], attention: Sequence[int]
 ) -> None:
-    """Check that the image can be halved between levels, and that attention has its levels."""
+    """Check that the image can be halved between levels, and that levels with attention exist."""
     levels = len(multipliers)
     factor = 2 ** (levels - 1)
     if image_size % factor:
@@ -388,26 +419,24 @@ def _check_resolutions(
         raise ValueError(
             f"image_size must be a multiple of {factor} for {levels} multipliers, got "
             f"{image_size}: use {factor * math.ceil(image_size / factor)}, or at most {most} "
-            "multipliers."
+            "multipliers"
         )
     resolutions = [image_size >> level for level in range(levels)]
     absent = [resolution for resolution in attention if resolution not in resolutions]
     if absent:
         raise ValueError(
-            f"attention names the resolutions {absent}, which the network does not have: choose "
-            f"from {resolutions}."
+            f"attention must be resolutions of the network, got {absent}: choose from "
+            f"{resolutions}"
         )
 
 
-def _check_widths(
-    channels: int, multipliers: Sequence[int], *, num_heads: int, groups: int
-) -> None:
-    """Check that norms and heads divide the width of every level."""
-    widths = [channels * multiplier for multiplier in (1, *multipliers)]
-    for name, count in (("groups", groups), ("num_heads", num_heads)):
-        bad = [width for width in widths if width % count]
+def _check_widths(args: dict[str, Any]) -> None:
+    """Check that groups and heads divide the width of every level."""
+    widths = [args["channels"] * multiplier for multiplier in (1, *args["multipliers"])]
+    for name in ("groups", "num_heads"):
+        bad = [width for width in widths if width % args[name]]
         if bad:
             raise ValueError(
-                f"{name} must divide the width of every level, got {count} and {bad[0]}: choose "
-                f"a divisor of {math.gcd(*widths)}."
+                f"{name} must divide the width of every level, got {args[name]} and {bad[0]}: "
+                f"choose a divisor of {math.gcd(*widths)}"
             )

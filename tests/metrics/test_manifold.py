@@ -169,7 +169,7 @@ def test_precision_and_recall_are_those_of_torch_fidelity():
 @pytest.mark.parametrize("k", [0, -1, 4, 5])
 def test_the_neighbour_must_exist(k):
     four, many = normal(4, 3, 0), normal(9, 3, 1)
-    message = rf"k is {k}, for 4 features; it must be at least 1 and below"
+    message = rf"k must be at least 1 and below the number of features, 4, got {k}"
     with pytest.raises(ValueError, match=message):
         nearest_radii(four, k)
     with pytest.raises(ValueError, match=message):
@@ -179,19 +179,27 @@ def test_the_neighbour_must_exist(k):
     if k > 0:
         with pytest.raises(ValueError, match=message):
             precision_recall(many, four, k)
-        density_coverage(many, four, k)  # has no balls around drawn features
+        density_coverage(many, four, k)  # has no balls around generated features
 
 
 def test_what_is_no_pair_of_feature_sets_is_refused():
     features = normal(9, 3, 0)
     for function in (precision_recall, density_coverage):
-        with pytest.raises(ValueError, match="real has 3 features of an image and fake 4"):
+        with pytest.raises(
+            ValueError, match="real and fake must have the same width, got 3 and 4"
+        ):
             function(features, normal(9, 4, 0))
-        with pytest.raises(ValueError, match=r"fake is torch\.int64 of shape \(9, 3\)"):
+        with pytest.raises(
+            ValueError, match=r"fake must be .*, got torch\.int64 of shape \(9, 3\)"
+        ):
             function(features, features.long())
-        with pytest.raises(ValueError, match=r"real is torch\.float32 of shape \(3,\)"):
+        with pytest.raises(
+            ValueError, match=r"real must be .*, got torch\.float32 of shape \(3,\)"
+        ):
             function(features[0], features)
-        with pytest.raises(ValueError, match=r"fake is torch\.float32 of shape \(0, 3\)"):
+        with pytest.raises(
+            ValueError, match=r"fake must be .*, got torch\.float32 of shape \(0, 3\)"
+        ):
             function(features, features[:0])
-        with pytest.raises(ValueError, match="chunk_size is 0; it must be at least 1"):
+        with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
             function(features, features, chunk_size=0)

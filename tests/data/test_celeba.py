@@ -44,7 +44,7 @@ def as_published(photographs: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def trust(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let torchvision take the sums of these files for the right ones; leave its other files."""
+    """Make torchvision expect the MD5 sums of these files."""
     sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
     known = [(file_id, sums.get(name, md5), name) for file_id, md5, name in CelebA.file_list]
     monkeypatch.setattr(CelebA, "file_list", known)
@@ -97,7 +97,7 @@ def test_files_in_root_are_unpacked_and_split_without_a_network(
     assert data.flip
     assert (len(data.train_set), len(data.val_set)) == (3, 1)
     assert data.train_set.labels(torch.arange(3)).tolist() == [0, 0, 0]
-    # From now on the archive is not needed.
+    # The unpacked archive is no longer needed.
     (folder / ARCHIVE).unlink()
     assert len(prepared(tmp_path, download=download).train_set) == 3
 
@@ -130,7 +130,7 @@ def test_a_marked_square_is_cut_out_to_the_pixel(
     trust(files, monkeypatch)
     put(tmp_path, files)
     (image,) = prepared(tmp_path, image_size=128).val_set.images(torch.arange(1))
-    # A row or column beside the square would be black, but for the losses of JPEG.
+    # A row or column outside the square would be black, up to JPEG errors.
     assert image.shape == (3, 128, 128)
     assert image.min() > 250
 
@@ -171,17 +171,15 @@ def test_without_a_network_the_error_names_the_files_and_their_place(
 @pytest.mark.usefixtures("files")
 def test_without_gdown_the_error_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gdown", None)
-    with pytest.raises(FileNotFoundError, match=r"'gdown' is required.*Put img_align_celeba\.zip"):
+    with pytest.raises(FileNotFoundError, match=r"'gdown' is required.*put img_align_celeba\.zip"):
         CelebADataModule(str(tmp_path)).prepare_data()
 
 
 @pytest.mark.parametrize("name", [ARCHIVE, PARTITION])
-def test_a_partial_file_never_passes_for_the_whole(
-    tmp_path: Path, files: dict[str, bytes], name: str
-) -> None:
+def test_a_partial_file_is_never_used(tmp_path: Path, files: dict[str, bytes], name: str) -> None:
     folder = put(tmp_path, files | {name: files[name][:-10]})
     for download in (True, False):
-        with pytest.raises(FileNotFoundError, match="not whole"):
+        with pytest.raises(FileNotFoundError, match="root must hold a complete CelebA"):
             CelebADataModule(str(tmp_path), download).prepare_data()
     put(tmp_path, files)
     assert len(prepared(tmp_path).train_set) == 3
@@ -209,15 +207,19 @@ def test_missing_and_small_images_are_named(tmp_path: Path, files: dict[str, byt
     images = put(tmp_path, files) / IMAGES
     prepared(tmp_path)
     (images / "000002.jpg").write_bytes(jpeg(np.zeros((HEIGHT, 100, 3), dtype=np.uint8)))
-    with pytest.raises(ValueError, match=r"000002\.jpg has 100x218 pixels.*columns 25 to 153"):
+    with pytest.raises(
+        ValueError, match=r"000002\.jpg must have columns 25 to 153 .*got 100x218 p"
+    ):
         prepared(tmp_path)
     (images / "000002.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks 1 of 5 images, 000002\.jpg first; remove"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must hold 5 images, got 1 fewer, 000002\.jpg first: r"
+    ):
         prepared(tmp_path)
 
 
 def test_arguments_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="image_size is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
         CelebADataModule(image_size=0)
-    with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         CelebADataModule(batch_size=0)

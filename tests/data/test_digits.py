@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from ddim_pl.data.digits import DigitsDataModule, digits_arrays, digits_split
@@ -44,3 +45,5 @@ def test_digits_are_never_mirrored() -> None:
     (batch,) = data.train_dataloader()
     originals = {image.numpy().tobytes() for image in digits_arrays()[0]}
     assert {image.numpy().tobytes() for image in batch.images} == originals
+    with pytest.raises(TypeError, match="flip"):
+        DigitsDataModule(flip=True)

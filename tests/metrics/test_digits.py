@@ -1,11 +1,8 @@
-from pathlib import Path
-
 import pytest
 import torch
 
 from ddim_pl.data.digits import digits_arrays
-from ddim_pl.metrics import train_digits
-from ddim_pl.metrics.digits import HELDOUT_ACCURACY, WEIGHTS, DigitsFeatures
+from ddim_pl.metrics.digits import WEIGHTS, DigitsFeatures
 
 
 @pytest.fixture(scope="module")
@@ -16,13 +13,6 @@ def extractor() -> DigitsFeatures:
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
     return digits_arrays()[0]
-
-
-def test_heldout_digits_are_classified_as_well_as_stated(extractor: DigitsFeatures) -> None:
-    accuracy = train_digits.heldout_accuracy(extractor)
-    assert accuracy >= 0.97
-    # Other processors may round a borderline image to the other side.
-    assert accuracy == pytest.approx(HELDOUT_ACCURACY, abs=1.5 / 360)
 
 
 def test_features_are_float32_and_of_full_rank(
@@ -65,37 +55,12 @@ def test_logits_are_the_head_of_the_features(
 def test_other_types_and_shapes_are_refused(
     extractor: DigitsFeatures, images: torch.Tensor
 ) -> None:
-    with pytest.raises(ValueError, match=r"dtype torch\.float32; .* torch\.uint8"):
+    with pytest.raises(ValueError, match=r"must be torch\.uint8, .*got torch\.float32"):
         extractor(images[:2].float())
     for shape in ((2, 3, 8, 8), (2, 1, 8, 9), (1, 8, 8)):
-        with pytest.raises(ValueError, match="has shape"):
+        with pytest.raises(ValueError, match=r"must have shape \(B, 1, 8, 8\), got"):
             extractor(torch.zeros(shape, dtype=torch.uint8))
 
 
 def test_the_shipped_weights_are_small() -> None:
     assert WEIGHTS.stat().st_size < 100_000
-
-
-def test_training_writes_what_the_extractor_loads_and_repeats_itself(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "digits.safetensors"
-    state = torch.get_rng_state()
-    train_digits.main(["--output", str(path), "--steps", "4"])
-    assert torch.equal(torch.get_rng_state(), state)
-    assert "held-out accuracy 0." in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == [path]
-    first = DigitsFeatures(path).state_dict()
-    again = train_digits.train(seed=0, num_steps=4)
-    torch.testing.assert_close(first["classifier.head.weight"], again.head.weight.detach())
-    other = train_digits.train(seed=1, num_steps=4)
-    assert not torch.equal(other.head.weight, again.head.weight)
-
-
-def test_shifts_move_by_at_most_one_pixel() -> None:
-    images = torch.zeros(200, 1, 8, 8, dtype=torch.uint8)
-    images[:, :, 3, 4] = 1
-    moved = train_digits.shifted(images, torch.Generator().manual_seed(0)).nonzero()
-    assert moved[:, 0].tolist() == list(range(200))
-    assert set(moved[:, 2].tolist()) == {2, 3, 4}
-    assert set(moved[:, 3].tolist()) == {3, 4, 5}

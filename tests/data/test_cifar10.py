@@ -29,7 +29,7 @@ def labels(file_number: int) -> list[int]:
 
 @pytest.fixture
 def archive(monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """A small archive in CIFAR-10's format, whose sums torchvision takes for the right ones."""
+    """A small archive in CIFAR-10's format, with the MD5 sums that torchvision expects."""
     names = [*TRAIN_FILES, "test_batch"]
     contents: dict[str, Any] = {
         name: {"data": pixels(number), "labels": labels(number)}
@@ -93,11 +93,11 @@ def test_without_a_network_the_error_names_the_archive_and_its_place(
         assert ("download: true" in str(caught.value)) == (not download)
 
 
-def test_a_partial_archive_never_passes_for_the_whole(tmp_path: Path, archive: bytes) -> None:
+def test_a_partial_archive_is_never_used(tmp_path: Path, archive: bytes) -> None:
     path = tmp_path / "cifar-10-python.tar.gz"
     path.write_bytes(archive[:-10])
     for download in (True, False):
-        with pytest.raises(FileNotFoundError, match="not whole"):
+        with pytest.raises(FileNotFoundError, match="root must hold a complete CIFAR-10"):
             CIFAR10DataModule(str(tmp_path), download).prepare_data()
     path.write_bytes(archive)
     CIFAR10DataModule(str(tmp_path)).prepare_data()
