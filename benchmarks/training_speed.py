@@ -18,7 +18,7 @@ import torch
 from sampling_speed import PRESETS
 from torch.nn import functional as F
 
-from ddim_pl.data.base import BatchOrder, DrawnImages, ImageDataModule, TensorImages
+from ddim_pl.data.base import BatchOrder, ImageDataModule, IndexedImages, TensorImages
 from ddim_pl.networks.unet import UNet
 from ddim_pl.rng import derive_seed, step_generators
 from ddim_pl.training import DDPM
@@ -92,7 +92,7 @@ def main() -> None:
         if options.compile:
             network.compile()
         data = RandomImages(shape, options.batch, options.steps)
-        draws, images = BatchOrder(len(data.images), options.batch), DrawnImages(data.images)
+        draws, images = BatchOrder(len(data.images), options.batch), IndexedImages(data.images)
         optimizer = torch.optim.Adam(network.parameters(), lr=2e-4)
         schedule = ddpm.schedule
         for step in range(options.steps + skip):

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ddim_pl.checks import check_at_least
 from ddim_pl.images import from_uint8
+from ddim_pl.lightning_internals import batches_consumed
 
 
 class ImageSet(Protocol):
@@ -433,11 +434,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def _batches_consumed(self) -> int:
         """Return how many batches the attached trainer has trained on since the run began."""
-        if self.trainer is None:
-            return 0
-        # Lightning restores its progress before it asks for a loader. `processed` counts the
-        # batches trained on; `ready` would include one interrupted by an exception.
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        return 0 if self.trainer is None else batches_consumed(self.trainer)
 
     def _train_order(self, num_items: int) -> BatchOrder:
         self._check_order()

@@ -147,7 +147,7 @@ def test_etas_replace_that_of_samplers_that_have_one(tmp_path):
         ({"timesteps": ["cubic"]}, "timesteps must be one of .*'adaptive'.*'linear'.*cubic"),
         ({"etas": [0.5]}, r"etas must be left out for Heun\(\), which has no eta"),
         ({"samplers": [DDIM()], "etas": [1.5]}, "eta must lie in"),
-        ({"metrics": ["foo"]}, "metrics has 'foo'; known are fd"),
+        ({"metrics": ["foo"]}, "metrics must be one or more of .* got 'foo'"),
         ({"num_steps": [0]}, "num_steps must be at least 1, got 0"),
         ({"num_steps": []}, "num_steps must be at least 1"),
         ({"num_steps": [2000]}, "num_steps must lie in"),

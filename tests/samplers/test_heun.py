@@ -5,14 +5,6 @@ import torch
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
 from exact import ExactGaussian, ExactMixture
 from orders import SPACINGS, Spacing, errors, even, log_snr, order, quadratic
-from test_against_diffusers import (
-    SCHEDULES,
-    SmallNetwork,
-    assert_same_images,
-    diffusers_arguments,
-    start,
-)
-from test_against_diffusers import SPACINGS as SPACINGS_OF_DIFFUSERS
 from torch import Tensor
 
 from ddim_pl import timesteps
@@ -21,6 +13,14 @@ from ddim_pl.noise import latents
 from ddim_pl.prediction import PredictionType
 from ddim_pl.samplers import DDIM, Heun
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
+from samplers.test_against_diffusers import (
+    SCHEDULES,
+    SmallNetwork,
+    assert_same_images,
+    diffusers_arguments,
+    start,
+)
+from samplers.test_against_diffusers import SPACINGS as SPACINGS_OF_DIFFUSERS
 
 # Diffusers asks NumPy for an array of a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

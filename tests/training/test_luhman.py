@@ -203,7 +203,7 @@ def test_wrong_numbers_of_pairs_are_errors(tmp_path, name):
 
 
 def test_what_the_loaders_refuse_is_refused_before_a_pair_is_made(tmp_path, teacher_file):
-    with pytest.raises(ValueError, match="overfit_batches is 2"):
+    with pytest.raises(ValueError, match="overfit_batches must be 0, got 2"):
         trainer(tmp_path, max_steps=1, overfit_batches=2).fit(
             student(teacher_file), pairs(tmp_path)
         )
@@ -216,7 +216,7 @@ def test_fewer_validation_pairs_than_devices_are_refused(tmp_path, teacher_file)
     recipe = recipe_of(teacher_file[1], DDIM(), levels, precision="32-true")
     data.open(recipe)
     data.trainer = SimpleNamespace(global_rank=0, world_size=2, overfit_batches=0)
-    message = "num_validation has 1 images for 2 devices"
+    message = "num_validation must be at least the number of devices, 2, got 1"
     with pytest.raises(ValueError, match=message):
         data.val_dataloader()
     with pytest.raises(ValueError, match=message):
@@ -278,8 +278,8 @@ def test_validate_says_that_only_fit_opens_the_pairs(run):
     ("option", "message"),
     [
         (["--data.pair_seed", "3"], "got 3 for"),
-        (["--trainer.precision", "bf16-mixed"], "was made with precision="),
-        (["--trainer.overfit_batches", "2"], "overfit_batches is 2"),
+        (["--trainer.precision", "bf16-mixed"], "must be made with precision="),
+        (["--trainer.overfit_batches", "2"], "overfit_batches must be 0, got 2"),
     ],
 )
 def test_what_is_wrong_with_pairs_is_found_before_a_run_begins(run, option, message, tmp_path):

@@ -96,7 +96,7 @@ def test_pairs_of_another_recipe_are_refused(tmp_path, teacher_file, change):
     store, _ = store_of(tmp_path, teacher_file[1])
     store.begin()
     (name,) = change
-    with pytest.raises(ValueError, match=f"was made with {name}="):
+    with pytest.raises(ValueError, match=f"must be made with {name}="):
         store_of(tmp_path, teacher_file[1], **change)
 
 
@@ -105,7 +105,7 @@ def test_pairs_of_other_weights_are_refused(tmp_path, teacher_file):
     store.begin()
     other = some_ddpm(network=tiny_unet(num_classes=10))
     next(other.average.module.parameters()).data += 1e-3
-    with pytest.raises(ValueError, match="was made with teacher="):
+    with pytest.raises(ValueError, match="must be made with teacher="):
         store_of(tmp_path, other)
 
 
@@ -174,7 +174,7 @@ def test_a_file_that_the_system_will_not_let_grow_stops_cleanly(tmp_path):
 def test_pairs_of_another_precision_are_refused(tmp_path, teacher_file):
     trainer(tmp_path, max_steps=1).fit(student(teacher_file), pairs(tmp_path))
     assert json.loads((tmp_path / "pairs/manifest.json").read_text())["precision"] == "32-true"
-    message = "was made with precision='32-true', but 'bf16-mixed' is wanted"
+    message = "must be made with precision='bf16-mixed', got '32-true'"
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, max_steps=1, precision="bf16-mixed").fit(
             student(teacher_file), pairs(tmp_path)
