@@ -8,6 +8,7 @@ import lightning as L
 from torch import nn
 
 from ddim_pl.checks import check_at_least
+from ddim_pl.data.base import ImageDataModule
 from ddim_pl.evaluation.cells import (
     Cell,
     CellSettings,
@@ -74,14 +75,7 @@ def compare(
     """
     files = _student_files(students)
     settings = cell_settings(
-        trainer,
-        model,
-        features=features,
-        metrics=metrics,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        seed=seed,
-        num_shown=num_shown,
+        trainer, model, features, metrics, num_samples, batch_size, seed, num_shown
     )
     check_images(datamodule)
     own_steps = [_read_steps(file, model) for file in files]
@@ -95,11 +89,7 @@ def compare(
         rows: list[CompareRow] = []
         for entry in _entries(worker, teacher, steps, files):
             text = f"{len(rows) + 1}/{len(steps) + len(files)}: {entry.title}"
-            cell, key_of = entry.cell, entry.fingerprint
-            key, found = found_or_measured(
-                entry.worker, settings, cell, folder, key_of, data, text
-            )
-            rows.append(CompareRow(entry, key, found))
+            rows.append(CompareRow(entry, *entry.measure(settings, folder, data, text)))
         if worker.is_first:
             _write(folder, rows, settings, ckpt_path)
 
@@ -126,6 +116,14 @@ class Entry(NamedTuple):
         """Label in pages and progress bars."""
         count = len(self.cell.levels) - 1
         return f"{self.name}, {count} step{'s' if count > 1 else ''}"
+
+    def measure(
+        self, settings: CellSettings, folder: Path, data: ImageDataModule, text: str
+    ) -> tuple[str, dict[str, float]]:
+        """The name of its cell's files and what was found, see `found_or_measured`."""
+        return found_or_measured(
+            self.worker, settings, self.cell, folder, self.fingerprint, data, text
+        )
 
 
 class CompareRow(NamedTuple):

@@ -85,13 +85,7 @@ def invert(
     """
     check_at_least(1, num_images=num_images, batch_size=batch_size, num_updates=num_updates)
     check_at_least(0, seed=seed)
-    if not lr > 0:
-        raise ValueError(f"lr must be positive, got {lr}: 5e-3 is usual")
-    if not model.noise.is_gaussian:
-        raise ValueError(
-            f"noise must be Gaussian for invert, got {model.noise}: reconstruct and interpolate "
-            "encode images of other models"
-        )
+    _check(model, lr)
     levels = make_levels(timesteps, model.schedule, num_steps)
     given = None if start in ("encoding", "noise") else _read_latents(start, model)
     source = image_source(model, datamodule, images, label, num_images)
@@ -111,6 +105,16 @@ def invert(
             _write(folder, real, found, curve, text)
 
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
+
+
+def _check(model: DiffusionModule, lr: float) -> None:
+    if not lr > 0:
+        raise ValueError(f"lr must be positive, got {lr}: 5e-3 is usual")
+    if not model.noise.is_gaussian:
+        raise ValueError(
+            f"noise must be Gaussian for invert, got {model.noise}: reconstruct and interpolate "
+            "encode images of other models"
+        )
 
 
 class FirstLatents(NamedTuple):

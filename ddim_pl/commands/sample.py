@@ -64,9 +64,6 @@ def sample(
         folder = worker.folder(output, "sample")
         if output is None and first == 0:
             _remove_old(worker, folder)
-        first_images = torch.zeros(
-            min(num_images, GRID_IMAGES), *model.image_shape, dtype=torch.int32
-        )
         kept: list[Tensor] = []
         found = worker.sample_batches(indices, batch_size, "sampling", label=label, seed=seed)
         for batch, images in found:
@@ -74,12 +71,12 @@ def sample(
             for index, image in zip(batch, pixels, strict=True):
                 if png:
                     write_png(image, folder / f"{index:06d}.png")
-                if index - first < len(first_images):
-                    first_images[index - first] = image
-            kept += [pixels] if npz else []
-        shown = worker.all_reduce(first_images).to(torch.uint8)
+            wanted = len(batch) if npz else sum(i - first < GRID_IMAGES for i in batch)
+            kept.append(pixels[:wanted])
+        mine = torch.cat([torch.empty(0, *model.image_shape, dtype=torch.uint8), *kept])
+        shown = _first_images(worker, mine, min(num_images, GRID_IMAGES))
         if npz:
-            _write_npz(worker, folder, kept, model, indices, label)
+            _write_npz(worker, folder, mine, model.label_of(indices), label)
         if worker.is_first:
             write_png(grid(shown, columns=columns), folder / "grid.png")
             print(f"{num_images} images are in {folder}")
@@ -95,29 +92,31 @@ def _remove_old(worker: Worker, folder: Path) -> None:
     worker.barrier()
 
 
+def _first_images(worker: Worker, mine: Tensor, count: int) -> Tensor:
+    """The first images of all workers together, uint8 `(count, C, H, W)`."""
+    first = torch.zeros(count, *mine.shape[1:], dtype=torch.int32)
+    places = range(count)[worker.rank :: worker.world_size]
+    first[list(places)] = mine[: len(places)].int()
+    return worker.all_reduce(first).to(torch.uint8)
+
+
 def _write_npz(
-    worker: Worker,
-    folder: Path,
-    kept: list[Tensor],
-    model: DiffusionModule,
-    indices: range,
-    label: int | None,
+    worker: Worker, folder: Path, mine: Tensor, labels: Tensor | None, label: int | None
 ) -> None:
-    """Join the workers' images in the order of their indices."""
-    mine = torch.cat([torch.empty(0, *model.image_shape, dtype=torch.uint8), *kept])
+    """Join the workers' images in the order of their indices, with their classes."""
     if not worker.is_first:
         np.save(folder / f".share-{worker.rank}.npy", mine.numpy())
     worker.barrier()
     if not worker.is_first:
         return
-    images = np.empty((len(indices), *mine.shape[1:]), dtype=np.uint8)
-    images[:: worker.world_size] = mine.numpy()
-    for rank in range(1, worker.world_size):
-        share = folder / f".share-{rank}.npy"
-        images[rank :: worker.world_size] = np.load(share)
-        share.unlink()
+    files = [folder / f".share-{rank}.npy" for rank in range(1, worker.world_size)]
+    shares = [mine.numpy(), *(np.load(file) for file in files)]
+    images = np.empty((sum(map(len, shares)), *mine.shape[1:]), dtype=np.uint8)
+    for rank, share in enumerate(shares):
+        images[rank :: worker.world_size] = share
+    for path in files:
+        path.unlink()
     arrays = [images.transpose(0, 2, 3, 1)]
-    labels = model.label_of(indices)
     if labels is not None:
         arrays.append(np.full(len(images), label) if label is not None else labels.numpy())
     with replacing(folder / "samples.npz") as part, part.open("wb") as file:

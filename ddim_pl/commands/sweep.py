@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ddim_pl.checks import check_at_least
 from ddim_pl.commands.levels import check_steps, search_levels
+from ddim_pl.data.base import ImageDataModule
 from ddim_pl.evaluation.cells import (
     Cell,
     CellSettings,
@@ -88,14 +89,7 @@ def sweep(
     """
     check_at_least(1, num_steps=min(num_steps, default=0))
     settings = cell_settings(
-        trainer,
-        model,
-        features=features,
-        metrics=metrics,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        seed=seed,
-        num_shown=num_shown,
+        trainer, model, features, metrics, num_samples, batch_size, seed, num_shown
     )
     check_images(datamodule)
     ways = _with_etas(samplers or [model.sampler], etas)
@@ -110,18 +104,31 @@ def sweep(
         if ADAPTIVE in strategies:
             adaptive = _adaptive_file(worker, folder, checkpoint, num_steps)
         cells = list(_cells(model, ways, strategies, num_steps, adaptive))
-        done: list[tuple[Cell, str, dict[str, float]]] = []
-        for cell in cells:
-            text = f"{len(done) + 1}/{len(cells)}: {cell.name}"
-            key, found = found_or_measured(worker, settings, cell, folder, checkpoint, data, text)
-            done.append((cell, key, found))
-            if worker.is_first:
-                _write_report(folder, done, settings, ckpt_path)
-        if worker.is_first:
-            print("\n" + (folder / "sweep.md").read_text())
-            print(f"The table, a plot and the images are in {folder}")
+        _measure_all(worker, settings, cells, folder, checkpoint, data, ckpt_path)
 
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
+
+
+def _measure_all(
+    worker: Worker,
+    settings: CellSettings,
+    cells: Sequence[Cell],
+    folder: Path,
+    checkpoint: str,
+    data: ImageDataModule,
+    ckpt_path: str | None,
+) -> None:
+    """Measure the cells that are not kept yet, and write the results after each."""
+    done: list[tuple[Cell, str, dict[str, float]]] = []
+    for cell in cells:
+        text = f"{len(done) + 1}/{len(cells)}: {cell.name}"
+        key, found = found_or_measured(worker, settings, cell, folder, checkpoint, data, text)
+        done.append((cell, key, found))
+        if worker.is_first:
+            _write_report(folder, done, settings, ckpt_path)
+    if worker.is_first:
+        print("\n" + (folder / "sweep.md").read_text())
+        print(f"The table, a plot and the images are in {folder}")
 
 
 def _with_etas(samplers: Sequence[Sampler], etas: Sequence[float] | None) -> list[Sampler]:

@@ -84,7 +84,6 @@ class CellSettings:
 def cell_settings(
     trainer: L.Trainer,
     model: DiffusionModule,
-    *,
     features: Callable[[], nn.Module] | None,
     metrics: Sequence[str] | None,
     num_samples: int | None,

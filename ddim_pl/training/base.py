@@ -92,17 +92,12 @@ class DiffusionModule(L.LightningModule, ABC):
     ) -> None:
         super().__init__()
         self._arguments = constructor_arguments(DiffusionModule)
-        check_at_least(0, warmup_steps=warmup_steps, seed=seed)
         self.schedule = schedule or LinearSchedule()
         self.noise = noise or GaussianNoise()
-        self._warned_of: set[Sampler] = set()
         self.sampler = sampler or default_sampler(self.noise)
-        self.check_noise(self.sampler)
         self.timesteps = timesteps
         self.num_steps = num_steps
-        _ = self.levels  # a wrong strategy or number of steps shows now, not after hours
         self.image_shape = _image_shape(network, image_shape)
-        _check_channels(network, self.image_shape[0], prediction)
         self.network = network
         self.average = exponential_average(network, ema_decay)
         self.prediction = prediction
@@ -113,8 +108,17 @@ class DiffusionModule(L.LightningModule, ABC):
         self.warmup_steps = warmup_steps
         self.compile_network = compile
         self.seed = seed
-        _ = self.denoiser  # so does a wrong prediction or time input
+        self._check_arguments()
         self.record_arguments()
+
+    def _check_arguments(self) -> None:
+        """Find what is wrong now, not after hours of training."""
+        check_at_least(0, warmup_steps=self.warmup_steps, seed=self.seed)
+        self._warned_of: set[Sampler] = set()
+        self.check_noise(self.sampler)
+        _ = self.levels
+        _check_channels(self.network, self.image_shape[0], self.prediction)
+        _ = self.denoiser
 
     distilled_steps: int | None = None
     """Steps that the averaged network was distilled for, if it was: it knows no other levels."""
@@ -133,7 +137,7 @@ class DiffusionModule(L.LightningModule, ABC):
         """
 
     def check_data(self, datamodule: L.LightningDataModule | None) -> None:
-        """See, before a fit writes anything, that the data is of the kind that `loss` needs.
+        """Check, before a fit writes anything, that the data is of the kind that `loss` needs.
 
         Raises:
             ValueError: If it is not.

@@ -1,7 +1,7 @@
 """What the distillation methods share: a teacher, what is inherited from it, and dropout."""
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +12,28 @@ from ddim_pl.prediction import PredictionType
 from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.training.base import DiffusionModule
 from ddim_pl.training.checkpoints import load
+
+
+class Inherited(NamedTuple):
+    """Arguments that a student has from its teacher where they are not given."""
+
+    schedule: NoiseSchedule | None
+    noise: Noise | None
+    prediction: PredictionType | None
+    time_input: TimeInput | None
+    image_shape: tuple[int, int, int] | None
+    clip: bool | None
+
+    def or_of(self, teacher: DiffusionModule, prediction: PredictionType) -> "Inherited":
+        """These, and where one is None the teacher's."""
+        return Inherited(
+            self.schedule or teacher.schedule,
+            self.noise or teacher.noise,
+            self.prediction or prediction,
+            self.time_input or teacher.time_input,
+            self.image_shape or teacher.image_shape,
+            teacher.clip if self.clip is None else self.clip,
+        )
 
 
 class Distillation(DiffusionModule):
@@ -48,39 +70,27 @@ class Distillation(DiffusionModule):
         **kwargs: Any,
     ) -> None:
         read = load(teacher, name="teacher") if teacher is not None and network is None else None
+        student = Inherited(schedule, noise, prediction, time_input, image_shape, clip)
         if read is not None:
             network = student_network(read, dropout)
-            schedule = schedule or read.schedule
-            noise = noise or read.noise
-            prediction = prediction or self.prediction_from(read.prediction)
-            time_input = time_input or read.time_input
-            image_shape = image_shape or read.image_shape
-            clip = read.clip if clip is None else clip
+            student = student.or_of(read, self.prediction_from(read.prediction))
         if network is None:
             raise ValueError("teacher must be given: a checkpoint to distil")
         set_dropout(network, dropout)
         super().__init__(
             network,
-            schedule,
-            noise=noise,
-            prediction=prediction or self.prediction_from("eps"),
-            time_input=time_input or "index",
-            image_shape=image_shape,
-            clip=True if clip is None else clip,
+            student.schedule,
+            noise=student.noise,
+            prediction=student.prediction or self.prediction_from("eps"),
+            time_input=student.time_input or "index",
+            image_shape=student.image_shape,
+            clip=True if student.clip is None else student.clip,
             **kwargs,
         )
         self.teacher_path = teacher
         self.read_prediction = None if read is None else read.prediction
         if read is not None:
-            self.record_arguments(
-                network=network,
-                schedule=schedule,
-                noise=noise,
-                prediction=prediction,
-                time_input=time_input,
-                image_shape=image_shape,
-                clip=clip,
-            )
+            self.record_arguments(network=network, **student._asdict())
             self.check_teacher(read)
             Distillation.load_weights_from(self, read)  # a subclass has no more networks yet
 

@@ -89,11 +89,7 @@ class ProgressiveDistillation(Distillation):
         warmup_steps: int = 0,
         **kwargs: Any,
     ) -> None:
-        if prediction not in ("x", "v", "both"):
-            raise ValueError(
-                f"prediction must be 'v', 'x' or 'both' for a student, got {prediction!r}: at the "
-                "last level eps says nothing of the image, and a student of one step sees no other"
-            )
+        _check_prediction(prediction)
         check_loss_weight(prediction, loss_weight)
         check_at_least(0, conversion_updates=conversion_updates, warmup_steps=warmup_steps)
         self.rounds = _check_rounds(rounds)
@@ -335,6 +331,14 @@ class ProgressiveDistillation(Distillation):
 
     def _updates_of(self, index: int) -> int:
         return self.conversion_updates if index < 0 else self.rounds[index].updates
+
+
+def _check_prediction(prediction: PredictionType) -> None:
+    if prediction not in ("x", "v", "both"):
+        raise ValueError(
+            f"prediction must be 'v', 'x' or 'both' for a student, got {prediction!r}: at the "
+            "last level eps says nothing of the image, and a student of one step sees no other"
+        )
 
 
 def _check_rounds(rounds: Sequence[Sequence[int]]) -> tuple[Round, ...]:
