@@ -1,4 +1,4 @@
-"""What `predict` draws, as PNG files."""
+"""The images of `predict`, as PNG files."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from ddim_pl.checks import check_at_least
 from ddim_pl.images import grid, read_png, to_uint8, write_png
 
 
 class ImageWriter(L.Callback):
-    """Write each image that `predict` draws as `<index>.png`, and a grid of the first ones.
+    """Write each image of `predict` as `<index>.png`, and a grid of the first ones.
 
     Every rank writes its own images; the first rank then lays out `grid.png`.
 
@@ -28,8 +29,7 @@ class ImageWriter(L.Callback):
     def __init__(
         self, folder: str | None = None, *, grid_images: int = 64, columns: int | None = None
     ) -> None:
-        if grid_images < 1:
-            raise ValueError(f"grid_images must be at least 1, got {grid_images}")
+        check_at_least(1, grid_images=grid_images)
         self.folder = folder
         self.grid_images = grid_images
         self.columns = columns

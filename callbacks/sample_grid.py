@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from ddim_pl.checks import check_at_least
 from ddim_pl.images import grid, to_uint8, write_png
 from ddim_pl.training import DiffusionModule
 
@@ -14,7 +15,7 @@ class SampleGrid(L.Callback):
 
     Writes `samples/step-<global step>.png` (in `test` `samples/test.png`) into the run's folder,
     and an image to TensorBoard where that is the logger. The latents are those of the images 0, 1,
-    2, ... of the module's seed, at every validation. Only the first rank draws.
+    2, ... of the module's seed, at every validation. Only the first rank samples.
 
     Args:
         num_images: Images in the grid.
@@ -28,8 +29,7 @@ class SampleGrid(L.Callback):
     def __init__(
         self, num_images: int = 64, *, columns: int | None = None, min_side: int = 512
     ) -> None:
-        if num_images < 1:
-            raise ValueError(f"num_images must be at least 1, got {num_images}")
+        check_at_least(1, num_images=num_images)
         self.num_images = num_images
         self.columns = columns
         self.min_side = min_side
@@ -37,13 +37,13 @@ class SampleGrid(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw, unless this is the check before training."""
         if not trainer.sanity_checking:
-            self._draw(trainer, pl_module, f"step-{trainer.global_step:07d}")
+            self._write_grid(trainer, pl_module, f"step-{trainer.global_step:07d}")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw."""
-        self._draw(trainer, pl_module, "test")
+        self._write_grid(trainer, pl_module, "test")
 
-    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
+    def _write_grid(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
         assert isinstance(pl_module, DiffusionModule)
         folder = trainer.log_dir or trainer.default_root_dir  # asked on every rank: it broadcasts
         if not trainer.is_global_zero:

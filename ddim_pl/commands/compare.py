@@ -49,7 +49,7 @@ def compare(
 
     Writes `distillation.csv`, `distillation.md`, the plot `distillation.png` of the distance
     against steps, and `grids.png`, in which each row is one student and each column one latent. A
-    comparison that was stopped goes on when the command is given again.
+    comparison that was stopped resumes when the command is given again.
 
     Args:
         trainer: Gives the devices.
@@ -70,7 +70,7 @@ def compare(
         output: Folder to write to, in place of that.
 
     Raises:
-        ValueError: If there is no student, one cannot be read or draws other images, or a number
+        ValueError: If there is no student, one cannot be read or has images of another shape, or a number
             does not fit.
     """
     files = _student_files(students)
@@ -189,7 +189,7 @@ def _student_files(students: Sequence[str]) -> list[str]:
 
 
 def _read_steps(file: str, teacher: DiffusionModule) -> int:
-    """The steps of a student, which must draw images of the teacher's shape."""
+    """The steps of a student, which must have images of the teacher's shape."""
     student = load(file, name="students")
     if student.image_shape != teacher.image_shape:
         raise ValueError(

@@ -36,7 +36,7 @@ def interpolate(
     batch_size: int = 250,
     output: str | None = None,
 ) -> None:
-    """Walk between two latents on the sphere, and draw what lies there: a row for each pair.
+    """Sample from latents between two others, on the sphere: a row for each pair.
 
     The ends are two latents of the seed, or the latents of two images, in which case a row ends in
     the reconstructions of these. Writes `grid.png`.
@@ -51,7 +51,7 @@ def interpolate(
             classes.
         num_pairs: Rows; not used with `images`.
         num_points: Images in a row, the ends included.
-        label: Class to draw; needed with `images` if the model has classes.
+        label: Class to sample; needed with `images` if the model has classes.
         seed: Seed of the latents; by default that of training.
         batch_size: Images in a batch, on each worker.
         output: Folder to write to; by default `interpolate` in the checkpoint's run.
@@ -143,7 +143,7 @@ def _ends(
             )
         return z.cpu(), real.label
     first = list(range(num_pairs))
-    # The partner of latent i is i + P, of whatever class: both ends are drawn as the first's.
+    # The partner of latent i is i + P, whatever its class: both ends have the class of the first.
     indices = [index for i in first for index in (i, i + num_pairs)]
     z, _ = model.latents(indices, model.levels[0], seed=seed)
     classes = model.label_of([i for i in first for _ in range(2)])

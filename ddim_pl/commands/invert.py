@@ -52,10 +52,10 @@ def invert(
     batch_size: int = 250,
     output: str | None = None,
 ) -> None:
-    """Find the latents from which deterministic DDIM draws given images.
+    """Find the latents from which deterministic DDIM generates given images.
 
     Writes `latents.safetensors` with the best `latents` of each image, `grid.png` with a row of
-    images, of what the first latents draw, and of what the best ones draw; the curves of loss and
+    images, one of those from the first latents, one of those from the best; the curves of loss and
     time as `curves.csv`, `curves.png` and for TensorBoard; and a summary `invert.md`. The loss is
     the squared error summed over an image in [-1, 1], as in the paper.
 
@@ -64,7 +64,7 @@ def invert(
         model: The model.
         datamodule: Gives its validation images, unless `images` are given.
         ckpt_path: Checkpoint, or "last".
-        method: How the images are drawn with a gradient: `Implicit` (DEQ-DDIM, by default) or
+        method: How the images are generated with a gradient: `Implicit` (DEQ-DDIM, by default) or
             `Sequential`, through the whole chain.
         start: First latents: "encoding" by DDIM, "noise" of the seed, or the `latents.safetensors`
             of an earlier call.

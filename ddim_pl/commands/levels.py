@@ -12,7 +12,7 @@ from ddim_pl.level_search import StepErrors, candidate_levels, cheapest_levels, 
 from ddim_pl.timesteps import save_levels
 from ddim_pl.training import DiffusionModule
 
-# Latents of other seeds than those that are judged by their images.
+# Latents of other seeds than those of evaluation.
 SEARCH_SEED = 1_000_003
 
 

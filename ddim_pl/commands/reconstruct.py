@@ -41,7 +41,7 @@ def reconstruct(
     batch_size: int = 250,
     output: str | None = None,
 ) -> None:
-    """Encode images and draw them again, with more and more steps: table 2 of the DDIM paper.
+    """Encode images and sample them again, with more and more steps: table 2 of the DDIM paper.
 
     Writes `reconstruct.csv` and `reconstruct.md` with the mean squared error per dimension, images
     scaled to [0, 1] as in the paper, and `grid.png`: a row of images, then one for each number of

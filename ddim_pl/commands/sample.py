@@ -42,8 +42,8 @@ def sample(
         model: The model.
         ckpt_path: Checkpoint, or "last".
         num_images: How many.
-        first: Index of the first image, to go on where an earlier call ended, whose images stay.
-        label: Class to draw; by default all in turn.
+        first: Index of the first image, to continue an earlier call, whose images stay.
+        label: Class to sample; by default all in turn.
         seed: Seed of the images; by default that of training.
         batch_size: Images in a batch, on each worker.
         png: Write each image as `<index>.png`.

@@ -1,7 +1,7 @@
-"""`main.py sweep`: many ways of sampling one checkpoint, measured and drawn side by side.
+"""`main.py sweep`: many ways of sampling one checkpoint, measured and shown side by side.
 
 A cell is a sampler with its levels. What a finished cell has found is kept in a file of its own,
-named by all that it depends on, so that a sweep which was stopped goes on where it was, and one
+named by all that it depends on, so that a sweep that was stopped resumes, and one
 that was made larger measures the new cells only.
 """
 
@@ -61,7 +61,7 @@ def sweep(
 
     Writes `sweep.csv`, `sweep.md`, a plot `sweep.png` of the first metric against steps and
     network evaluations, and `grids.png`, in which each row is a cell and each column a latent.
-    They grow with each cell; a sweep that was stopped goes on when the command is given again.
+    They grow with each cell; a sweep that was stopped resumes when the command is given again.
 
     Args:
         trainer: Gives the devices.

@@ -1,7 +1,7 @@
 """Cells: ways of sampling a model, measured once and kept.
 
 What a finished cell has found lies in files of its own, named by all that it depends on, so that
-work which was stopped goes on where it was.
+work that was stopped resumes.
 """
 
 import hashlib

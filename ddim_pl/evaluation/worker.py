@@ -56,7 +56,7 @@ class Worker:
 
     @property
     def device(self) -> torch.device:
-        """Where float64 sums are kept: the model's device, but for Apple's, which has none."""
+        """Device of float64 sums: the model's, or the CPU for Apple's, which lacks float64."""
         return torch.device("cpu") if self.model.device.type == "mps" else self.model.device
 
     def share(self, items: Sequence[T]) -> Sequence[T]:

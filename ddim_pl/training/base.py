@@ -39,14 +39,14 @@ LossKind = Literal["l2", "l1"]
 
 
 class DiffusionModule(L.LightningModule, ABC):
-    """A network in training, the average of its weights, and the sampler that judges it.
+    """A network in training, the average of its weights, and the sampler that evaluates it.
 
     Validation, test, prediction and `sample` use the average. Subclasses implement `loss`.
 
     Args:
         network: Module `forward(z, t)`; with `num_classes` set on it, `forward(z, t, label)`.
         schedule: Noise schedule; by default that of DDPM, linear with 1000 levels.
-        noise: Law of the noise; by default Gaussian. With another, latents are drawn from it too.
+        noise: Law of the noise; by default Gaussian. Latents have the same law.
         prediction: What the network predicts: "eps", "x", "v", "residual", or "both" x and eps,
             for which it needs twice the output channels; see `ddim_pl.prediction`.
         time_input: What the network is fed for a level, see `NetworkDenoiser`.
@@ -121,7 +121,7 @@ class DiffusionModule(L.LightningModule, ABC):
         _ = self.denoiser
 
     distilled_steps: int | None = None
-    """Steps that the averaged network was distilled for, if it was: it knows no other levels."""
+    """Steps that the averaged network was distilled for, if it was: at other levels it was not trained."""
 
     # ---- what the method is -------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ class DiffusionModule(L.LightningModule, ABC):
         """Loss of each image, `(B,)`.
 
         Args:
-            denoiser: The network to judge, in training or averaged, told the batch's labels.
+            denoiser: The network, in training or averaged, with the batch's labels.
             batch: Images in [-1, 1], `(B, C, H, W)`, their labels `(B,)`, and what else the data
                 module gives.
             generators: Sources of all noise.
@@ -177,12 +177,12 @@ class DiffusionModule(L.LightningModule, ABC):
         """Draw images with the averaged network.
 
         Image `i` is a function of the seed and `i` alone, up to rounding: it does not depend on
-        the batch or the device it is drawn in.
+        the batch or the device.
 
         Args:
             indices: Which images, B numbers.
-            label: Classes `(B,)`; by default class `i mod num_classes`, so that all are drawn
-                alike.
+            label: Classes `(B,)`; by default class `i mod num_classes`, so that all are
+                equally frequent.
             sampler: By default this module's.
             levels: Levels to visit, `(S + 1,)`; by default this module's.
             seed: By default this module's.

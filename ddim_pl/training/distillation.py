@@ -127,7 +127,7 @@ class Distillation(DiffusionModule):
         if teacher.distilled_steps not in (None, self.teacher_steps):
             raise ValueError(
                 f"teacher {self.teacher_path!r} was distilled to {teacher.distilled_steps} steps "
-                f"and knows no other levels, but is asked for {self.teacher_steps}"
+                f"and not trained at other levels, but its student needs {self.teacher_steps}"
             )
 
     def load_weights_from(self, teacher: DiffusionModule) -> None:

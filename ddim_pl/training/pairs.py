@@ -55,7 +55,7 @@ def make_pairs(
 ) -> int:
     """Draw this rank's shards that are missing or damaged; return how many.
 
-    A shard is written while the next one is drawn.
+    A shard is written while the next one is sampled.
 
     Args:
         store: Where to.

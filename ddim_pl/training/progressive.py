@@ -57,7 +57,7 @@ class ProgressiveDistillation(Distillation):
         rounds: The ladder, `(student steps, updates)` each: the teacher's number of steps is twice
             that of the first student, and each student has half the steps of the one before.
         conversion_updates: Updates before the first round in which the student learns the
-            teacher's own estimates at all levels: of use where the student predicts something
+            teacher's own estimates at all levels: useful where the student predicts something
             else, as with an eps-prediction teacher.
         prediction: What the student predicts, "v" or "x"; "both" x and eps, if its teacher does.
         loss_weight: Weight on the squared error of x: "truncated_snr" or "snr_plus_one" (the
