@@ -70,8 +70,8 @@ def compare(
         output: Folder to write to, in place of that.
 
     Raises:
-        ValueError: If there is no student, one cannot be read or has images of another shape, or a number
-            does not fit.
+        ValueError: If there is no student, one cannot be read or has images of another shape, or a
+            number does not fit.
     """
     files = _student_files(students)
     settings = cell_settings(

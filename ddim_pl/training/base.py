@@ -121,7 +121,7 @@ class DiffusionModule(L.LightningModule, ABC):
         _ = self.denoiser
 
     distilled_steps: int | None = None
-    """Steps that the averaged network was distilled for, if it was: at other levels it was not trained."""
+    """Steps that the averaged network was distilled to; None if it was trained at all levels."""
 
     # ---- what the method is -------------------------------------------------------------------
 
