@@ -29,8 +29,7 @@ from ddim_pl.data.base import ImageDataModule
 from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.fixed_point import Anderson, Picard
 from ddim_pl.images import from_uint8
-from ddim_pl.inversion import Implicit, Method, Sequential, invert
-from ddim_pl.latents import encode
+from ddim_pl.inversion import Implicit, Method, Sequential, encode, invert
 from ddim_pl.noise import latents
 from ddim_pl.samplers import DEQ
 from ddim_pl.timesteps import linear

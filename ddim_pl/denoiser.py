@@ -1,8 +1,8 @@
-"""The denoiser: an estimate of the clean image and of the noise in a state.
+"""Denoisers: estimates of the clean image and of the noise in a state.
 
-`Denoiser` is what a sampler needs. `NetworkDenoiser` reads a network as one: it owns the network,
-the schedule, the meaning of the network's output and the clipping, and is the only place that
-knows which number the network is fed for a level.
+`Denoiser` is the interface that a sampler needs. `NetworkDenoiser` implements it by a network: it
+owns the network, the schedule, the prediction type and the clipping, and alone defines the time
+input of the network at a level.
 """
 
 from abc import ABC, abstractmethod
@@ -21,14 +21,14 @@ TimeInput = Literal["index", "log_snr"]
 
 
 class Denoiser(ABC):
-    """What a sampler needs. Subclasses are frozen dataclasses that implement `__call__`.
+    """Interface for samplers. Subclasses are frozen dataclasses that implement `__call__`.
 
     Attributes:
         schedule: The noise schedule that the states follow.
         clip: Whether estimates of the clean image are clipped to [-1, 1].
         label: Class labels `(B,)` of the batch, if there are any.
-        estimates_noise_of_clean_data: Whether eps means something at a level without noise, where
-            encoding begins.
+        estimates_noise_of_clean_data: Whether eps is defined at a level without noise, where
+            encoding starts.
     """
 
     schedule: NoiseSchedule
@@ -41,15 +41,15 @@ class Denoiser(ABC):
         """Estimates from states `z` `(B, ...)` at levels `t`, `()` or `(B,)`."""
 
     def condition(self, label: Tensor | None) -> Self:
-        """The same denoiser for images of these classes `(B,)`."""
+        """The same denoiser for images of these class labels `(B,)`."""
         return replace(self, label=label)  # type: ignore[type-var]
 
     def without_clipping(self) -> Self:
-        """The same denoiser with `clip=False`, as encoding and gradients need it."""
+        """The same denoiser with `clip=False`, for encoding and gradients."""
         return replace(self, clip=False) if self.clip else self  # type: ignore[type-var]
 
     def select(self, samples: Tensor) -> Self:
-        """The same denoiser for a batch of these samples, int64 `(N,)`, of its own batch."""
+        """The same denoiser for the samples `(N,)` int64 of its batch."""
         if self.label is None:
             return self
         return self.condition(self.label[samples.to(self.label.device)])
@@ -68,17 +68,17 @@ class Denoiser(ABC):
 
 @dataclass(frozen=True)
 class NetworkDenoiser(Denoiser):
-    """Estimates `(x, eps)` from a state by one network call, decoded.
+    """Estimates `(x, eps)` from a state by one network evaluation.
 
     Args:
         network: Module `forward(z, t)` or, with labels, `forward(z, t, label)`; `z` is `(B, ...)`
             and `t` a float32 tensor `(B,)`.
         schedule: Noise schedule.
         prediction: What the network predicts.
-        clip: Clip the estimate of x to [-1, 1] and derive eps from the clipped value.
-        time_input: The number that stands for a level. "index" is `t - 1`, the 0-based index of
+        clip: Clip the estimate of x to [-1, 1] and compute eps from the clipped value.
+        time_input: Time input of the network at a level. "index" is `t - 1`, the 0-based index of
             DDPM networks, at least 0. "log_snr" is `1000 arctan(exp(-lambda_t / 2)) / (pi / 2)`
-            with lambda bounded by +-20, as in the code of Salimans & Ho 2022.
+            with lambda bounded by +-20, as in the code of [PD].
         label: Class labels `(B,)` for a network with classes, see `condition`.
 
     Raises:
@@ -98,11 +98,11 @@ class NetworkDenoiser(Denoiser):
 
     @property
     def estimates_noise_of_clean_data(self) -> bool:  # type: ignore[override]
-        """Not where the network predicts x: at clean data that is the image itself."""
+        """False for x-prediction, where z is the image itself and says nothing of eps."""
         return self.prediction != "x"
 
     def network_time(self, t: Tensor) -> Tensor:
-        """The float64 number, of the shape of `t`, that the network is fed at level `t`."""
+        """Time input of the network at levels `t`, float64 of the same shape."""
         if self.time_input == "index":
             return (t - 1).clamp(min=0)
         log_snr = self.schedule(t).log_snr.clamp(-20, 20)
@@ -111,7 +111,7 @@ class NetworkDenoiser(Denoiser):
     def output(self, z: Tensor, t: Tensor) -> Tensor:
         """Network output `(B, ...)`, in the dtype of `z`, at levels `t`, `()` or `(B,)`.
 
-        For a network that predicts "both" x and eps it is their v.
+        For prediction "both" it is the v of x and eps, see `merge_both`.
         """
         time = to_device(self.network_time(t).float(), z).expand(z.shape[0])
         out = self.network(z, time) if self.label is None else self.network(z, time, self.label)
@@ -126,7 +126,7 @@ class NetworkDenoiser(Denoiser):
             t: Levels in [0, num_levels], shape `()` or `(B,)`.
 
         Returns:
-            Estimates with `z = alpha_t x + sigma_t eps`, also after clipping.
+            Estimates that satisfy `z = alpha_t x + sigma_t eps`, also after clipping.
         """
         t = torch.as_tensor(t, dtype=torch.float64)
         scales = self.schedule(t)

@@ -1,21 +1,21 @@
-"""Fixed points `z = f(z)` of a map that is applied to a batch of independent problems at once.
+"""Solvers of fixed-point equations `z = f(z)` for a batch of independent samples.
 
-`Picard` repeats `z <- z + beta (f(z) - z)`. `Anderson` (1965; Walker & Ni 2011) mixes the last
-iterates and their images by the weights, summing to one, that make the mixed residual `sum_i w_i
-(f(z_i) - z_i)` smallest. A solver is a frozen dataclass of hyperparameters, called with `(f, z)`.
-What one problem of the batch comes to does not depend on the others: each has its own weights, and
-is left alone once it has converged. Small systems are solved in float64. Nothing here knows of
-diffusion.
+`Picard` repeats `z <- z + beta (f(z) - z)`. `Anderson` ([Anderson], [Walker]) mixes the last
+iterates and their images by weights that sum to one and minimise the mixed residual `sum_i w_i
+(f(z_i) - z_i)`. A solver is a frozen dataclass of hyperparameters, called with `(f, z)`. Samples
+do not affect each other: each has its own weights and stops when it has converged. The linear
+systems are solved in float64.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, final, get_args
+from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from ddim_pl.checks import check_at_least, check_one_of
 from ddim_pl.scales import float64
 
 Map = Callable[[Tensor], Tensor]
@@ -23,14 +23,14 @@ Mixing = Literal["sample", "block", "triangular"]
 
 
 class FixedPoint(NamedTuple):
-    """What a solver found.
+    """Result of a solver.
 
     Attributes:
-        z: For each sample its image `f(z)` of least residual, `(B, ...)`.
+        z: The image `f(z)` of least residual of each sample, `(B, ...)`.
         residuals: Relative residuals `||f(z) - z|| / ||f(z)||` of every sweep, `(sweeps, B)`
             float64; NaN where a sample had converged before.
-        sweeps: Applications of the map that each sample took, `(B,)` int64.
-        converged: Whether a sample's residual fell to the tolerance, `(B,)` bool.
+        sweeps: Applications of the map for each sample, `(B,)` int64.
+        converged: Whether a sample's residual reached the tolerance, `(B,)` bool.
     """
 
     z: Tensor
@@ -41,12 +41,12 @@ class FixedPoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Solver(ABC):
-    """What the solvers share.
+    """Base class of the solvers.
 
     Args:
         tolerance: Relative residual at which a sample has converged.
-        max_sweeps: Most applications of the map.
-        damping: The share `beta`, in (0, 1], of a full step; 1 takes it whole.
+        max_sweeps: Maximum number of applications of the map.
+        damping: The fraction `beta` of a full step, in (0, 1].
 
     Raises:
         ValueError: If an argument is out of range.
@@ -57,16 +57,14 @@ class Solver(ABC):
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance must be at least 0, got {self.tolerance}: 1e-3 is usual")
-        if self.max_sweeps < 1:
-            raise ValueError(f"max_sweeps must be at least 1, got {self.max_sweeps}")
+        check_at_least(0, tolerance=self.tolerance)
+        check_at_least(1, max_sweeps=self.max_sweeps)
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must lie in (0, 1], got {self.damping}: 1 is a full step")
 
     @abstractmethod
     def _begin(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Make a function from an iterate and its image, `(B, ...)` each, to the next iterate."""
+        """A function from an iterate and its image, each `(B, ...)`, to the next iterate."""
 
     @final
     @torch.no_grad()
@@ -74,8 +72,8 @@ class Solver(ABC):
         """Solve `z = f(z)` for each sample of a batch.
 
         Args:
-            f: The map, which keeps the shape of its argument and must not mix samples.
-            z: First guess, `(B, N, ...)`; at least two dimensions.
+            f: The map. It keeps the shape of its argument and must not mix samples.
+            z: Initial guess, `(B, N, ...)`.
         """
         if not len(z):
             empty = torch.zeros(0)
@@ -102,27 +100,27 @@ class Solver(ABC):
 
 @dataclass(frozen=True)
 class Picard(Solver):
-    """Repeat the map. A strictly triangular map of S rows is solved exactly by S full sweeps."""
+    """Repeat the map. S full sweeps solve a strictly triangular map of S rows exactly."""
 
     def _begin(self) -> Callable[[Tensor, Tensor], Tensor]:
-        if self.damping == 1:  # without the old iterate, which may not be finite
+        if self.damping == 1:  # the old iterate may not be finite
             return lambda z, image: image
         return lambda z, image: torch.lerp(z, image, self.damping)
 
 
 @dataclass(frozen=True)
 class Anderson(Solver):
-    """Mix the last iterates.
+    """Anderson acceleration: mix the last iterates.
 
     Args:
-        memory: How many iterates are mixed, at least 1; with 1 it is `Picard`.
-        mixing: Which part of a sample has weights of its own. "sample": all of it. "block": each
-            entry of dimension 1, a row. "triangular": each row, by the residuals of the rows
-            before it, for maps in which these alone decide a row. (Tang et al. 2024 count the row
-            itself in. But its image does not depend on it; and without it a row that follows from
-            exact ones is exact, as in `Picard`.)
-        regularisation: Weight `lambda` of the squared weights, in units of the squared norm of the
-            least residual that is mixed; raised tenfold as often as the system proves singular.
+        memory: Number of iterates that are mixed; 1 is `Picard`.
+        mixing: Part of a sample that has its own weights. "sample": the whole sample. "block":
+            each entry of dimension 1, a row. "triangular": each row, by the residuals of the rows
+            before it, for maps whose rows depend only on these. ([TAA] includes the row itself;
+            but its image does not depend on it, and without it a row that follows exact rows is
+            exact, as in `Picard`.)
+        regularisation: Penalty `lambda` on the squared weights, in units of the least squared
+            residual norm; raised tenfold while the system is singular.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -134,12 +132,9 @@ class Anderson(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.memory < 1:
-            raise ValueError(f"memory must be at least 1, got {self.memory}: 5 is usual")
-        if self.mixing not in get_args(Mixing):
-            raise ValueError(f"mixing must be one of {get_args(Mixing)}, got {self.mixing!r}")
-        if not self.regularisation >= 0:
-            raise ValueError(f"regularisation must not be negative, got {self.regularisation}")
+        check_at_least(1, memory=self.memory)
+        check_one_of(Mixing, mixing=self.mixing)
+        check_at_least(0, regularisation=self.regularisation)
 
     def _begin(self) -> Callable[[Tensor, Tensor], Tensor]:
         iterates: list[Tensor] = []
@@ -170,15 +165,15 @@ def mixing_weights(products: Tensor, regularisation: float) -> Tensor:
         regularisation: `lambda`; raised tenfold where the system is singular.
 
     Returns:
-        Weights `(..., m)` float64; where no regularisation helps (a residual of 0, or NaN), the
-        newest iterate alone.
+        Weights `(..., m)` float64; where no regularisation helps (a residual of 0, or NaN), 1 for
+        the newest iterate.
     """
     m = products.shape[-1]
     newest = torch.zeros(m, dtype=products.dtype, device=products.device)
     newest[-1] = 1
     scale = products.diagonal(dim1=-2, dim2=-1).amin(-1)
     usable = torch.isfinite(scale) & (scale > 0)
-    # In units of its own scale a system is neither tiny nor huge.
+    # Normalised, so that the regularisation is relative.
     system = products / torch.where(usable, scale, 1)[..., None, None]
     system = torch.where(usable[..., None, None], system, torch.zeros_like(system))
     identity = torch.eye(m, dtype=products.dtype, device=products.device)
@@ -215,7 +210,7 @@ def _with_newest(
 
 
 def _of_rows_before(products: Tensor) -> Tensor:
-    """Inner products over all rows before each one, `(B, N, m, m)`: those that its image sees."""
+    """Inner products over all rows before each row, `(B, N, m, m)`."""
     return torch.cat([torch.zeros_like(products[:, :1]), products.cumsum(1)[:, :-1]], dim=1)
 
 
@@ -227,14 +222,14 @@ def _mixed(
     shape = (*weights.shape[:2], *(1,) * (mixed.ndim - 2))
     for i, (z, image) in enumerate(zip(iterates, images, strict=True)):
         weight = weights[..., i].to(mixed).reshape(shape)
-        # What has no weight may be infinite: an old iterate, and with a full step every one.
+        # Iterates of weight 0 may be infinite, and with a full step all iterates.
         value = image if damping == 1 else torch.lerp(z, image, damping)
         mixed += torch.where(weight == 0, 0, weight * value)
     return mixed
 
 
 def _relative_residual(z: Tensor, image: Tensor) -> Tensor:
-    """`||f(z) - z|| / ||f(z)||` of each sample, `(B,)` float64 on the CPU; infinite if not one."""
+    """`||f(z) - z|| / ||f(z)||` of each sample, `(B,)` float64 on the CPU; NaN becomes inf."""
     norm = (image - z).flatten(1).norm(dim=1).cpu().double()
     size = image.flatten(1).norm(dim=1).cpu().double()
     residual = torch.where(norm == 0, torch.zeros_like(norm), norm / size)

@@ -1,11 +1,10 @@
-"""Levels that suit a model: the cheapest way from T to 0 over measured one-step errors.
+"""Levels adapted to a model: those of least total one-step error.
 
-Follow a fine deterministic trajectory `z_0, z_1, ..., z_N` of the model. A DDIM step from its
-state `i` straight to level `j` misses `z_j` by `cost(i, j) = E ||ddim(z_i; i -> j) - z_j||`, which
-takes one network evaluation for each `i`, whatever the number of `j`. The levels of S steps are
-those whose costs have the least sum, found by dynamic programming (Chen et al. 2024, "On the
-trajectory regularity of ODE-based diffusion sampling", section 4; Watson et al. 2021 have the same
-search over terms of the variational bound).
+Let `z_0, z_1, ..., z_N` be a fine deterministic trajectory of the model. A DDIM step from state
+`i` directly to level `j` has the error `cost(i, j) = E ||ddim(z_i; i -> j) - z_j||`, which takes
+one network evaluation for each `i` and all `j`. The levels of S steps are those of the least sum
+of costs, found by dynamic programming ([GITS], section 4; [Watson] has the same search over terms
+of the variational bound).
 """
 
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from ddim_pl.checks import check_at_least
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.prediction import Prediction
 from ddim_pl.samplers import DDIM
@@ -22,12 +22,11 @@ from ddim_pl.transitions import ddim_step
 
 
 def candidate_levels(schedule: NoiseSchedule, count: int = 200) -> Tensor:
-    """Levels to choose from: about `count`, evenly spaced in the root of the level, and 0.
+    """Candidate levels: about `count`, evenly spaced in the root of the level, and 0.
 
-    They are the trained ones of a discrete schedule, and at least 1 for a continuous one.
+    They are integers for a discrete schedule, and all but the last are at least 1.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+    check_at_least(1, count=count)
     root = torch.linspace(schedule.num_levels**0.5, 1, count, dtype=torch.float64)
     levels = root**2
     levels[0] = schedule.num_levels
@@ -38,15 +37,15 @@ def candidate_levels(schedule: NoiseSchedule, count: int = 200) -> Tensor:
 
 
 class StepErrors(NamedTuple):
-    """What single DDIM steps along fine trajectories miss: float64 sums, on the CPU.
+    """Errors of single DDIM steps along fine trajectories: float64 sums, on the CPU.
 
-    Errors of several batches, or devices, are the sums of theirs.
+    Those of several batches or devices are added field by field.
 
     Attributes:
-        misses: Squared misses of the steps from level i to level j, `(N + 1, N + 1)`.
+        misses: Squared errors of the steps from level i to level j, `(N + 1, N + 1)`.
         squares: Squares of the states at each level, `(N + 1,)`.
         sums: The states at each level, `(N + 1,)`.
-        size: Values in a level's states, `()`.
+        size: Number of values in the states of a level, `()`.
     """
 
     misses: Tensor
@@ -56,7 +55,7 @@ class StepErrors(NamedTuple):
 
     @classmethod
     def none(cls, num_levels: int) -> Self:
-        """Those of no images, for `num_levels` levels."""
+        """Errors of no images, for `num_levels` levels."""
         shapes = ((num_levels, num_levels), (num_levels,), (num_levels,), ())
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
@@ -64,11 +63,10 @@ class StepErrors(NamedTuple):
         """Root mean square errors of the steps, `(N + 1, N + 1)`.
 
         Entry `(i, j)` is the error of the step from level i to level `j > i`, over the standard
-        deviation of the states there, which is what the error counts for in the image; infinite
-        for `j <= i`.
+        deviation of the states there; infinite for `j <= i`.
         """
         variance = (self.squares - self.sums**2 / self.size) / (self.size - 1)
-        # Images that are all one colour have none, but for rounding.
+        # Constant images have variance 0, up to rounding.
         costs = (self.misses / self.size / variance.clamp(min=1e-12)).sqrt()
         later = torch.ones_like(costs, dtype=torch.bool).triu(1)
         return costs.where(later, torch.inf)
@@ -78,9 +76,9 @@ class StepErrors(NamedTuple):
 def one_step_errors(
     denoiser: Denoiser, z: Tensor, levels: Tensor, *, progress: bool = False
 ) -> StepErrors:
-    """Follow fine trajectories and measure single DDIM steps between any two of their states.
+    """Errors of single DDIM steps between any two states of fine trajectories.
 
-    All states are kept, and a few times as much: give many or large images in batches.
+    Memory is a few times that of all states: pass many or large images in batches.
 
     Args:
         denoiser: The model.
@@ -89,8 +87,8 @@ def one_step_errors(
         progress: Show a progress bar.
     """
     schedule = denoiser.schedule
-    walk = DDIM().trajectory(denoiser, z, levels, progress=progress)
-    states = torch.stack([z, *(state.z for state in walk)])
+    trajectory = DDIM().trajectory(denoiser, z, levels, progress=progress)
+    states = torch.stack([z, *(state.z for state in trajectory)])
     misses = torch.zeros(len(levels), len(levels), dtype=torch.float64)
     for i in range(len(levels) - 1):
         x, eps = denoiser(states[i], levels[i])
@@ -102,20 +100,20 @@ def one_step_errors(
 
 
 def cheapest_levels(costs: Tensor, levels: Tensor, num_steps: int) -> Tensor:
-    """The levels `(S + 1,)` from first to last whose steps have the least sum of costs.
+    """The levels `(S + 1,)` from first to last of the least sum of costs.
 
     Args:
         costs: Costs of the steps, `(N + 1, N + 1)`, see `StepErrors`.
-        levels: Levels to choose from, `(N + 1,)`.
+        levels: Candidate levels, `(N + 1,)`.
         num_steps: S, from 1 to N.
 
     Raises:
-        ValueError: If there are fewer than `num_steps` steps to choose from.
+        ValueError: If there are too few candidates.
     """
     last = len(levels) - 1
     if not 1 <= num_steps <= last:
         raise ValueError(
-            f"num_steps must lie in [1, {last}], the candidate levels less one, got {num_steps}"
+            f"num_steps must lie in [1, {last}], the number of candidate steps, got {num_steps}"
         )
     best = torch.full((last + 1,), torch.inf, dtype=torch.float64)
     best[0] = 0

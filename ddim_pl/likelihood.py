@@ -1,9 +1,8 @@
 """How probable a model holds an image to be, in bits per dimension: a bound, and the ODE's value.
 
 Two models hide in one denoiser. The Markov chain of ancestral sampling gives a variational bound
-on `-log2 P(x)`, `P` being a law of discrete images (Ho et al. 2020). The probability-flow ODE
-gives the value of a density `p(x)` (Song et al. 2021, "Score-based generative modeling through
-stochastic differential equations").
+on `-log2 P(x)`, `P` being a law of discrete images ([DDPM]). The probability-flow ODE
+gives the value of a density `p(x)` ([SDE]).
 
 Pixels stand on the grid of uint8 images, `x = k / 127.5 - 1` with `k = 0 ... 255`, whose bins are
 `1 / 127.5` wide. All numbers are negative log-likelihoods in bits per dimension, that is nats over
@@ -56,18 +55,18 @@ def variational_bound(
     num_terms: int | None = None,
     progress: bool = False,
 ) -> Bound:
-    """Estimate without bias the variational bound on `-log2 P(x) / D` (Ho et al. 2020, eq. 5).
+    """Estimate without bias the variational bound on `-log2 P(x) / D` ([DDPM], eq. 5).
 
     The latents are the states at the levels `t_1 < ... < t_n`, the model is ancestral sampling
     through them with small variance (`Ancestral("small")`): `p(z_s | z_t)` is the posterior
     `q(z_s | z_t, xhat)`. As it has the variance of `q(z_s | z_t, x)` and its mean differs by
     `alpha_s var_ts / sigma_t^2 (x - xhat)`, where `var_ts = sigma_t^2 - alpha_t^2 sigma_s^2 /
-    alpha_s^2`, the divergence of the two is (Kingma et al. 2021, eq. 13)
+    alpha_s^2`, the divergence of the two is ([VDM], eq. 13)
 
         L_{t-1} = (SNR_s - SNR_t) / 2 ||x - xhat(z_t, t)||^2.
 
     The prior `N(0, I)` costs `L_T = 1/2 sum(alpha^2 x^2 - alpha^2 - log sigma^2)` at `t_n`. The
-    decoder is `N(xhat(z, t_1), v)` integrated over the bins (Ho et al. 2020, eq. 13). The small
+    decoder is `N(xhat(z, t_1), v)` integrated over the bins ([DDPM], eq. 13). The small
     variance would be 0 there, which no image survives; `v = sigma_{t_1}^2` is the variance of the
     transition from the clean image (`beta_1` of DDPM; their code has the smaller `betatilde_2`),
     and exactly that of x given z where data are Gaussian with variance 1.
@@ -128,7 +127,7 @@ def log_discretised(x: Tensor, mean: Tensor, std: Tensor | float) -> Tensor:
     """Log-probability of pixels under a Gaussian integrated over their bins.
 
     The bins of the darkest and the brightest value reach to infinity, so that the 256
-    probabilities sum to 1 (Ho et al. 2020, eq. 13). Exact in both tails, however far.
+    probabilities sum to 1 ([DDPM], eq. 13). Exact in both tails, however far.
 
     Args:
         x: Pixels on the grid of uint8, `(B, ...)`.
@@ -162,9 +161,9 @@ def ode_bits_per_dim(
     """Negative log-likelihood of the probability-flow ODE, in bits per dimension.
 
     Of the angle `phi = arctan(sigma / alpha)`, `0 <= phi <= pi / 2`, the ODE is `dz / dphi = v =
-    alpha eps - sigma x` (Salimans & Ho 2022, appendix D; equal to `dy / dr = eps` in `y = z /
+    alpha eps - sigma x` ([PD], appendix D; equal to `dy / dr = eps` in `y = z /
     alpha`, `r = sigma / alpha`), smooth up to both ends and the same for all schedules. Densities
-    follow `d log p(z) / dphi = -div v` (Chen et al. 2018), and so
+    follow `d log p(z) / dphi = -div v` ([CNF]), and so
 
         log p(x) = log N(z_n; 0, I) + integral of div v dphi + D log alpha_1
 
@@ -182,12 +181,12 @@ def ode_bits_per_dim(
         generator: One generator, or one for each image, which then does not depend on the others;
             None only where nothing is drawn.
         num_probes: Random directions for the divergence, of independent signs and the same all
-            the way: `div v` is the mean of `e^T (dv / dz) e` (Grathwohl et al. 2019). Unbiased;
+            the way: `div v` is the mean of `e^T (dv / dz) e` ([FFJORD]). Unbiased;
             exact where the Jacobian is diagonal.
         exact_trace: Sum the D derivatives instead, with D backward passes in place of one.
         dequantise: Take x for discrete images on the grid of uint8: add noise uniform over a bin,
             and `BITS_PER_BIN`, 6.99, for its width. The mean is then a bound on `-log2 P(x) / D`,
-            to be compared with `variational_bound` and published figures (Theis et al. 2016).
+            to be compared with `variational_bound` and published figures ([Theis]).
         progress: Show a progress bar.
 
     Returns:

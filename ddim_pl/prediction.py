@@ -1,13 +1,11 @@
-"""What the network predicts, and how its errors are weighted.
+"""Prediction types of a network, and weights of its errors.
 
 A network output `F` estimates `a x + b eps`: eps-prediction has the row `(a, b) = (0, 1)`,
-x-prediction `(1, 0)`, v-prediction `(-sigma_t, alpha_t)` (Salimans & Ho 2022, appendix D), and
-"residual", `F = z - x`, the row `(alpha_t - 1, sigma_t)` (Luhman & Luhman 2021, section 3). A
-network that answers "both" x and eps, in twice the channels, is read as the v of the two, `alpha_t
-eps_hat - sigma_t x_hat`, which decodes to Salimans & Ho's `sigma_t^2 x_hat + alpha_t (z - sigma_t
-eps_hat)` (section 4) and leaves no other formula to them.
-Together with `z = alpha x + sigma eps` the row gives both `x` and `eps`: with `d = alpha b - sigma
-a`,
+x-prediction `(1, 0)`, v-prediction `(-sigma_t, alpha_t)` ([PD], appendix D), and "residual", `F =
+z - x`, the row `(alpha_t - 1, sigma_t)` ([KD], section 3). A network that predicts "both" x and
+eps, in twice the channels, is read as their v, `alpha_t eps_hat - sigma_t x_hat`, which decodes to
+`sigma_t^2 x_hat + alpha_t (z - sigma_t eps_hat)` ([PD], section 4).
+With `z = alpha x + sigma eps` the row gives both `x` and `eps`: with `d = alpha b - sigma a`,
 
     x = (b z - sigma F) / d        eps = (alpha F - a z) / d.
 """
@@ -34,7 +32,7 @@ def coefficients(kind: PredictionType, scales: Scales) -> tuple[Tensor, Tensor]:
     """Coefficients `(a, b)` of the predicted combination `a x + b eps` at a level.
 
     Raises:
-        ValueError: If `kind` is none of these.
+        ValueError: If `kind` is unknown.
     """
     zero, one = torch.zeros_like(scales.alpha), torch.ones_like(scales.alpha)
     match kind:
@@ -57,8 +55,8 @@ def merge_both(scales: Scales, output: Tensor) -> Tensor:
     """
     if output.shape[1] % 2:
         raise ValueError(
-            f"prediction='both' needs an even number of output channels, got {output.shape[1]}: "
-            "set the network's out_channels to twice its in_channels"
+            f"output must have an even number of channels for prediction='both', got "
+            f"{output.shape[1]}: set the network's out_channels to twice its in_channels"
         )
     x, eps = output.chunk(2, dim=1)
     return target("v", scales, x, eps)
@@ -71,13 +69,13 @@ def target(kind: PredictionType, scales: Scales, x: Tensor, eps: Tensor) -> Tens
 
 
 def decode(kind: PredictionType, scales: Scales, z: Tensor, output: Tensor) -> Prediction:
-    """Read a network output as estimates of `x` and `eps`.
+    """Decode a network output to estimates of `x` and `eps`.
 
     Args:
         kind: What the network predicts.
         scales: Scales of `z`, shape `()` or `(B,)`.
         z: Noisy states, `(B, ...)`.
-        output: Network output, `(B, ...)`; that of "both" already merged, see `merge_both`.
+        output: Network output, `(B, ...)`; for "both" after `merge_both`.
 
     Returns:
         Estimates that satisfy `z = alpha x + sigma eps`.
@@ -93,9 +91,9 @@ def decode(kind: PredictionType, scales: Scales, z: Tensor, output: Tensor) -> P
 
 
 def eps_from_x(scales: Scales, z: Tensor, x: Tensor) -> Tensor:
-    """Noise `(z - alpha x) / sigma` that explains a state `z` by the clean image `x`.
+    """Noise `(z - alpha x) / sigma` of a state `z` of the clean image `x`.
 
-    At a level without noise it cannot be known, and is 0, its mean.
+    At a level without noise it is undefined; the result is 0, its mean.
     """
     inverse = torch.where(scales.sigma > 0, 1 / scales.sigma, 0)
     return (z - expand_like(scales.alpha, z) * x) * expand_like(inverse, z)
@@ -105,14 +103,14 @@ def x_error_weight(weight: LossWeight, scales: Scales, *, gamma: float = 5.0) ->
     """Weight of `||x - x_hat||^2` at a level.
 
     Args:
-        weight: "snr" (the simple eps loss of Ho et al. 2020), "truncated_snr" `max(SNR, 1)` and
-            "snr_plus_one" (the v loss; both Salimans & Ho 2022, section 4), "min_snr"
-            `min(SNR, gamma)` (Hang et al. 2023) or "uniform" (1).
+        weight: "snr" (the simple eps loss of [DDPM]), "truncated_snr" `max(SNR, 1)` and
+            "snr_plus_one" (the v loss; both [PD], section 4), "min_snr" `min(SNR, gamma)`
+            ([MinSNR]) or "uniform" (1).
         scales: Scales, shape `()` or `(B,)`.
         gamma: Bound of "min_snr".
 
     Returns:
-        Float64 weights of the level's shape.
+        Float64 weights of the scales' shape.
 
     Raises:
         ValueError: If the weight is unknown.
@@ -136,14 +134,14 @@ def output_error_weight(
 ) -> Tensor:
     """Weight of the squared error of the network output that equals `weight` on the error of `x`.
 
-    By `x = (b z - sigma F) / d` an error of the output counts `(sigma / d)^2` times in `x`. The
-    product is formed analytically where it is simple, so that eps-prediction with "snr" and
-    v-prediction with "snr_plus_one" give exactly 1 at every level, even where the SNR is infinite.
+    By `x = (b z - sigma F) / d` a squared error of the output counts `(sigma / d)^2` times in `x`.
+    Eps-prediction with "snr" and v-prediction with "snr_plus_one" give exactly 1 at every level,
+    even where the SNR is infinite.
 
     Returns:
-        Float64 weights of the level's shape.
+        Float64 weights of the scales' shape.
     """
-    if kind in ("x", "residual"):  # an error of the output is one of x
+    if kind in ("x", "residual"):  # the output has the error of x
         return x_error_weight(weight, scales, gamma=gamma)
     if (kind, weight) in {
         ("eps", "snr"),
@@ -157,17 +155,17 @@ def output_error_weight(
 
 
 def check_loss_weight(kind: PredictionType, weight: LossWeight) -> None:
-    """Refuse pairs of prediction and weight that are unknown or cannot be trained.
+    """Check that a pair of prediction and weight can be trained.
 
     Raises:
-        ValueError: If a name is unknown, or if eps-prediction meets a weight of the x error that
-            does not vanish with the SNR: recovering x from eps divides by alpha, which is almost
-            0 at the last level, and the loss diverges there (Salimans & Ho 2022, section 4).
+        ValueError: If a name is unknown, or for eps-prediction with a weight of the x error that
+            does not vanish with the SNR: computing x from eps divides by alpha, which is almost 0
+            at the last level, and the loss diverges there ([PD], section 4).
     """
     half = Scales(*torch.full((2,), 0.5, dtype=torch.float64).sqrt().unbind())
     output_error_weight(kind, weight, half)
     if kind == "eps" and weight in ("truncated_snr", "snr_plus_one", "uniform"):
         raise ValueError(
-            f"loss_weight={weight!r} diverges at the last level for prediction='eps': use "
-            "loss_weight='snr' or 'min_snr', or prediction 'x' or 'v'"
+            f"loss_weight must be 'snr' or 'min_snr' for prediction='eps', got {weight!r}, which "
+            "diverges at the last level: prediction 'x' and 'v' allow it"
         )

@@ -1,8 +1,8 @@
-"""Random numbers that depend on a seed and on nothing else.
+"""Random numbers that are determined by a seed.
 
-Every image owns a generator, seeded by (seed, index), so that an image is the same whatever the
-batch it is drawn in and however many devices share the work. Every training step owns a generator
-seeded by (seed, step, rank), so that a resumed run draws what an unbroken one would have drawn.
+Every image has a generator, seeded by (seed, index), so that it does not depend on its batch or on
+the number of devices. Every training step has generators, seeded by (seed, step, rank), so that a
+resumed run draws the same numbers as an uninterrupted one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,8 +22,8 @@ _FACTOR = 2654435769  # 2^32 times the golden ratio's fraction, see `image_gener
 def derive_seed(*words: int) -> int:
     """Mix integers, each at least 0, into one 32-bit seed (NumPy's SeedSequence).
 
-    32 bits, because PyTorch's CPU generator ignores the rest of a seed. The number of words is one
-    of them, because SeedSequence takes (1,) and (1, 0) for the same.
+    32 bits, because PyTorch's CPU generator ignores the rest of a seed. The number of words is
+    mixed in, because SeedSequence does not distinguish (1,) and (1, 0).
 
     >>> derive_seed(0, 1) != derive_seed(1, 0)
     True
@@ -32,10 +32,10 @@ def derive_seed(*words: int) -> int:
 
 
 class StepGenerators(NamedTuple):
-    """Sources of one training step's noise.
+    """Generators of one training step.
 
     Attributes:
-        host: On the CPU, for the few numbers that schedules need there.
+        host: On the CPU, for the levels.
         device: On the training device, for noise of the size of the images.
     """
 
@@ -54,22 +54,22 @@ def step_generators(seed: int, device: torch.device) -> StepGenerators:
 def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
     """One CPU generator per image, that of image `i` seeded by `2654435769 seed + i` mod 2^32.
 
-    Images of one seed never share a generator. The factor is 2^32 times the golden ratio's
-    fraction, which keeps the starts of two seeds at least 2^32 / (sqrt(5) d) apart, d being their
-    difference: with seeds below 38,000, no two have one of their first 50,000 images in common.
+    Images of one seed never share a generator. The factor is 2^32 times the fractional part of the
+    golden ratio, which keeps the first images of two seeds that differ by d at least 2^32 /
+    (sqrt(5) d) apart: seeds below 38,000 share none of their first 50,000 images.
     """
     return [torch.Generator().manual_seed((_FACTOR * seed + int(i)) % 2**32) for i in indices]
 
 
 def share_generators(seed_a: int, count_a: int, seed_b: int, count_b: int) -> bool:
-    """Whether two seeds have a generator in common among their first images.
+    """Whether two seeds share a generator among their first images.
 
-    Images `i < count_a` and `j < count_b` have the same one where `i - j` is the distance of the
-    seeds' starts mod 2^32, see `image_generators`.
+    Images `i < count_a` and `j < count_b` share one if `i - j` is the distance of the seeds' first
+    generators mod 2^32, see `image_generators`.
 
     >>> share_generators(0, 10, 0, 1), share_generators(0, 50_000, 1, 50_000)
     (True, False)
-    >>> start = 2654435769  # of seed 1, before which lies all that seed 0 has up to there
+    >>> start = 2654435769  # the generator of image 0 of seed 1
     >>> share_generators(0, start, 1, 1), share_generators(0, start + 1, 1, 1)
     (False, True)
     """
@@ -82,14 +82,14 @@ def randn(shape: Sequence[int], generator: Generators | None, like: Tensor) -> T
 
     Args:
         shape: `(B, ...)`.
-        generator: One generator for the batch, one for each of the B images, or None for the
-            global one. Numbers are drawn on the generator's own device.
-        like: Tensor that gives dtype and device.
+        generator: One generator for the batch, one per image, or None for the global one. Numbers
+            are drawn on the generator's device.
+        like: Tensor of the dtype and device of the result.
 
     Raises:
         ValueError: If the number of generators is not B.
     """
-    # Drawn in float32 always, so that the dtype of the state does not change the picture.
+    # Always drawn in float32, so that the noise does not depend on the dtype of the state.
     if generator is None or isinstance(generator, torch.Generator):
         device = like.device if generator is None else generator.device
         noise = torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)
@@ -112,11 +112,11 @@ def uniform(shape: Sequence[int], generator: Generators, like: Tensor) -> Tensor
 
 
 def standard_gamma(concentration: Tensor, generator: Generators | None) -> Tensor:
-    """Draws `(B, ...)` of `Gamma(K, 1)` in float64 for shapes K `(B, ...)`.
+    """Random numbers `(B, ...)` from `Gamma(K, 1)` in float64 for shapes K `(B, ...)`.
 
     Args:
         concentration: Shapes K, at least 0.
-        generator: As for `randn`. The draws lie on its device, or on the CPU if that device has no
+        generator: As for `randn`. The result is on its device, or on the CPU if that device has no
             float64.
 
     Raises:
@@ -137,7 +137,7 @@ def standard_gamma(concentration: Tensor, generator: Generators | None) -> Tenso
 
 
 def _with_float64(generator: torch.Generator) -> torch.Generator:
-    """The generator, or where its device has no float64, one on the CPU that it seeds."""
+    """The generator, or a CPU generator that it seeds if its device has no float64."""
     if generator.device.type != "mps":
         return generator
     seed = torch.randint(2**31, (1,), generator=generator, device=generator.device)
@@ -148,7 +148,7 @@ def _check_count(generators: Sequence[torch.Generator], shape: Sequence[int]) ->
     if len(generators) != shape[0]:
         raise ValueError(
             f"generator must hold one generator per image, got {len(generators)} for a batch of "
-            f"{shape[0]}"
+            f"{shape[0]}: see ddim_pl.rng.image_generators"
         )
 
 
@@ -157,7 +157,7 @@ def gaussian_latents(
 ) -> tuple[Tensor, list[torch.Generator]]:
     """Gaussian start noise `(B, *shape)` in float32 of the images `indices`, and their generators.
 
-    The generators come back because a stochastic sampler goes on drawing from them.
+    The generators are returned because a stochastic sampler draws from them next.
     """
     generators = image_generators(seed, indices)
     return randn((len(generators), *shape), generators, torch.empty(0)), generators

@@ -1,4 +1,4 @@
-"""The pair (alpha, sigma) of a level, and how such numbers meet a batch of images."""
+"""The pair (alpha, sigma) of a level, and its broadcast to a batch of images."""
 
 from typing import NamedTuple
 
@@ -23,10 +23,10 @@ class Scales(NamedTuple):
 
 
 def expand_like(coefficient: Tensor, like: Tensor) -> Tensor:
-    """Make a float64 coefficient of shape `()` or `(B,)` multiply a batch `(B, ...)`.
+    """Broadcast a float64 coefficient of shape `()` or `(B,)` to a batch `(B, ...)`.
 
-    A scalar stays as it is: PyTorch lets it scale a tensor of any dtype and device. One value per
-    sample is cast to the batch's dtype and device and gets trailing axes of length 1.
+    A scalar is returned unchanged: in PyTorch it multiplies a tensor of any dtype and device. One
+    value per sample is cast to the batch's dtype and device, with trailing axes of length 1.
     """
     if coefficient.ndim == 0:
         return coefficient
@@ -34,10 +34,10 @@ def expand_like(coefficient: Tensor, like: Tensor) -> Tensor:
 
 
 def to_device(values: Tensor, like: Tensor) -> Tensor:
-    """Move a few numbers to the device of `like` without waiting for the work queued there."""
+    """Move values to the device of `like` without waiting for the work queued there."""
     return values.to(like.device, non_blocking=like.is_cuda)
 
 
 def float64(values: Tensor) -> Tensor:
-    """In float64, on the same device unless that is Apple's, which has none."""
+    """Cast to float64 on the same device, or on the CPU if the device (MPS) has no float64."""
     return (values.cpu() if values.device.type == "mps" else values).double()

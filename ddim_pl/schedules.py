@@ -1,11 +1,11 @@
-"""Noise schedules: how much signal and how much noise a level holds.
+"""Noise schedules: the scales of signal and noise at each level.
 
 A state at level `t` is `z_t = alpha_t x + sigma_t eps` with `alpha_t^2 + sigma_t^2 = 1`. Level 0
 is clean data, level `T = num_levels` is (almost) pure noise, and every real number between is
-allowed. A schedule maps `t` to `(alpha_t, sigma_t)`; it knows no network and no grid of steps.
+allowed. A schedule maps `t` to `(alpha_t, sigma_t)`; it knows neither network nor sampling steps.
 
-Levels are float64 and usually live on the CPU: a schedule is a few dozen flops, and a
-zero-dimensional CPU tensor scales a tensor on any device without a synchronisation.
+Levels are float64 and usually on the CPU: a schedule is a few dozen flops, and a
+zero-dimensional CPU tensor multiplies a tensor on any device without a synchronisation.
 """
 
 import math
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ddim_pl.checks import check_at_least
 from ddim_pl.scales import Scales
 
 
@@ -45,11 +46,11 @@ class NoiseSchedule(ABC):
             ValueError: If a level lies outside [0, num_levels].
         """
         t = torch.as_tensor(t, dtype=torch.float64)
-        # On another device the check would wait for the work queued there.
+        # On another device the check would synchronise.
         if t.device.type == "cpu" and not ((t >= 0) & (t <= self.num_levels)).all():
             raise ValueError(
                 f"t must lie in [0, {self.num_levels}], got values in "
-                f"[{t.min().item():g}, {t.max().item():g}]: rescale the levels to this schedule"
+                f"[{t.min().item():g}, {t.max().item():g}]: scale the levels to this schedule"
             )
         log_alpha, log_sigma = self.log_alpha_sigma(t)
         return Scales(log_alpha.exp(), log_sigma.exp())
@@ -58,12 +59,12 @@ class NoiseSchedule(ABC):
         """Level that has this log-SNR: the inverse of `schedule(t).log_snr`, by bisection.
 
         Args:
-            log_snr: Values of any shape. What no level has gives the nearest level, 0 or T.
+            log_snr: Values of any shape; outside the range of the schedule they give level 0 or T.
         """
         wanted = torch.as_tensor(log_snr, dtype=torch.float64)
         low = torch.zeros_like(wanted)
         high = torch.full_like(wanted, self.num_levels)
-        for _ in range(64):  # the log-SNR falls with the level; T / 2^64 is below rounding
+        for _ in range(64):  # log-SNR falls with t; T / 2^64 is below rounding
             middle = (low + high) / 2
             log_alpha, log_sigma = self.log_alpha_sigma(middle)
             cleaner = 2 * (log_alpha - log_sigma) > wanted
@@ -71,16 +72,11 @@ class NoiseSchedule(ABC):
         return high
 
 
-def _check_num_levels(num_levels: int) -> None:
-    if num_levels < 1:
-        raise ValueError(f"num_levels must be at least 1, got {num_levels}: 1000 is usual")
-
-
 class DiscreteSchedule(NoiseSchedule):
-    """A schedule given by variances `beta_1 ... beta_T` (Ho et al. 2020).
+    """A schedule given by variances `beta_1 ... beta_T` ([DDPM]).
 
     `abar_t = prod_{i <= t} (1 - beta_i)` at the integers, `abar_0 = 1` exactly; between them
-    `log abar` is linear, that is, noise enters at a constant rate within a step.
+    `log abar` is linear, that is, noise is added at a constant rate.
     """
 
     @abstractmethod
@@ -98,7 +94,7 @@ class DiscreteSchedule(NoiseSchedule):
         table = self._log_abar.to(t.device)
         lower = t.floor().long().clamp(max=self.num_levels - 1)
         log_abar = torch.lerp(table[lower], table[lower + 1], t - lower)
-        # 1 - abar by expm1: the first levels hold 1e-4 of noise, which 1 - exp() would round.
+        # expm1 keeps the digits of 1 - abar at the first levels, where it is 1e-4.
         return log_abar / 2, torch.log(-torch.expm1(log_abar)) / 2
 
 
@@ -112,14 +108,14 @@ def _check_betas(beta_start: float, beta_end: float) -> None:
 
 @dataclass(frozen=True)
 class LinearSchedule(DiscreteSchedule):
-    """Variances growing linearly from `beta_start` to `beta_end` (Ho et al. 2020, section 4)."""
+    """Variances growing linearly from `beta_start` to `beta_end` ([DDPM], section 4)."""
 
     num_levels: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
 
     def __post_init__(self) -> None:
-        _check_num_levels(self.num_levels)
+        check_at_least(1, num_levels=self.num_levels)
         _check_betas(self.beta_start, self.beta_end)
 
     def betas(self) -> Tensor:
@@ -129,14 +125,14 @@ class LinearSchedule(DiscreteSchedule):
 
 @dataclass(frozen=True)
 class ScaledLinearSchedule(DiscreteSchedule):
-    """Standard deviations growing linearly (latent diffusion, Rombach et al. 2022)."""
+    """Standard deviations growing linearly ([LDM])."""
 
     num_levels: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
 
     def __post_init__(self) -> None:
-        _check_num_levels(self.num_levels)
+        check_at_least(1, num_levels=self.num_levels)
         _check_betas(self.beta_start, self.beta_end)
 
     def betas(self) -> Tensor:
@@ -147,18 +143,15 @@ class ScaledLinearSchedule(DiscreteSchedule):
 
 @dataclass(frozen=True)
 class ImprovedCosineSchedule(DiscreteSchedule):
-    """Squared-cosine `abar` with clipped variances (Nichol & Dhariwal 2021, eq. 17)."""
+    """Squared-cosine `abar` with clipped variances ([IDDPM], eq. 17)."""
 
     num_levels: int = 1000
     offset: float = 0.008
     max_beta: float = 0.999
 
     def __post_init__(self) -> None:
-        _check_num_levels(self.num_levels)
-        if self.offset < 0:
-            raise ValueError(
-                f"offset must not be negative, got {self.offset}: the paper has 0.008"
-            )
+        check_at_least(1, num_levels=self.num_levels)
+        check_at_least(0, offset=self.offset)
         if not 0 < self.max_beta < 1:
             raise ValueError(
                 f"max_beta must lie in (0, 1), got {self.max_beta}: the paper has 0.999"
@@ -173,11 +166,10 @@ class ImprovedCosineSchedule(DiscreteSchedule):
 
 @dataclass(frozen=True)
 class CosineLogSNRSchedule(NoiseSchedule):
-    """Continuous cosine schedule with a bounded log-SNR (Salimans & Ho 2022, section 4).
+    """Continuous cosine schedule with a bounded log-SNR ([PD], section 4).
 
     `lambda(u) = -2 log tan(a u + b)` with `u = t / T`, so that `lambda` falls from `log_snr_max`
-    at level 0 to `log_snr_min` at level T. Level 0 keeps a trace of noise, `sigma_0 = 4.5e-5` at
-    20.
+    at level 0 to `log_snr_min` at level T. Level 0 has some noise: `sigma_0 = 4.5e-5` at 20.
     """
 
     num_levels: int = 1000
@@ -185,7 +177,7 @@ class CosineLogSNRSchedule(NoiseSchedule):
     log_snr_max: float = 20.0
 
     def __post_init__(self) -> None:
-        _check_num_levels(self.num_levels)
+        check_at_least(1, num_levels=self.num_levels)
         if not self.log_snr_min < self.log_snr_max:
             raise ValueError(
                 f"log_snr_min must be below log_snr_max, got {self.log_snr_min} and "

@@ -1,12 +1,11 @@
-"""Which levels a sampler visits: functions of (levels there are, steps wanted).
+"""The levels that a sampler visits, one function per strategy.
 
-Each returns a decreasing float64 tensor of `num_steps + 1` levels that ends at 0; the first is
-where the start noise is placed. Index `i` of a network trained on 0-based indices is level `i +
-1`.
+Each returns a decreasing float64 tensor of `num_steps + 1` levels that ends at 0; sampling starts
+at the first. Index `i` of a network trained on 0-based indices is level `i + 1`.
 
-To add a strategy, write a function here: configs name it by its name. Its arguments are
-`(num_levels, num_steps)`; or `(schedule, num_steps)`, where the noise decides; or `(num_levels)`,
-where the number of steps is part of the strategy.
+To add a strategy, write a function here; configs refer to it by its name. Its arguments are
+`(num_levels, num_steps)`; or `(schedule, num_steps)`, if it depends on the noise; or
+`(num_levels)`, if it fixes the number of steps.
 """
 
 import inspect
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddim_pl.checks import check_at_least
 from ddim_pl.files import replacing
 from ddim_pl.schedules import NoiseSchedule
 
@@ -29,7 +29,7 @@ Strategy = Callable[[NoiseSchedule, int], Tensor]
 
 
 def linear(num_levels: int, num_steps: int) -> Tensor:
-    """Evenly spaced real levels `T (1 - i / S)`, not rounded (Salimans & Ho 2022, section 3).
+    """Evenly spaced real levels `T (1 - i / S)`, not rounded ([PD], section 3).
 
     >>> linear(1000, 4).tolist()
     [1000.0, 750.0, 500.0, 250.0, 0.0]
@@ -39,10 +39,10 @@ def linear(num_levels: int, num_steps: int) -> Tensor:
 
 
 def quadratic(num_levels: int, num_steps: int) -> Tensor:
-    """Indices `floor(linspace(0, sqrt(0.8 T), S)^2)`, dense near the data (Song et al. 2021, D.2).
+    """Indices `floor(linspace(0, sqrt(0.8 T), S)^2)`, dense near the data ([DDIM], D.2).
 
-    The start at index `0.8 T` and the truncation, where the paper's text has no rounding at all,
-    are those of the DDIM authors' code, which their published distances come from.
+    The start at index `0.8 T` and the truncation are those of the authors' code, which produced
+    the published distances; the paper's text has no rounding.
 
     >>> quadratic(1000, 10).tolist()
     [801.0, 633.0, 484.0, 356.0, 247.0, 159.0, 89.0, 40.0, 10.0, 1.0, 0.0]
@@ -70,7 +70,7 @@ def trailing(num_levels: int, num_steps: int) -> Tensor:
     [1000.0, 667.0, 333.0, 0.0]
     """
     _check(num_levels, num_steps)
-    # Round first, then take 1 away: halves go to the even level, as in diffusers.
+    # Round before subtracting 1: halves go to the even level, as in diffusers.
     levels = num_levels - np.arange(num_steps) * (num_levels / num_steps)
     return _from_indices(num_levels, np.round(levels) - 1)
 
@@ -86,7 +86,7 @@ def linspace(num_levels: int, num_steps: int) -> Tensor:
 
 
 def exponential(num_levels: int) -> Tensor:
-    """Indices `0, 1, 2, 4, 8, ...` and the last one: the report's eq. 23.
+    """Indices `0, 1, 2, 4, 8, ...` and the last one ([Report], eq. 23).
 
     >>> exponential(1000).tolist()[:4], len(exponential(1000)) - 1
     ([1000.0, 513.0, 257.0, 129.0], 12)
@@ -97,29 +97,29 @@ def exponential(num_levels: int) -> Tensor:
 
 
 def last100(num_levels: int) -> Tensor:
-    """From the last level at once to the last hundred steps, indices 99 to 0: the report's eq. 22.
+    """The last level, then the hundred cleanest, indices 99 to 0 ([Report], eq. 22).
 
     >>> last100(1000).tolist()[:3], len(last100(1000)) - 1
     ([1000.0, 100.0, 99.0], 101)
     """
-    _check_hundreds(num_levels, 101)
+    check_at_least(101, num_levels=num_levels)
     return _from_indices(num_levels, np.append(np.arange(100), num_levels - 1))
 
 
 def first100last100(num_levels: int) -> Tensor:
-    """The hundred noisiest levels and the hundred cleanest, with one leap between (the report).
+    """The hundred noisiest levels and the hundred cleanest, one step between ([Report]).
 
     >>> levels = first100last100(1000)
     >>> levels.tolist()[98:102], len(levels) - 1
     ([902.0, 901.0, 100.0, 99.0], 200)
     """
-    _check_hundreds(num_levels, 200)
+    check_at_least(200, num_levels=num_levels)
     ends = np.arange(100)
     return _from_indices(num_levels, np.append(ends, num_levels - 1 - ends))
 
 
 def uniform_log_snr(schedule: NoiseSchedule, num_steps: int) -> Tensor:
-    """Levels evenly spaced in log-SNR from T to 1, then 0 (Lu et al. 2022, DPM-Solver, 3.4).
+    """Levels evenly spaced in log-SNR from T to 1, then 0 ([DPM-Solver], 3.4).
 
     They are real numbers, not rounded to the trained levels.
     """
@@ -131,7 +131,7 @@ def uniform_log_snr(schedule: NoiseSchedule, num_steps: int) -> Tensor:
 def karras(schedule: NoiseSchedule, num_steps: int) -> Tensor:
     """Levels from T to 1 whose `(sigma / alpha)^(1/7)` is evenly spaced, then 0.
 
-    Karras et al. 2022, eq. 5, with rho = 7. They are real numbers, not rounded.
+    [EDM], eq. 5, with rho = 7. They are real numbers, not rounded.
     """
     _check(schedule.num_levels, num_steps)
     ends = schedule(torch.tensor([schedule.num_levels, 1.0])).log_snr
@@ -141,7 +141,7 @@ def karras(schedule: NoiseSchedule, num_steps: int) -> Tensor:
 
 
 def explicit(num_levels: int, levels: Sequence[float]) -> Tensor:
-    """The given levels, decreasing, in (0, T]; the final 0 may be left out.
+    """The given decreasing levels in (0, T]; the final 0 may be omitted.
 
     >>> explicit(1000, [1000, 400.5, 10]).tolist()
     [1000.0, 400.5, 10.0, 0.0]
@@ -168,14 +168,13 @@ def make_levels(
         timesteps: Name of a strategy of this module, path of a `.json` file that `save_levels`
             wrote, or the levels themselves.
         schedule: Noise schedule.
-        num_steps: S; not used with an explicit list, nor by strategies that have a length of their
-            own.
+        num_steps: S; not used with an explicit list, nor by strategies that fix their length.
 
     Returns:
         Decreasing float64 levels, `(S + 1,)`, that end at 0.
 
     Raises:
-        ValueError: If the name is unknown, the file does not fit, or the numbers do not.
+        ValueError: If the name is unknown, or the file or the numbers do not fit.
     """
     if not isinstance(timesteps, str):
         return explicit(schedule.num_levels, timesteps)
@@ -196,7 +195,7 @@ def strategies() -> dict[str, Strategy]:
 
 
 def has_own_length(timesteps: str | Sequence[float]) -> bool:
-    """Whether the number of steps is part of the strategy, so that none has to be given."""
+    """Whether the strategy fixes the number of steps."""
     if not isinstance(timesteps, str):
         return True
     function = _functions().get(timesteps)
@@ -206,7 +205,7 @@ def has_own_length(timesteps: str | Sequence[float]) -> bool:
 def save_levels(path: Path, schedule: NoiseSchedule, levels: Sequence[Tensor]) -> None:
     """Write levels, one tensor `(S + 1,)` for each number of steps, for `make_levels` to load.
 
-    The file is small JSON that names the schedule; it appears whole or not at all.
+    The file is JSON that names the schedule; it is written atomically.
     """
     content = {
         "schedule": repr(schedule),
@@ -220,33 +219,34 @@ def load_levels(path: Path, schedule: NoiseSchedule, num_steps: int) -> Tensor:
     """Levels `(S + 1,)` from a file of `save_levels`.
 
     Raises:
-        ValueError: If the file cannot be read, is of another schedule, or has no `num_steps`.
+        ValueError: If the file cannot be read, has another schedule, or lacks `num_steps`.
     """
     try:
         content = json.loads(path.read_text())
         written = content["schedule"]
         by_steps = {int(steps): list(map(float, of)) for steps, of in content["levels"].items()}
-    # Not to be read, not JSON, or JSON of another form.
+    # Unreadable, not JSON, or JSON of another form.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"timesteps {str(path)!r} cannot be read as adaptive levels ({error}): write such a "
-            "file with `main.py levels`"
+            f"timesteps must be a file of `main.py levels`, got {str(path)!r}, which cannot be "
+            f"read as adaptive levels ({error}): write it again"
         ) from error
     if written != repr(schedule):
         raise ValueError(
-            f"timesteps {str(path)!r} were found for {written}, but the model has {schedule!r}: "
-            "search anew with `main.py levels`"
+            f"timesteps must be levels for the model's schedule, got {str(path)!r}, whose levels "
+            f"were found for {written}, but the model has {schedule!r}: search again with "
+            "`main.py levels`"
         )
     if num_steps not in by_steps:
         raise ValueError(
-            f"timesteps {str(path)!r} has levels for num_steps {sorted(by_steps)}, got "
-            f"{num_steps}: choose one of these, or search anew with `main.py levels`"
+            f"num_steps must be one of {sorted(by_steps)} for timesteps {str(path)!r}, got "
+            f"{num_steps}: search again with `main.py levels`"
         )
     return explicit(schedule.num_levels, by_steps[num_steps])
 
 
 def _functions() -> dict[str, Callable[..., Tensor]]:
-    """The public functions here that are strategies, told by their arguments."""
+    """The public functions of this module with the arguments of a strategy."""
     kinds = {("schedule", "num_steps"), ("num_levels", "num_steps"), ("num_levels",)}
     return {
         name: function
@@ -271,14 +271,9 @@ def _check(num_levels: int, num_steps: int) -> None:
         )
 
 
-def _check_hundreds(num_levels: int, least: int) -> None:
-    if num_levels < least:
-        raise ValueError(f"this strategy needs num_levels of at least {least}, got {num_levels}")
-
-
 def _from_log_snr(schedule: NoiseSchedule, log_snr: Tensor) -> Tensor:
     levels = schedule.level_at(log_snr)
-    levels[0] = schedule.num_levels  # bisection leaves it a rounding below
+    levels[0] = schedule.num_levels  # bisection ends a rounding below
     return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
 
 

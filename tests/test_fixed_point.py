@@ -204,7 +204,7 @@ def test_singular_systems_are_regularised_and_hopeless_ones_take_the_newest():
         (Picard, {"damping": 1.1}, r"damping must lie in \(0, 1\], got 1.1"),
         (Anderson, {"memory": 0}, "memory must be at least 1, got 0"),
         (Anderson, {"mixing": "row"}, "mixing must be one of .* got 'row'"),
-        (Anderson, {"regularisation": -1e-3}, "regularisation must not be negative, got -0.001"),
+        (Anderson, {"regularisation": -1e-3}, "regularisation must be at least 0, got -0.001"),
         (Anderson, {"tolerance": float("nan")}, "tolerance must be at least 0, got nan"),
     ],
 )

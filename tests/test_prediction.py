@@ -143,7 +143,9 @@ def test_pairs_that_are_not_refused_have_bounded_weights(
     """At the noisy end; at the clean end the SNR of an x error is large in any case."""
     refused = kind == "eps" and weight in ("truncated_snr", "snr_plus_one", "uniform")
     if refused:
-        with pytest.raises(ValueError, match=rf"loss_weight='{weight}'.*'eps'"):
+        with pytest.raises(
+            ValueError, match=rf"loss_weight must be .*prediction='eps', got '{weight}'"
+        ):
             check_loss_weight(kind, weight)
     else:
         check_loss_weight(kind, weight)

@@ -256,7 +256,7 @@ def test_levels_of_another_schedule_or_number_of_steps_are_an_error(tmp_path: Pa
     save_levels(file, LinearSchedule(), [torch.tensor([1000.0, 10, 0])])
     with pytest.raises(ValueError, match=r"beta_end=0.02.*beta_end=0.03"):
         make_levels(str(file), LinearSchedule(beta_end=0.03), 2)
-    with pytest.raises(ValueError, match=r"num_steps \[2\], got 3"):
+    with pytest.raises(ValueError, match=r"num_steps must be one of \[2\] .* got 3"):
         make_levels(str(file), LinearSchedule(), 3)
 
 

@@ -17,7 +17,7 @@ from ddim_pl.commands.sources import (
 )
 from ddim_pl.evaluation.worker import Worker, check_images, check_label, on_every_worker
 from ddim_pl.images import grid, to_uint8, write_png
-from ddim_pl.latents import encode, slerp
+from ddim_pl.inversion import encode, slerp
 from ddim_pl.training import DiffusionModule
 
 

@@ -1,4 +1,4 @@
-"""`main.py invert`: latents of real images, by gradient descent (Pokle et al. 2022, section 5)."""
+"""`main.py invert`: latents of real images, by gradient descent ([DEQ], section 5)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,9 +20,8 @@ from ddim_pl.evaluation.tables import markdown, scatter, write_csv, write_text
 from ddim_pl.evaluation.worker import Worker, on_every_worker
 from ddim_pl.files import replacing
 from ddim_pl.images import read_png, to_uint8
-from ddim_pl.inversion import Implicit, Inversion, Method
+from ddim_pl.inversion import Implicit, Inversion, Method, encode
 from ddim_pl.inversion import invert as find_latents
-from ddim_pl.latents import encode
 from ddim_pl.noise import latents
 from ddim_pl.samplers import DDIM
 from ddim_pl.timesteps import make_levels

@@ -1,4 +1,4 @@
-"""`main.py reconstruct`: how well images come back from their latents (Song et al. 2021, 5.4)."""
+"""`main.py reconstruct`: how well images come back from their latents ([DDIM], section 5.4)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from ddim_pl.evaluation.plots import label_rows
 from ddim_pl.evaluation.tables import markdown, scatter, write_csv, write_text
 from ddim_pl.evaluation.worker import Worker, on_every_worker
 from ddim_pl.images import to_uint8
-from ddim_pl.latents import encode
+from ddim_pl.inversion import encode
 from ddim_pl.timesteps import has_own_length, make_levels
 from ddim_pl.training import DiffusionModule
 

@@ -33,7 +33,7 @@ class CelebADataModule(ImageDataModule):
 
     Trains on the 162,770 images of the "train" split and validates on the 19,867 of "valid". The
     square FACE of an aligned image is resized by an antialiased bilinear filter, as in the code of
-    Song et al. 2021. At 64 pixels the set takes 2 GB of memory in each process. Above 93 it
+    [DDIM]. At 64 pixels the set takes 2 GB of memory in each process. Above 93 it
     exceeds 4 GiB and its images are decoded on demand, see `image_set`: set `num_workers` then.
 
     Without a network, or without the package gdown that the download needs, put

@@ -1,4 +1,4 @@
-"""Pairs (latent, teacher's image) on disk, for one-step distillation (Luhman & Luhman 2021).
+"""Pairs (latent, teacher's image) on disk, for one-step distillation ([KD]).
 
 A folder of pairs holds `manifest.json`, the recipe of the images, and shards `00000.safetensors`
 with checksums `00000.sha256`. Only images are stored: `ddim_pl.noise.latents` recomputes latent

@@ -7,7 +7,7 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 
 
 class InceptionFeatures(nn.Module):
-    """Pool features of Inception-v3, as in the FID of Heusel et al. 2017.
+    """Pool features of Inception-v3, as in the FID of [FID].
 
     The weights are torch-fidelity's conversion of the TensorFlow ones. Images are resized as
     TensorFlow 1 did, without antialiasing.

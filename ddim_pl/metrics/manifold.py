@@ -17,10 +17,10 @@ from torch import Tensor
 from ddim_pl.checks import check_at_least
 
 PRECISION_NEIGHBOURS = 3
-"""k of Kynkäänniemi et al. 2019."""
+"""k of [PR]."""
 
 DENSITY_NEIGHBOURS = 5
-"""k of Naeem et al. 2020."""
+"""k of [DC]."""
 
 CHUNK_SIZE = 2048
 ROUNDING = 1e-12
@@ -66,7 +66,7 @@ def precision_recall(
     real_radii: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """Return improved precision and recall, Kynkäänniemi et al. 2019, eq. 1 and 2, in [0, 1].
+    """Return improved precision and recall, [PR], eq. 1 and 2, in [0, 1].
 
     Precision is the share of the generated features within a ball around a real one, recall the
     share of the real features within a ball around a generated one. Balls are closed, as in the
@@ -107,7 +107,7 @@ def density_coverage(
     real_radii: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """Return density, at least 0, and coverage, in [0, 1], of Naeem et al. 2020.
+    """Return density, at least 0, and coverage, in [0, 1], of [DC].
 
     Density is the average number of balls around real features that hold a generated one, over k;
     coverage is the share of those balls that hold any. Balls are open, as in the authors' code: a

@@ -34,7 +34,7 @@ NUMBERS = {
 # Some numbers of Inception features have established names.
 INCEPTION_KEYS = {"fd": "fid", "score": "inception_score", "score_std": "inception_score_std"}
 
-# As in Binkowski et al. 2018, and in Salimans et al. 2016.
+# As in [KID], and in [IS].
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
 SCORE_SPLITS = 10
@@ -62,14 +62,14 @@ class SampleQuality:
 
     The extractor sees each image once, for any number of metrics. The metrics are
 
-    - "fd", the Fréchet distance (Heusel et al. 2017), from running sums;
-    - "kid", the unbiased squared MMD with the cubic kernel (Binkowski et al. 2018), which may be
+    - "fd", the Fréchet distance ([FID]), from running sums;
+    - "kid", the unbiased squared MMD with the cubic kernel ([KID]), which may be
       negative: mean and standard deviation over subsets of 1000 images, or of all if there are
       fewer;
-    - "inception_score" (Salimans et al. 2016): mean and standard deviation over ten splits of the
+    - "inception_score" ([IS]): mean and standard deviation over ten splits of the
       generated images. It uses no real images and grows with the number of images;
-    - "precision_recall" (Kynkäänniemi et al. 2019), with 3 neighbours;
-    - "density_coverage" (Naeem et al. 2020), with 5 neighbours.
+    - "precision_recall" ([PR]), with 3 neighbours;
+    - "density_coverage" ([DC]), with 5 neighbours.
 
     With Inception features the numbers are called "fid", "kid", "inception_score", "precision",
     "recall", "density" and "coverage". With any other extractor they are called "<name>_fd",

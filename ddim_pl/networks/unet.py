@@ -1,4 +1,4 @@
-"""The U-Net of DDPM (Ho et al. 2020) and its FiLM variant (Salimans & Ho 2022).
+"""The U-Net of DDPM ([DDPM]) and its FiLM variant ([PD]).
 
 The down path is a sequence of levels of residual blocks, each level half the size of the one
 before; the up path reverses it. Every output of the down path, resampled ones included, is a skip
@@ -32,7 +32,7 @@ _EPS = 1e-6
 class UNet(nn.Module):
     """U-Net with a time embedding and an optional class embedding.
 
-    The defaults are the CIFAR-10 network of Ho et al. (2020, appendix B). That of Salimans & Ho
+    The defaults are the CIFAR-10 network of [DDPM], appendix B. That of Salimans & Ho
     (2022) has `channels=256, multipliers=(1, 1, 1), num_blocks=3, attention=(8, 16), dropout=0.2,
     scale_shift=True, resample="block"`.
 
@@ -250,7 +250,7 @@ class ResidualBlock(nn.Module):
     """Two convolutions and a shortcut; the embedding enters between the convolutions.
 
     With `resample`, the inputs of the first convolution and of the shortcut are resampled
-    (Salimans & Ho 2022, after BigGAN).
+    ([PD], after BigGAN).
     """
 
     def __init__(
@@ -312,7 +312,7 @@ class SelfAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width with a strided convolution (Ho et al. 2020)."""
+    """Halve height and width with a strided convolution ([DDPM])."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -325,7 +325,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width by nearest neighbours, then convolve (Ho et al. 2020)."""
+    """Double height and width by nearest neighbours, then convolve ([DDPM])."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -337,7 +337,7 @@ class Upsample(nn.Module):
 
 
 def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
-    """Embed times as `width / 2` sines, then as many cosines (Ho et al. 2020, their code).
+    """Embed times as `width / 2` sines, then as many cosines ([DDPM], their code).
 
     The frequencies decrease from 1 to 1/10000. Computed in float32 at least: 999 and 1000 are
     equal in bfloat16.
@@ -361,7 +361,7 @@ def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
 
 
 def _initialise(module: nn.Module) -> None:
-    """Initialise as the code of Ho et al. (2020) does; for `Module.apply`, children come first.
+    """Initialise as the code of [DDPM] does; for `Module.apply`, children come first.
 
     Weights are uniform with variance 1 / fan_avg (Xavier) and biases zero. The last layer of
     every residual branch and of the network is zero (1e-10 in their code), as in Salimans & Ho's

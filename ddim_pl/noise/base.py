@@ -1,7 +1,7 @@
 """Laws of a state's noise.
 
 A law of noise is standardised: a state is `z_t = alpha_t x + sigma_t eps` with eps of mean 0 and
-variance 1, Gaussian or Gamma (Nachmani et al. 2021). To add one, write a frozen dataclass in a
+variance 1, Gaussian or Gamma ([Gamma]). To add one, write a frozen dataclass in a
 file of this package.
 """
 
@@ -106,7 +106,7 @@ class Noise(ABC):
     ) -> Tensor:
         """The x with which one `step` from `t` to `s` lands where a teacher's two do, `(B, ...)`.
 
-        It is the target of progressive distillation (Salimans & Ho 2022, appendix G).
+        It is the target of progressive distillation ([PD], appendix G).
 
         Args:
             teacher: Makes the two steps.
@@ -127,7 +127,7 @@ class Noise(ABC):
 
 @dataclass(frozen=True)
 class GaussianNoise(Noise):
-    """Standard normal noise at every level (Ho et al. 2020)."""
+    """Standard normal noise at every level ([DDPM])."""
 
     @property
     def is_gaussian(self) -> bool:

@@ -1,4 +1,4 @@
-"""Gamma noise (Nachmani et al. 2021)."""
+"""Gamma noise ([Gamma])."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from ddim_pl.scales import Scales, float64
 
 @dataclass(frozen=True)
 class GammaNoise(Noise):
-    """Centred Gamma noise, skewed to large values (Nachmani et al. 2021, section 4.2).
+    """Centred Gamma noise, skewed to large values ([Gamma], section 4.2).
 
     `sigma_t eps = G_t - K_t theta_t` with `G_t ~ Gamma(K_t, theta_t)`, `theta_t = alpha_t theta_0`
     and `K_t = (1 / abar_t - 1) / theta_0^2`, at any real level. The variance `K_t theta_t^2` is

@@ -1,12 +1,12 @@
-"""Ancestral sampling (Ho et al. 2020)."""
+"""Ancestral sampling ([DDPM])."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import get_args
 
 from torch import Tensor
 
+from ddim_pl.checks import check_one_of
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.rng import Generators, randn
 from ddim_pl.samplers.base import Sampler, State
@@ -16,25 +16,22 @@ from ddim_pl.transitions import Variance, posterior
 
 @dataclass(frozen=True)
 class Ancestral(Sampler):
-    """Ancestral sampling with a fixed variance (Ho et al. 2020, algorithm 2).
+    """Ancestral sampling with a fixed variance ([DDPM], algorithm 2).
 
     No noise is added in the step to level 0.
 
     Args:
         variance: "small" is the variance of the posterior, "large" that of the forward transition,
-            which Song et al. 2021 call sigma-hat and which needs many steps.
+            sigma-hat in [DDIM], which needs many steps.
 
     Raises:
-        ValueError: If `variance` is neither.
+        ValueError: If `variance` is unknown.
     """
 
     variance: Variance = "small"
 
     def __post_init__(self) -> None:
-        if self.variance not in get_args(Variance):
-            raise ValueError(
-                f"variance must be one of {get_args(Variance)}, got {self.variance!r}"
-            )
+        check_one_of(Variance, variance=self.variance)
 
     def steps(
         self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None

@@ -1,4 +1,4 @@
-"""What all samplers share: the call, the trajectory and the progress bar."""
+"""Base class of the samplers: the call, the trajectory and the progress bar."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from ddim_pl.rng import Generators
 
 
 class State(NamedTuple):
-    """Where a trajectory stands after a step.
+    """State of a trajectory after a step.
 
     Attributes:
         t: Level of the state, float64 scalar.
         z: The state, `(B, ...)`.
-        x: Estimate of the clean image that the step was made with, `(B, ...)`.
+        x: Estimate of the clean image used in the step, `(B, ...)`.
     """
 
     t: Tensor
@@ -28,7 +28,7 @@ class State(NamedTuple):
 
 
 class Sampler(ABC):
-    """A way from noise to image. Subclasses are frozen dataclasses that implement `steps`.
+    """Generates images from noise. Subclasses are frozen dataclasses that implement `steps`.
 
     A sampler holds hyperparameters only: no network, no device, no state between calls.
     """
@@ -40,22 +40,22 @@ class Sampler(ABC):
         """Yield the state after each step; arguments as for `__call__`, already checked."""
 
     def num_evaluations(self, levels: Tensor) -> int:
-        """How often the network is called on the way through `levels`, `(S + 1,)`."""
+        """Number of network evaluations for `levels`, `(S + 1,)`."""
         return len(levels) - 1
 
     @property
     def noise(self) -> Noise:
-        """The law of noise that this sampler is made for."""
+        """The law of noise that this sampler requires."""
         return GaussianNoise()
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether a latent has one image: no noise is drawn on the way."""
+        """Whether the latent alone determines the image: no noise is added in the steps."""
         return self.encodes
 
     @property
     def encodes(self) -> bool:
-        """Whether this sampler is deterministic and takes rising levels, from data to noise."""
+        """Whether this sampler also takes rising levels, deterministically from data to noise."""
         return self._may_rise(torch.tensor([0.0, 1.0]))
 
     @final
@@ -68,19 +68,19 @@ class Sampler(ABC):
         generator: Generators | None = None,
         progress: bool = False,
     ) -> Iterator[State]:
-        """Yield the state after each step, with gradients if they are enabled where it is used.
+        """Yield the state after each step, with gradients if the caller enables them.
 
         Args:
             denoiser: Estimates of the clean image and the noise.
             z: Start states at level `levels[0]`, `(B, ...)`.
             levels: Levels to visit, `(S + 1,)`, see `ddim_pl.timesteps`.
-            generator: One generator, or one for each image, for stochastic steps.
+            generator: One generator, or one per image, for stochastic steps.
             progress: Show a progress bar.
 
         Raises:
-            ValueError: If the levels are not a vector that falls within the schedule.
+            ValueError: If the levels are not a falling vector within the schedule.
         """
-        levels = self._check_levels(denoiser, levels)  # now, not when the first state is asked for
+        levels = self._check_levels(denoiser, levels)  # before the first state is requested
         return iter(
             tqdm(
                 self.steps(denoiser, z, levels, generator),
@@ -118,12 +118,13 @@ class Sampler(ABC):
         num_levels = denoiser.schedule.num_levels
         if levels.ndim != 1 or len(levels) < 2:
             raise ValueError(
-                f"levels must be a vector of at least 2, got shape {tuple(levels.shape)}"
+                f"levels must be a vector of at least 2, got shape {tuple(levels.shape)}: see "
+                "ddim_pl.timesteps"
             )
         if not (levels.diff() < 0).all() and not self._may_rise(levels):
             raise ValueError(
                 f"levels must decrease strictly for {self}, got {levels.tolist()}: only a "
-                "deterministic sampler goes from data to noise"
+                "deterministic sampler encodes"
             )
         if levels.min() < 0 or levels.max() > num_levels:
             raise ValueError(
@@ -132,5 +133,5 @@ class Sampler(ABC):
         return levels
 
     def _may_rise(self, levels: Tensor) -> bool:
-        """Whether this sampler can encode, that is, take rising levels."""
+        """Whether this sampler takes these levels, which do not fall."""
         return False

@@ -1,4 +1,4 @@
-"""Denoising diffusion implicit models (Song et al. 2021)."""
+"""Denoising diffusion implicit models ([DDIM])."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from ddim_pl.transitions import ddim_step
 
 @dataclass(frozen=True)
 class DDIM(Sampler):
-    """DDIM with any amount of noise (Song et al. 2021, eq. 12 and 16).
+    """DDIM with any amount of noise ([DDIM], eq. 12 and 16).
 
     Args:
         eta: 0 is deterministic, 1 has the law of DDPM's ancestral sampling with small variance.
@@ -36,7 +36,7 @@ class DDIM(Sampler):
         """Yield the state after each step; with `eta = 0` the levels may rise (encoding)."""
         for t, s in pairwise(levels):
             prediction = denoiser(z, t)
-            # The last step to clean data of a discrete schedule has no noise: sigma_0 = 0.
+            # It has no effect in the step to clean data of a discrete schedule: sigma_0 = 0.
             noise = randn(z.shape, generator, z) if self.eta > 0 else None
             z = ddim_step(
                 prediction, denoiser.schedule(t), denoiser.schedule(s), eta=self.eta, noise=noise

@@ -1,9 +1,9 @@
-"""The whole chain at once: DDIM as a fixed point (Pokle et al. 2022, "DEQ-DDIM").
+"""DEQ-DDIM: the whole DDIM chain solved as a fixed point ([DEQ]).
 
-A deterministic chain of S steps is one equation for all its states together, `z = h(z; z_T)`: from
-estimates at all states, `ddim_chain` gives all states anew. Applying `h` is one evaluation of the
-network on (samples x levels) and one cumulative sum, a *sweep*. Since each state depends on
-earlier ones only, S sweeps are exact; far fewer come within a tolerance.
+A deterministic chain of S steps is one equation for all its states, `z = h(z; z_T)`: from the
+estimates at all states, `ddim_chain` computes new states. One application of `h`, a *sweep*, is
+one evaluation of the network on (samples x levels) and one cumulative sum. Since each state
+depends only on earlier ones, S sweeps are exact; far fewer reach a tolerance.
 """
 
 import warnings
@@ -14,29 +14,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddim_pl.checks import check_at_least
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.fixed_point import Anderson, Solver
 from ddim_pl.rng import Generators
 from ddim_pl.samplers.base import Sampler, State
-from ddim_pl.samplers.parallel import (
-    Estimates,
-    check_max_batch,
-    free_memory,
-    same_everywhere,
-)
-from ddim_pl.transitions import ddim_chain, implied_x
+from ddim_pl.samplers.parallel import Estimates, free_memory, same_everywhere, trajectory_of
+from ddim_pl.transitions import ddim_chain
 
 
 class Chain(NamedTuple):
-    """A chain of S steps that was solved at once.
+    """A solved chain of S steps.
 
     Attributes:
         states: At all levels but the first, `(B, S, ...)`.
         residuals: Relative residual of every sweep, `(sweeps, B)` float64; NaN where a sample had
             converged before.
-        sweeps: Sweeps that each sample took, `(B,)`.
-        converged: Whether a sample's residual fell to the tolerance, `(B,)`.
-        evaluations: Evaluations of the network for each sample, `(B,)`.
+        sweeps: Number of sweeps for each sample, `(B,)`.
+        converged: Whether a sample's residual reached the tolerance, `(B,)`.
+        evaluations: Number of network evaluations for each sample, `(B,)`.
     """
 
     states: Tensor
@@ -48,20 +44,20 @@ class Chain(NamedTuple):
 
 @dataclass(frozen=True)
 class DEQ(Sampler):
-    """Deterministic DDIM, all S steps solved at once (Pokle et al. 2022, section 4).
+    """Deterministic DDIM, all S steps solved at once ([DEQ], section 4).
 
-    Draws what `DDIM()` draws from the same latents, to the solver's tolerance; clipped estimates
-    are no obstacle to this form of the chain. A sample that does not converge is returned as it
-    was when its residual was least, with a warning. There is no stochastic form: eta is 0.
+    The images are those of `DDIM()` from the same latents, to the solver's tolerance; this form of
+    the chain allows clipped estimates. A sample that does not converge is returned at its least
+    residual, with a warning. There is no stochastic form: eta is 0.
 
     Args:
-        solver: How the equation is solved, see `ddim_pl.fixed_point`.
-        first_guess: Steps of a sequential DDIM that makes the first guess; 0 takes the straight
-            line of the first estimate.
-        max_batch: Most states in one evaluation of the network; None evaluates all (samples x
-            levels) together. Fewer take less memory, and draw the same.
-        split_levels: Share the states out over all processes, each of which must draw the same
-            latents, with one exchange in each sweep; without it every process works for itself.
+        solver: Solver of the equation, see `ddim_pl.fixed_point`.
+        first_guess: Number of sequential DDIM steps that make the first guess; 0 extends the first
+            estimate to all levels.
+        max_batch: Maximum number of states in one network evaluation; None evaluates all (samples
+            x levels) together. Fewer take less memory and give the same images.
+        split_levels: Distribute the states over all processes, which must have the same latents,
+            with one exchange in each sweep; otherwise each process works alone.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -73,17 +69,16 @@ class DEQ(Sampler):
     split_levels: bool = False
 
     def __post_init__(self) -> None:
-        check_max_batch(self.max_batch)
-        if self.first_guess < 0:
-            raise ValueError(f"first_guess must not be negative, got {self.first_guess}")
+        check_at_least(1, max_batch=self.max_batch)
+        check_at_least(0, first_guess=self.first_guess)
 
     @property
     def is_deterministic(self) -> bool:
-        """It is, though it takes falling levels only."""
+        """Always True, though the sampler cannot encode."""
         return True
 
     def num_evaluations(self, levels: Tensor) -> int:
-        """The most evaluations it can take; `solve` tells how many it took."""
+        """The maximum; `solve` returns the number for each sample."""
         steps = len(levels) - 1
         return min(max(1, self.first_guess), steps) + (steps - 1) * self.solver.max_sweeps
 
@@ -96,15 +91,11 @@ class DEQ(Sampler):
             least = chain.residuals.nan_to_num(nan=torch.inf).min(0).values[~chain.converged]
             warnings.warn(
                 f"{len(least)} of {len(z)} samples did not converge in {self.solver.max_sweeps} "
-                f"sweeps: relative residual {least.max():.2g} at the most, tolerance "
+                f"sweeps: relative residual up to {least.max():.2g}, tolerance "
                 f"{self.solver.tolerance:g}; raise max_sweeps or the tolerance",
                 stacklevel=2,
             )
-        schedule = denoiser.schedule
-        for k, s in enumerate(levels[1:]):
-            state = chain.states[:, k]
-            yield State(s, state, implied_x(z, state, schedule(levels[k]), schedule(s)))
-            z = state
+        yield from trajectory_of(denoiser, z, chain.states, levels)
 
     @torch.no_grad()
     def solve(
@@ -119,7 +110,7 @@ class DEQ(Sampler):
             start: First guess of the states, `(B, S, ...)`; by default that of `first_guess`.
 
         Raises:
-            ValueError: If the chain's states do not fit into memory.
+            ValueError: If the states do not fit into memory.
         """
         steps = len(levels) - 1
         estimates = self.estimates(denoiser)
@@ -130,10 +121,7 @@ class DEQ(Sampler):
             raise ValueError(problem)
         scales = denoiser.schedule(levels)
         evaluations = 1
-        first = denoiser(z, levels[0]).x[:, None]
-        if estimates.split:  # its last bit may differ from device to device
-            first = first.contiguous()
-            torch.distributed.broadcast(first, 0)
+        first = estimates.first(z, levels)
         if start is None:
             guess, used = self._guess(denoiser, z, levels, first)
             start, evaluations = ddim_chain(z, guess, scales), used
@@ -156,7 +144,7 @@ class DEQ(Sampler):
     def _guess(
         self, denoiser: Denoiser, z: Tensor, levels: Tensor, first: Tensor
     ) -> tuple[Tensor, int]:
-        """Estimates `(B, S, ...)` of few steps, each held until the next; and their number."""
+        """Estimates `(B, S, ...)` of a few steps, each held until the next; and their number."""
         steps = len(levels) - 1
         knots = torch.linspace(0, steps, min(max(self.first_guess, 1), steps) + 1).round().long()
         x, held = first[:, 0], []
@@ -173,7 +161,7 @@ class DEQ(Sampler):
         return Estimates(denoiser, max_batch=self.max_batch, split=self.split_levels)
 
     def _memory_problem(self, z: Tensor, steps: int) -> str | None:
-        """Why iterates, residuals and their like have no room, if they have none."""
+        """An error message if the iterates and residuals do not fit into memory, else None."""
         memory = getattr(self.solver, "memory", 1)
         needed = (2 * memory + 6) * steps * z.numel() * z.element_size()
         free = free_memory(z.device)
@@ -183,6 +171,6 @@ class DEQ(Sampler):
         return (
             f"the states of a chain of {steps} steps for {len(z)} samples need "
             f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free: "
-            + (f"draw at most {fits} samples at once, or use" if fits else "use")
+            + (f"give at most {fits} samples at once, or use" if fits else "use")
             + " ParaDiGMS, whose window is shorter than the chain"
         )

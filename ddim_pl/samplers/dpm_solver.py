@@ -1,12 +1,13 @@
-"""DPM-Solver++ (Lu et al. 2022)."""
+"""DPM-Solver++ ([DPM-Solver++])."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
+from ddim_pl.checks import check_one_of
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.prediction import Prediction, eps_from_x
 from ddim_pl.rng import Generators
@@ -19,33 +20,29 @@ Order = Literal[1, 2]
 
 @dataclass(frozen=True)
 class DPMSolverPP(Sampler):
-    """DPM-Solver++(2M): data prediction, multistep (Lu et al. 2022, "DPM-Solver++", algorithm 2).
+    """DPM-Solver++(2M): data prediction, multistep ([DPM-Solver++], algorithm 2).
 
-    From `p` over `t` to `s` it is the DDIM step with the estimate of x led on to the middle of the
-    step, linearly in `lambda`:
+    From `p` over `t` to `s` it is the DDIM step with the estimate of x extrapolated to the middle
+    of the step, linearly in `lambda`:
 
         x + (lambda_s - lambda_t) / (lambda_t - lambda_p) (x - x_p) / 2.
 
-    One network evaluation a step, any spacing. The first step is DDIM, and so is that to level 0,
-    where lambda is infinite, or so large that x is anything but linear in it. For the same reason
-    the last level before 0 should not be far cleaner than the rest, as level 1 of "leading" and
-    "linspace" is with few steps: "linear", "trailing" and "uniform_log_snr" suit.
+    One network evaluation per step, any spacing. The first step is DDIM. So is the step to level
+    0, where lambda is infinite, or so large that x is not linear in it. For the same reason the
+    last level before 0 should not be far cleaner than the others, as level 1 of "leading" and
+    "linspace" is with few steps. "linear", "trailing" and "uniform_log_snr" are suitable.
 
     Args:
-        order: 1 is DDIM.
+        order: 1 is DDIM, 2 the multistep solver.
 
     Raises:
-        ValueError: If `order` is neither 1 nor 2.
+        ValueError: If `order` is unknown.
     """
 
     order: Order = 2
 
     def __post_init__(self) -> None:
-        if self.order not in get_args(Order):
-            raise ValueError(
-                f"order must be one of {get_args(Order)}, got {self.order!r}: 1 is DDIM, 2 is the "
-                "multistep solver"
-            )
+        check_one_of(Order, order=self.order)
 
     def steps(
         self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None
@@ -56,13 +53,13 @@ class DPMSolverPP(Sampler):
         for i, (t, s) in enumerate(pairwise(levels)):
             scales = denoiser.schedule(t)
             x, eps = denoiser(z, t)
-            led, led_eps = x, eps
+            mid, mid_eps = x, eps
             if self.order == 2 and previous is not None and s > 0:
-                # From a level without noise, where encoding may start, the weight is 0.
+                # The weight is 0 from a level without noise, where encoding may start.
                 weight = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1]) / 2
-                led = x + expand_like(weight, x) * (x - previous)
-                led_eps = eps_from_x(scales, z, led)
-            z = ddim_step(Prediction(led, led_eps), scales, denoiser.schedule(s))
+                mid = x + expand_like(weight, x) * (x - previous)
+                mid_eps = eps_from_x(scales, z, mid)
+            z = ddim_step(Prediction(mid, mid_eps), scales, denoiser.schedule(s))
             yield State(s, z, x)
             previous = x
 

@@ -1,10 +1,10 @@
-"""Samplers of Gamma diffusion (Nachmani et al. 2021): four steps, from an approximation to exact.
+"""Samplers of Gamma diffusion ([Gamma]).
 
-With `z_t = alpha_t x + sigma_t eps_t`, eps_t a standardised Gamma variable of shape `K_t`, each of
-them draws eps_s from eps_t. Given the true x, "exact" and "quantile" have the Gamma marginal at
-every pair of levels, "moment" its mean and variance, "report" its mean only; docs/gamma.md has
-the proofs. The start states must have the law of the noise too: `DiffusionModule.sample` draws
-them from the module's noise, and `ddim_pl.noise.latents` takes that noise and `levels[0]`.
+With `z_t = alpha_t x + sigma_t eps_t`, eps_t a standardised Gamma variable of shape `K_t`, each
+sampler computes eps_s from eps_t. Given the true x, `GammaExact` and `GammaQuantile` have the
+Gamma marginal for every pair of levels, `GammaMoment` its mean and variance, `GammaReport` only
+its mean; docs/gamma.md has the proofs. The start states must have Gamma noise too, which
+`ddim_pl.noise.latents` draws.
 """
 
 from abc import abstractmethod
@@ -28,7 +28,7 @@ from ddim_pl.transitions import ddim_step
 
 @dataclass(frozen=True)
 class GammaSampler(Sampler):
-    """What the samplers of Gamma diffusion share; they implement `step`.
+    """Base class of the samplers of Gamma diffusion; subclasses implement `step`.
 
     Args:
         theta_0: Scale of the noise, that of the model's `GammaNoise`.
@@ -44,7 +44,7 @@ class GammaSampler(Sampler):
 
     @property
     def noise(self) -> GammaNoise:
-        """The law of the states."""
+        """Gamma noise."""
         return GammaNoise(self.theta_0)
 
     @abstractmethod
@@ -65,10 +65,10 @@ class GammaSampler(Sampler):
 
 @dataclass(frozen=True)
 class GammaMoment(GammaSampler):
-    """DDIM with Gamma noise in the place of the Gaussian (Nachmani et al. 2021, algorithm 4).
+    """DDIM with Gamma noise in place of Gaussian noise ([Gamma], algorithm 4).
 
-    A sum of Gamma variables of different scales is no Gamma variable: with the true x, the mean
-    and the variance are right and the shape is not.
+    A sum of Gamma variables of different scales is not a Gamma variable: with the true x, the mean
+    and the variance of the marginal are right, its shape is not.
 
     Args:
         theta_0: Scale of the noise, that of the model's `GammaNoise`.
@@ -87,7 +87,7 @@ class GammaMoment(GammaSampler):
     def step(
         self, prediction: Prediction, t: Scales, s: Scales, generator: Generators | None
     ) -> Tensor:
-        """`ddim_step`, its noise that of level `s`."""
+        """`ddim_step` with Gamma noise of level `s`."""
         x = prediction.x
         noise = self.noise.draw(x.shape, s, generator, x) if self.eta > 0 else None
         return ddim_step(prediction, t, s, eta=self.eta, noise=noise)
@@ -95,13 +95,13 @@ class GammaMoment(GammaSampler):
 
 @dataclass(frozen=True)
 class GammaReport(GammaSampler):
-    """The report's Gamma-DDIM, its eq. 18. It is there to be compared: its variance drifts.
+    """Gamma-DDIM of [Report], eq. 18, for comparison: its variance drifts.
 
-    The step to a level without noise gives the estimate of x, as the report's eq. 8.
+    The step to a level without noise gives the estimate of x, as in [Report], eq. 8.
 
     Args:
         theta_0: Scale of the noise, that of the model's `GammaNoise`.
-        eta: Scale of the fresh noise, which the report leaves open, as in `DDIM`.
+        eta: Scale of the fresh noise as in `DDIM`; [Report] does not specify it.
 
     Raises:
         ValueError: If `theta_0` is not positive or `eta` lies outside [0, 1].
@@ -127,10 +127,10 @@ class GammaReport(GammaSampler):
 
 @dataclass(frozen=True)
 class GammaExact(GammaSampler):
-    """Ancestral sampling of Gamma diffusion: a Beta share of the noise stays at each step.
+    """Ancestral sampling of Gamma diffusion: each step keeps a random share of the noise.
 
-    It is the posterior of the forward process, as `Ancestral` is for Gaussian noise, to which it
-    tends as theta_0 falls: with the true x, the marginals are Gamma for any two levels.
+    It samples the posterior of the forward process, as `Ancestral` does for Gaussian noise, which
+    is its limit as theta_0 tends to 0. With the true x the marginals are exact.
 
     Args:
         theta_0: Scale of the noise, that of the model's `GammaNoise`.
@@ -151,11 +151,10 @@ class GammaExact(GammaSampler):
 
 @dataclass(frozen=True)
 class GammaQuantile(GammaSampler):
-    """The deterministic sampler of Gamma diffusion: every step keeps the noise's quantiles.
+    """Deterministic sampling of Gamma diffusion: each step keeps the quantiles of the noise.
 
-    It is to Gamma noise what DDIM with `eta = 0` is to Gaussian noise, to which it tends as
-    theta_0 falls; so it encodes and interpolates, and it has no `eta`. With the true x, the
-    marginals are Gamma for any two levels.
+    The analogue of DDIM with `eta = 0`, which is its limit as theta_0 tends to 0; it encodes and
+    interpolates. With the true x the marginals are exact.
 
     Args:
         theta_0: Scale of the noise, that of the model's `GammaNoise`.
@@ -175,7 +174,7 @@ class GammaQuantile(GammaSampler):
 
 
 def default_sampler(noise: Noise) -> Sampler:
-    """The deterministic sampler of a law of noise: one that encodes, and can be distilled.
+    """The deterministic sampler for a law of noise, which encodes and can be distilled.
 
     Raises:
         ValueError: If there is none.
@@ -184,4 +183,4 @@ def default_sampler(noise: Noise) -> Sampler:
         return DDIM()
     if isinstance(noise, GammaNoise):
         return GammaQuantile(noise.theta_0)
-    raise ValueError(f"sampler must be given: none is known for {noise}")
+    raise ValueError(f"sampler must be given for {noise}, got None: it has no default sampler")

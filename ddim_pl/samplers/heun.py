@@ -1,4 +1,4 @@
-"""Heun's method on the probability-flow ODE (Karras et al. 2022)."""
+"""Heun's method for the probability-flow ODE ([EDM])."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from ddim_pl.transitions import ddim_step, ode_step
 
 
 def trapezoid(denoiser: Denoiser, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
-    """Mean `(B, ...)` of the noise at both ends of a DDIM step.
+    """Mean `(B, ...)` of the noise estimates at both ends of a DDIM step.
 
     Args:
         denoiser: Estimates of the clean image and the noise.
@@ -28,11 +28,11 @@ def trapezoid(denoiser: Denoiser, prediction: Prediction, t: Tensor, s: Tensor) 
 
 @dataclass(frozen=True)
 class Heun(Sampler):
-    """Second-order Heun steps (Karras et al. 2022, algorithm 1 with `S_churn = 0`).
+    """Second-order Heun steps ([EDM], algorithm 1 with `S_churn = 0`).
 
     `y_s = y_t + (r_s - r_t) (eps_t + eps_s) / 2` with `y = z / alpha` and `r = sigma / alpha`,
-    where `eps_s` is estimated at the end of a DDIM step. Two network evaluations a step. The step
-    to level 0 is DDIM, with one, whatever noise the schedule leaves there.
+    where `eps_s` is estimated at the end of a DDIM step. Two network evaluations per step; one for
+    the step to level 0, which is DDIM, also for schedules whose level 0 has noise.
 
     A long first step from almost pure noise, where r is huge, is unstable: at the last level of
     `CosineLogSNRSchedule`, r = 22,000, take many steps of "uniform_log_snr" or start below it.
@@ -49,7 +49,7 @@ class Heun(Sampler):
             yield State(s, z, prediction.x)
 
     def num_evaluations(self, levels: Tensor) -> int:
-        """Two a step, and one for the step to level 0."""
+        """Two per step, and one for the step to level 0."""
         return 2 * (len(levels) - 1) - int(levels[-1] == 0)
 
     def _may_rise(self, levels: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""A window of the chain at once: ParaDiGMS (Shih et al. 2023)."""
+"""ParaDiGMS: DDIM solved on a sliding window of the chain ([ParaDiGMS])."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,26 +6,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddim_pl.checks import check_at_least
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.rng import Generators
 from ddim_pl.samplers.base import Sampler, State
-from ddim_pl.samplers.parallel import Estimates, check_max_batch, same_everywhere
-from ddim_pl.transitions import ddim_chain, implied_x
+from ddim_pl.samplers.parallel import Estimates, same_everywhere, trajectory_of
+from ddim_pl.transitions import ddim_chain
 
 
 @dataclass(frozen=True)
 class ParaDiGMS(Sampler):
     """Deterministic DDIM by Picard iteration on a window that slides along the chain.
 
-    In each sweep the window's states are evaluated together; then it moves on past the leading
-    states that have settled, one at least. The window of each sample moves on its own. Draws what
-    `DDIM()` draws, to the tolerance, with fewer evaluations at once than `DEQ` and without the
-    memory of its solver.
+    Each sweep evaluates the window's states together. The window then moves past the leading
+    states that have settled, at least one; each sample has its own window. The images are those of
+    `DDIM()` to the tolerance, with fewer evaluations at once than `DEQ` and without the memory of
+    its solver.
 
     Args:
-        window: Steps in the window.
-        tolerance: Relative change of a state, in a sweep, below which it has settled.
-        max_batch: Most states in one evaluation of the network; by default all of a sweep.
+        window: Steps in the window; 1 is plain DDIM.
+        tolerance: Relative change of a state in a sweep below which it has settled.
+        max_batch: Maximum number of states in one network evaluation; by default all of a sweep.
         split_levels: As in `DEQ`.
 
     Raises:
@@ -38,19 +39,16 @@ class ParaDiGMS(Sampler):
     split_levels: bool = False
 
     def __post_init__(self) -> None:
-        check_max_batch(self.max_batch)
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}: 1 is plain DDIM")
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance must be at least 0, got {self.tolerance}: 1e-3 is usual")
+        check_at_least(1, window=self.window, max_batch=self.max_batch)
+        check_at_least(0, tolerance=self.tolerance)
 
     @property
     def is_deterministic(self) -> bool:
-        """It is, though it takes falling levels only."""
+        """Always True, though the sampler cannot encode."""
         return True
 
     def num_evaluations(self, levels: Tensor) -> int:
-        """The most evaluations it can take; `solve` tells how many it took."""
+        """The maximum; `solve` returns the number for each sample."""
         steps, window = len(levels) - 1, min(self.window, len(levels) - 1)
         return 1 + (steps - window) * window + window * (window + 1) // 2
 
@@ -59,11 +57,7 @@ class ParaDiGMS(Sampler):
     ) -> Iterator[State]:
         """Solve the chain, then yield its states, without gradients."""
         states, _, _ = self.solve(denoiser, z, levels)
-        schedule = denoiser.schedule
-        for k, s in enumerate(levels[1:]):
-            state = states[:, k]
-            yield State(s, state, implied_x(z, state, schedule(levels[k]), schedule(s)))
-            z = state
+        yield from trajectory_of(denoiser, z, states, levels)
 
     @torch.no_grad()
     def solve(
@@ -77,8 +71,8 @@ class ParaDiGMS(Sampler):
             levels: Falling levels, `(S + 1,)`.
 
         Returns:
-            States at all levels but the first, `(B, S, ...)`; the sweeps that each sample took,
-            `(B,)`; and its evaluations of the network, `(B,)`.
+            States at all levels but the first, `(B, S, ...)`; and for each sample the number of
+            sweeps, `(B,)`, and of network evaluations, `(B,)`.
         """
         steps, batch = len(levels) - 1, len(z)
         window = min(self.window, steps)
@@ -89,43 +83,57 @@ class ParaDiGMS(Sampler):
         estimates = Estimates(denoiser, max_batch=self.max_batch, split=self.split_levels)
         if estimates.split:
             same_everywhere(z, levels, denoiser.label, None)
-        # What the states of the window follow from, (B, W, ...): first a straight line.
-        first = denoiser(z, levels[0]).x[:, None]
-        if estimates.split:  # its last bit may differ from device to device
-            first = first.contiguous()
-            torch.distributed.broadcast(first, 0)
+        # Estimates of the window's states, (B, W, ...): at first all the same, a straight line.
+        first = estimates.first(z, levels)
         x = first.expand(-1, window, *first.shape[2:])
         while (at < steps).any():
-            place = at[:, None] + offsets  # beyond the end: the last level, of no effect
-            scales = denoiser.schedule(levels[place.clamp(max=steps)])
+            place = at[:, None] + offsets
             inside = place[:, :-1] < steps
-            guess = ddim_chain(z, x, scales)
-            inputs = torch.cat([z[:, None], guess[:, :-1]], 1)
-            sample, column = torch.where(inside)
-            x = x.clone()
-            x[sample, column] = estimates(
-                inputs[sample, column],
-                levels[place[sample, column]],
-                sample,
-            )
-            found = ddim_chain(z, x, scales)
-            settled = _relative_change(guess, found) <= self.tolerance
-            settled[:, 0] = True  # its start is exact
+            x, found, change = _sweep(estimates, z, x, levels, place)
+            settled = change <= self.tolerance
+            settled[:, 0] = True  # its start state is exact
             moved = (settled & inside).cumprod(1).sum(1)
             sweeps += moved > 0
             evaluations += inside.sum(1)
             sample, column = torch.where((offsets[:-1] < moved[:, None]) & inside)
             states[sample, place[sample, column]] = found[sample, column]
             at = at + moved
-            ahead = (offsets[:-1] + moved[:, None]).clamp(max=window - 1)
-            rows = torch.arange(batch)
-            x = x[rows[:, None], ahead]  # the estimate of the last state serves those beyond it
-            z = torch.where(
-                (moved > 0).to(z.device).reshape(-1, *(1,) * (z.ndim - 1)),
-                found[rows, (moved - 1).clamp(min=0)],
-                z,
-            )
+            z, x = _slide(z, x, found, moved)
         return states, sweeps, evaluations
+
+
+def _sweep(
+    estimates: Estimates, z: Tensor, x: Tensor, levels: Tensor, place: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """New estimates and states of the windows, `(B, W, ...)`, and the states' relative changes.
+
+    Args:
+        estimates: Estimates of the clean image.
+        z: Start states of the windows, `(B, ...)`.
+        x: Estimates of the clean image that the windows' states follow from, `(B, W, ...)`.
+        levels: Falling levels, `(S + 1,)`.
+        place: Indices of the windows' levels, `(B, W + 1)`. Beyond the end they stand for the last
+            level, where a step changes nothing.
+    """
+    steps = len(levels) - 1
+    scales = estimates.denoiser.schedule(levels[place.clamp(max=steps)])
+    guess = ddim_chain(z, x, scales)
+    inputs = torch.cat([z[:, None], guess[:, :-1]], 1)
+    sample, column = torch.where(place[:, :-1] < steps)
+    x = x.clone()
+    x[sample, column] = estimates(inputs[sample, column], levels[place[sample, column]], sample)
+    found = ddim_chain(z, x, scales)
+    return x, found, _relative_change(guess, found)
+
+
+def _slide(z: Tensor, x: Tensor, found: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+    """Start states and estimates after each window moves on by `moved` states, `(B,)`."""
+    rows, window = torch.arange(len(z)), x.shape[1]
+    # States that are new in the window get the estimate of the last one.
+    ahead = (torch.arange(window) + moved[:, None]).clamp(max=window - 1)
+    mask = (moved > 0).to(z.device).reshape(-1, *(1,) * (z.ndim - 1))
+    z = torch.where(mask, found[rows, (moved - 1).clamp(min=0)], z)
+    return z, x[rows[:, None], ahead]
 
 
 def _relative_change(before: Tensor, after: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
-"""Pseudo numerical methods (Liu et al. 2022)."""
+"""Pseudo numerical methods ([PNDM])."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ddim_pl.checks import check_one_of
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.prediction import Prediction
 from ddim_pl.rng import Generators
@@ -17,7 +18,7 @@ from ddim_pl.transitions import ode_step
 
 Warmup = Literal["prk", "plms"]
 
-# Adams-Bashforth weights of the last estimates, newest first, by how many there are.
+# Adams-Bashforth weights of 1 to 4 estimates, newest first.
 ADAMS_BASHFORTH = (
     (1.0,),
     (3 / 2, -1 / 2),
@@ -28,37 +29,33 @@ ADAMS_BASHFORTH = (
 
 @dataclass(frozen=True)
 class PNDM(Sampler):
-    """Linear multistep on the noise, then a DDIM step along it (Liu et al. 2022, algorithm 2).
+    """A linear multistep estimate of the noise, then a DDIM step along it ([PNDM], algorithm 2).
 
-    A step goes along `(55 eps_0 - 59 eps_1 + 37 eps_2 - 9 eps_3) / 24`, the estimates at the last
-    four levels (eq. 12). These weights take the levels to be evenly spaced, or a smooth function
-    of the step's index; the method is of second order, as the DDIM step takes the noise to be
-    constant. One network evaluation a step, but for the first steps, which lack a history:
+    A step uses `(55 eps_0 - 59 eps_1 + 37 eps_2 - 9 eps_3) / 24` of the estimates at the last four
+    levels (eq. 12). These weights assume levels that are evenly spaced, or a smooth function of
+    the step's index. The method is of second order, as the DDIM step assumes constant noise. One
+    network evaluation per step, except for the first steps, which have no history:
 
     - "prk": the first three steps are pseudo Runge-Kutta steps of four evaluations each (eq. 13),
-      with halfway levels, as in the paper: S + 9 in all.
-    - "plms": the first step is one of Heun, with two, the next two are multistep of lower order,
-      as in latent diffusion (Rombach et al. 2022) and diffusers' `skip_prk_steps`: S + 1 in all.
+      with midpoint levels, as in the paper: S + 9 evaluations in total.
+    - "plms": the first step is a Heun step of two evaluations, the next two are multistep of lower
+      order, as in [LDM] and diffusers' `skip_prk_steps`: S + 1 in total.
 
-    The step to level 0 is always multistep, with the history there is, since it would be no use to
-    evaluate the network on clean data: one step is DDIM. With two to four uneven steps, or a
-    long first step from almost pure noise (see `Heun`), DDIM is the safer sampler.
+    The step to level 0 is always multistep with the available history, since the network is not
+    trained on clean data: a single step is DDIM. With two to four uneven steps, or a long first
+    step from almost pure noise (see `Heun`), DDIM is more stable.
 
     Args:
-        warmup: How the first steps are taken.
+        warmup: Kind of the first steps.
 
     Raises:
-        ValueError: If `warmup` is neither.
+        ValueError: If `warmup` is unknown.
     """
 
     warmup: Warmup = "plms"
 
     def __post_init__(self) -> None:
-        if self.warmup not in get_args(Warmup):
-            raise ValueError(
-                f"warmup must be one of {get_args(Warmup)}, got {self.warmup!r}: 'prk' is the "
-                "paper's, 'plms' the cheaper one of latent diffusion"
-            )
+        check_one_of(Warmup, warmup=self.warmup)
 
     def steps(
         self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None
@@ -78,12 +75,12 @@ class PNDM(Sampler):
             yield State(s, z, prediction.x)
 
     def num_evaluations(self, levels: Tensor) -> int:
-        """One a step, and for each first step three more with "prk", one more with "plms"."""
+        """One per step, and per warm-up step three more with "prk", one more with "plms"."""
         more = 3 if self.warmup == "prk" else 1
         return len(levels) - 1 + more * self._num_warm(levels)
 
     def _num_warm(self, levels: Tensor) -> int:
-        """Number of first steps that look ahead, none of them to level 0."""
+        """Number of warm-up steps, none of them to level 0."""
         return min(3 if self.warmup == "prk" else 1, len(levels) - 1 - int(levels[-1] == 0))
 
     def _may_rise(self, levels: Tensor) -> bool:

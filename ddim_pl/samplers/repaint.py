@@ -1,4 +1,4 @@
-"""Inpainting by resampling (Lugmayr et al. 2022)."""
+"""Inpainting by resampling ([RePaint])."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ddim_pl.checks import check_at_least
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.rng import Generators, randn
 from ddim_pl.samplers.ddim import DDIM
@@ -14,10 +15,10 @@ from ddim_pl.transitions import forward_step, q_sample
 
 
 def visits(num_steps: int, jump_length: int, num_resamples: int) -> list[int]:
-    """Indices into the levels in the order of their visits, from 0 to `num_steps`.
+    """Indices into the levels in the order of visits, from 0 to `num_steps`.
 
-    With one step left, and then every `jump_length` steps before it, the way leads back by
-    `jump_length` and down again, `num_resamples - 1` times (the authors' `get_schedule_jump`).
+    With one step left, and at every `jump_length` steps before that, jump back by `jump_length`
+    and sample down again, `num_resamples - 1` times (the authors' `get_schedule_jump`).
 
     >>> visits(4, 1, 2)
     [0, 1, 0, 1, 2, 1, 2, 3, 2, 3, 4]
@@ -26,28 +27,27 @@ def visits(num_steps: int, jump_length: int, num_resamples: int) -> list[int]:
     """
     turns = range(num_steps - 1, jump_length - 1, -jump_length)
     left = dict.fromkeys(turns, num_resamples - 1)
-    way = [0]
-    while way[-1] < num_steps:
-        way.append(way[-1] + 1)
-        if left.get(way[-1], 0) > 0:
-            left[way[-1]] -= 1
-            way.append(way[-1] - jump_length)
-    return way
+    path = [0]
+    while path[-1] < num_steps:
+        path.append(path[-1] + 1)
+        if left.get(path[-1], 0) > 0:
+            left[path[-1]] -= 1
+            path.append(path[-1] - jump_length)
+    return path
 
 
 @dataclass(frozen=True)
 class RePaint:
-    """Fill the unknown part of an image (Lugmayr et al. 2022, algorithm 1).
+    """Fill the unknown part of an image ([RePaint], algorithm 1).
 
-    After each step down the known part is drawn anew from `q(z_s | x)`. The unknown part fits it
-    only as far as the network saw it, so the way leads back up, by a draw from `q(z_t | z_s)`, and
-    down again. The paper's line 5 scales its noise by the variance; the deviation, of its eq. 8a,
-    is meant.
+    After each denoising step the known part is sampled from `q(z_s | x)`. To harmonise the unknown
+    part with it, the states are noised again by `q(z_t | z_s)` and denoised again. Line 5 of the
+    algorithm scales the noise by the variance; the standard deviation of eq. 8a is meant.
 
     Args:
-        eta: Noise of the steps down, see `DDIM`; 1 is the paper's DDPM.
-        jump_length: Number of levels that a way back leads up, the paper's `j`.
-        num_resamples: How often each stretch is walked, the paper's `r`; 1 is no way back.
+        eta: Noise of the denoising steps, see `DDIM`; 1 is the paper's DDPM.
+        jump_length: Number of levels that a jump goes back, the paper's `j`.
+        num_resamples: Number of passes through each stretch, the paper's `r`; 1 is no jump.
 
     Raises:
         ValueError: If `eta` lies outside [0, 1] or a number is less than 1.
@@ -59,11 +59,7 @@ class RePaint:
 
     def __post_init__(self) -> None:
         DDIM(self.eta)
-        for name in ("jump_length", "num_resamples"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}: the paper has 10"
-                )
+        check_at_least(1, jump_length=self.jump_length, num_resamples=self.num_resamples)
 
     @torch.no_grad()
     def __call__(
@@ -77,7 +73,7 @@ class RePaint:
         generator: Generators | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Draw images that equal `image` where `mask` is 1, without gradients.
+        """Sample images that equal `image` where `mask` is 1, without gradients.
 
         Args:
             denoiser: Estimates of the clean image and the noise.
@@ -86,7 +82,7 @@ class RePaint:
             image: Images of the shape of `z`, in [-1, 1] where known and of any value elsewhere.
             mask: 1 or True where the image is known, 0 or False elsewhere; of the shape of `z` or
                 one that broadcasts to it, such as `(B, 1, H, W)` or `(H, W)`.
-            generator: One generator, or one for each image.
+            generator: One generator, or one per image.
             progress: Show a progress bar.
 
         Returns:
@@ -96,20 +92,20 @@ class RePaint:
             ValueError: If a shape or a value does not fit.
         """
         levels = torch.as_tensor(levels, dtype=torch.float64, device="cpu")
-        way = self._visits(levels)
+        path = self._visits(levels)
         image, known = image.to(z), _check(z, image, mask)
         scales, step = [denoiser.schedule(t) for t in levels], DDIM(self.eta)
-        for i, j in tqdm(list(pairwise(way)), "RePaint", disable=not progress, leave=False):
+        for i, j in tqdm(list(pairwise(path)), "RePaint", disable=not progress, leave=False):
             if j > i:
                 z = step(denoiser, z, levels[i : j + 1], generator=generator)
-                drawn = q_sample(image, randn(z.shape, generator, z), scales[j])
-                z = torch.where(known, drawn, z)
+                noisy = q_sample(image, randn(z.shape, generator, z), scales[j])
+                z = torch.where(known, noisy, z)
             else:
                 z = forward_step(z, randn(z.shape, generator, z), scales[i], scales[j])
-        return torch.where(known, image, z)  # level 0 of some schedules keeps a trace of noise
+        return torch.where(known, image, z)  # level 0 of some schedules has noise
 
     def num_evaluations(self, levels: Tensor) -> int:
-        """How often the network is called on the way through `levels`, `(S + 1,)`."""
+        """Number of network evaluations for `levels`, `(S + 1,)`."""
         return sum(j > i for i, j in pairwise(self._visits(levels)))
 
     def _visits(self, levels: Tensor) -> list[int]:
@@ -122,13 +118,13 @@ class RePaint:
         if self.num_resamples > 1 and self.jump_length >= num_steps:
             raise ValueError(
                 f"jump_length must be less than the number of steps, {num_steps}, got "
-                f"{self.jump_length}: take more steps, or num_resamples=1 for no way back"
+                f"{self.jump_length}: take more steps, or num_resamples=1 for no jumps"
             )
         return visits(num_steps, self.jump_length, self.num_resamples)
 
 
 def _check(z: Tensor, image: Tensor, mask: Tensor) -> Tensor:
-    """Refuse what does not fit `z`; the mask as bool of the shape of `z`, on its device."""
+    """Check the shapes and values; return the mask as bool, of the shape and device of `z`."""
     if image.shape != z.shape:
         raise ValueError(
             f"image must have the shape of z, {tuple(z.shape)}, got {tuple(image.shape)}"
@@ -149,6 +145,6 @@ def _check(z: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     if not (values.abs() <= 1).all():
         raise ValueError(
             f"image must lie in [-1, 1] where known, got values in [{values.min():g}, "
-            f"{values.max():g}]: rescale it as the training data"
+            f"{values.max():g}]: scale it like the training data"
         )
     return known == 1

@@ -1,4 +1,4 @@
-"""Denoising diffusion training (Ho et al. 2020).
+"""Denoising diffusion training ([DDPM]).
 
 The network learns to undo noise: `z_t = alpha_t x + sigma_t eps` at a random level `t`, loss
 `w(t) ||x - x_hat(z_t, t)||^2`. With eps-prediction and `w = SNR` that is `||eps - eps_hat||^2`.
@@ -88,7 +88,7 @@ class DDPM(DiffusionModule):
             of DDPM), "truncated_snr", "snr_plus_one" (with v-prediction the plain v loss),
             "min_snr", "uniform".
         min_snr_gamma: Bound of "min_snr".
-        loss: "l2", the squared error, or "l1", the absolute one. Nachmani et al. 2021 write l1 for
+        loss: "l2", the squared error, or "l1", the absolute one. [Gamma] write l1 for
             Gamma noise, and their code has l2.
         level_sampling: "uniform" or "antithetic", see `draw_levels`.
         distilled_steps: Steps that the network was distilled for, in the checkpoint of a student;

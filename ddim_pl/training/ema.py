@@ -11,7 +11,7 @@ def exponential_average(network: nn.Module, decay: float) -> AveragedModel:
     """Averaged copy of `network`, buffers included, without gradients and in evaluation mode.
 
     Update number n keeps `min(decay, (1 + n) / (10 + n))` of the average, as TensorFlow's averages
-    of Ho et al. 2020 do when given the number of updates, so that a short run forgets its random
+    of [DDPM] do when given the number of updates, so that a short run forgets its random
     start.
 
     Args:

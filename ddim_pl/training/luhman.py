@@ -1,4 +1,4 @@
-"""Distillation in a single step (Luhman & Luhman 2021).
+"""Distillation in a single step ([KD]).
 
 A deterministic teacher maps each latent to an image; the student learns that map, `x = student(z,
 T)`, by regression on pairs that were made beforehand.
@@ -38,7 +38,7 @@ class LuhmanDistillation(Distillation):
     Args:
         network: By default a copy of the teacher's; a checkpoint of this module holds it here.
         schedule: By default the teacher's.
-        loss: "l2", half the squared error (Luhman & Luhman 2021, eq. 8), or "l1", the absolute
+        loss: "l2", half the squared error ([KD], eq. 8), or "l1", the absolute
             one, as in their CIFAR-10 experiment.
         prediction: How the student's output is read; by default "residual", `x = z - F`, if the
             teacher predicts eps, as in the paper, and else as the teacher's.

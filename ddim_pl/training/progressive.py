@@ -1,4 +1,4 @@
-"""Progressive distillation (Salimans & Ho 2022).
+"""Progressive distillation ([PD]).
 
 A student of N steps learns to do in one DDIM step what its teacher does in two. Levels are `t = i
 T / N` with `i` uniform in 1..N; the teacher steps `t -> t - T / 2N -> t - T / N`, and the target

@@ -8,8 +8,8 @@ from tiny import some_ddpm
 
 from ddim_pl.data.digits import DigitsDataModule, digits_arrays
 from ddim_pl.images import from_uint8, read_png, to_uint8, write_png
-from ddim_pl.latents import reconstruct as reconstruction
-from ddim_pl.latents import slerp
+from ddim_pl.inversion import reconstruct as reconstruction
+from ddim_pl.inversion import slerp
 from ddim_pl.noise import latents
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ddim_pl.cli import main
 from ddim_pl.commands.sources import unclipped
 from ddim_pl.images import read_png
-from ddim_pl.latents import encode
+from ddim_pl.inversion import encode
 from ddim_pl.noise import latents
 from ddim_pl.samplers import DDIM
 from ddim_pl.timesteps import linear

@@ -9,7 +9,7 @@ from tiny import some_ddpm
 
 from ddim_pl.data.digits import DigitsDataModule, digits_arrays
 from ddim_pl.images import from_uint8, read_png, write_png
-from ddim_pl.latents import reconstruct as reconstruction
+from ddim_pl.inversion import reconstruct as reconstruction
 from ddim_pl.samplers import DDIM, Heun
 from ddim_pl.schedules import LinearSchedule
 from ddim_pl.timesteps import make_levels

@@ -241,7 +241,7 @@ def test_a_chain_whose_states_do_not_fit_says_what_would(monkeypatch):
     ("arguments", "message"),
     [
         ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
-        ({"first_guess": -1}, "first_guess must not be negative, got -1"),
+        ({"first_guess": -1}, "first_guess must be at least 0, got -1"),
     ],
 )
 def test_wrong_arguments_are_errors(arguments, message):
@@ -276,13 +276,13 @@ def share_levels(rank, world, folder):
         "other latents": DEQ(split_levels=True),
         "other latents in a window": ParaDiGMS(split_levels=True),
     }.items():
-        with pytest.raises(ValueError, match="needs the same latents"):
+        with pytest.raises(ValueError, match="split_levels must have the same latents"):
             sampler(LAWS[1], own, levels)
         Path(folder, f"{name}-{rank}").touch()
     deq.free_memory = lambda device: 1.0 if rank else torch.inf
     with pytest.raises(ValueError, match="use ParaDiGMS"):  # though one process has the memory
         DEQ(split_levels=True)(LAWS[1], z, levels)
-    with pytest.raises(ValueError, match="has no gradients"):
+    with pytest.raises(ValueError, match="split_levels must be False where gradients"):
         parallel.Estimates(LAWS[1], split=True).of_chain(
             z[:, None].clone().requires_grad_(True), levels[:1]
         )

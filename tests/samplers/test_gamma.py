@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddim_pl import timesteps
 from ddim_pl.denoiser import Denoiser
-from ddim_pl.latents import encode
+from ddim_pl.inversion import encode
 from ddim_pl.noise import GammaNoise, latents
 from ddim_pl.noise.gamma import standardised_beta
 from ddim_pl.noise.gamma_quantiles import normal_score

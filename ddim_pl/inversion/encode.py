@@ -1,7 +1,7 @@
-"""From images to latents and between latents: encoding, interpolation, forward trajectories.
+"""Encoding of images, interpolation between latents, and forward trajectories.
 
-A deterministic sampler is a map that can be walked both ways: with rising levels it takes an image
-to the latent that draws it (Song et al. 2021, section 4.3 and 5.4).
+A deterministic sampler can be inverted: with rising levels it maps an image to the latent that
+generates it ([DDIM], sections 4.3 and 5.4).
 """
 
 from collections.abc import Iterator
@@ -27,13 +27,13 @@ def encode(
     sampler: Sampler | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Latents `(B, ...)` from which a deterministic sampler draws the images.
+    """Latents `(B, ...)` from which a deterministic sampler generates the images.
 
     Args:
-        denoiser: The model, not clipped: clipping would lose what the latent has to keep.
+        denoiser: The model, without clipping, which cannot be inverted.
         x: Images, `(B, ...)`.
-        levels: Levels as for sampling, `(S + 1,)`, decreasing; they are walked upwards.
-        sampler: A deterministic one; by default DDIM with eta = 0.
+        levels: Decreasing levels, as for sampling, `(S + 1,)`; visited in reverse.
+        sampler: A sampler that encodes; by default DDIM with eta = 0.
         progress: Show a progress bar.
 
     Raises:
@@ -44,7 +44,7 @@ def encode(
     z = x
     start = denoiser.schedule(rising[0])
     if start.sigma == 0 and not denoiser.estimates_noise_of_clean_data:
-        # At clean data an x-prediction says nothing of the noise: begin half a step above.
+        # An x-prediction gives no noise estimate at clean data: start half a step above.
         rising[0] = rising[1] / 2
         z = x * denoiser.schedule(rising[0]).alpha
     elif start.sigma > 0:
@@ -60,27 +60,27 @@ def reconstruct(
     sampler: Sampler | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Encode images and draw them again on the same levels, `(B, ...)`; arguments as `encode`."""
+    """Encode images, then sample from the latents, `(B, ...)`; arguments as for `encode`."""
     z = encode(denoiser, x, levels, sampler=sampler, progress=progress)
     return (sampler or DDIM())(denoiser, z, levels, progress=progress)
 
 
 def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
-    """Spherical interpolation between latents, per image (Song et al. 2021, eq. 67).
+    """Spherical interpolation between latents, per image ([DDIM], eq. 67).
 
-    It keeps the norm of Gaussian latents, which a straight line would shorten: `sin((1 - w) phi) /
-    sin(phi) a + sin(w phi) / sin(phi) b` with the angle `phi` between them.
+    `sin((1 - w) phi) / sin(phi) a + sin(w phi) / sin(phi) b` with the angle `phi` between them. It
+    keeps the norm of Gaussian latents, which linear interpolation shrinks.
 
     Args:
         a: Latents at weight 0, `(B, ...)`.
         b: Latents at weight 1, `(B, ...)`.
-        weight: From 0 to 1, a number or `(B,)`.
+        weight: In [0, 1], a number or `(B,)`.
     """
     flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
     cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
     angle = cosine.clamp(-1, 1).arccos()
     weight = torch.as_tensor(weight, dtype=torch.float64, device=a.device)
-    # Parallel latents have no angle between them, and there the two formulas agree.
+    # For parallel latents the formula is 0 / 0; its limit is linear interpolation.
     straight = angle.sin() < 1e-6
     sine = torch.where(straight, 1.0, angle.sin())
     share_a = torch.where(straight, 1 - weight, torch.sin((1 - weight) * angle) / sine)
@@ -96,15 +96,15 @@ def forward_trajectory(
     eta: float = 1.0,
     generator: Generators | None = None,
 ) -> Iterator[State]:
-    """Yield a path of noisy states of given images, by DDIM's non-Markovian forward process.
+    """Yield noisy states of given images by DDIM's non-Markovian forward process.
 
-    Every state has the marginal `q(z_t | x)`; what `eta` decides is how much of its noise a state
-    passes on: all of it with `eta = 0`, as little as in DDPM with `eta = 1`.
+    Every state has the marginal `q(z_t | x)`. `eta` sets how much of its noise a state passes on:
+    all with `eta = 0`, as much as in DDPM with `eta = 1`.
 
     Args:
         schedule: Noise schedule.
         x: Clean images, `(B, ...)`.
-        levels: Rising levels `(S,)`, the first of which holds some noise.
+        levels: Rising levels `(S,)`; the first has some noise.
         eta: In [0, 1], as in `DDIM`.
         generator: One generator, or one for each image.
 
@@ -117,7 +117,9 @@ def forward_trajectory(
     if levels.ndim != 1 or len(levels) < 1 or not (levels.diff() > 0).all():
         raise ValueError(f"levels must rise strictly, got {levels.tolist()}")
     if schedule(levels[0]).sigma == 0:
-        raise ValueError(f"levels must start where there is noise, got {levels[0]:g} first")
+        raise ValueError(
+            f"levels must start where there is noise, got {levels[0]:g} first: leave it out"
+        )
     return _forward(schedule, x, levels, eta, generator)
 
 

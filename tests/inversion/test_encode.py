@@ -1,4 +1,4 @@
-"""Encoding undoes drawing, interpolation keeps to the sphere, forward paths keep the marginals."""
+"""Encoding inverts sampling, interpolation keeps the norm, forward paths have the marginals."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,7 @@ from tiny import tiny_ddpm
 
 from ddim_pl import timesteps
 from ddim_pl.denoiser import NetworkDenoiser
-from ddim_pl.latents import encode, forward_trajectory, reconstruct, slerp
+from ddim_pl.inversion import encode, forward_trajectory, reconstruct, slerp
 from ddim_pl.samplers import DDIM, Ancestral
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
 from ddim_pl.transitions import ddim_forward, ddim_noise_scale, transition_variance
@@ -51,7 +51,7 @@ def test_reconstruction_tends_to_the_image(schedule):
 
 
 def test_reconstruction_of_x_predictions_on_a_discrete_schedule():
-    """At level 0 an x-prediction says nothing of the noise; encoding starts half a step above."""
+    """At level 0 an x-prediction gives no noise estimate; encoding starts half a step above."""
 
     class XNetwork(torch.nn.Module):
         def forward(self, z, t):
@@ -126,13 +126,13 @@ def test_a_forward_path_has_the_marginal_of_every_level(eta):
     path = list(forward_trajectory(schedule, x, levels, eta=eta, generator=generator))
     assert [float(state.t) for state in path] == levels
     for state in path:
-        level = schedule(state.t)
-        assert abs(state.z.mean() - level.alpha * 0.7) < 0.012 * level.sigma
-        assert abs(state.z.var() / level.sigma**2 - 1) < 0.016
+        scales = schedule(state.t)
+        assert abs(state.z.mean() - scales.alpha * 0.7) < 0.012 * scales.sigma
+        assert abs(state.z.var() / scales.sigma**2 - 1) < 0.016
 
 
 def test_the_forward_process_and_the_backward_step_are_one_joint_law():
-    """Covariance of neighbours: `c^2` apart it is that of the backward step given x."""
+    """The covariance of neighbours is that of the backward step given x."""
     schedule, eta = LinearSchedule(), 0.6
     x = torch.zeros(400_000, 1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -147,7 +147,7 @@ def test_the_forward_process_and_the_backward_step_are_one_joint_law():
 
 
 def test_with_eta_one_the_forward_process_is_that_of_ddpm():
-    """It forgets x: `q(z_t | z_s, x) = N(alpha_t / alpha_s z_s, 1 - alpha_t^2 / alpha_s^2)`."""
+    """`q(z_t | z_s, x) = N(alpha_t / alpha_s z_s, 1 - alpha_t^2 / alpha_s^2)`, without x."""
     schedule = LinearSchedule()
     s, t = schedule(200.0), schedule(500.0)
     z = normal(4, 3)

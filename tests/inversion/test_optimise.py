@@ -1,4 +1,4 @@
-"""Latents found by descent are those that the closed form gives."""
+"""Latents found by gradient descent, against closed forms and the exact gradient."""
 
 from dataclasses import replace
 
@@ -9,8 +9,8 @@ from tiny import some_ddpm, tiny_unet
 from torch import nn
 
 from ddim_pl.fixed_point import Anderson, Picard
-from ddim_pl.inversion import Implicit, Sequential, eps_chain, invert
-from ddim_pl.latents import encode
+from ddim_pl.inversion import Implicit, Sequential, encode, invert
+from ddim_pl.inversion.optimise import eps_chain
 from ddim_pl.noise import latents
 from ddim_pl.samplers import DDIM, DEQ
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
@@ -37,9 +37,9 @@ def start(batch=4, seed=0):
 
 def gradient(method, law, z, levels=LEVELS, direction=None):
     z = z.clone().requires_grad_(True)
-    drawn = method.draw(law, z, levels, None)
+    found = method.generate(law, z, levels, None)
     direction = torch.ones_like(z) if direction is None else direction
-    return torch.autograd.grad((drawn.images * direction).sum(), z)[0], drawn.images.detach()
+    return torch.autograd.grad((found.images * direction).sum(), z)[0], found.images.detach()
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -47,7 +47,7 @@ def test_the_sequential_gradient_is_that_of_the_whole_chain(checkpointing):
     law, z = ExactMixture(LinearSchedule()), start(1)
     method = Sequential(checkpointing)
     assert torch.autograd.gradcheck(
-        lambda value: method.draw(law, value, LEVELS, None).images,
+        lambda value: method.generate(law, value, LEVELS, None).images,
         (z.clone().requires_grad_(True),),
     )
     torch.testing.assert_close(gradient(method, law, z)[1], DDIM()(law, z, LEVELS))
@@ -64,15 +64,15 @@ def test_every_method_draws_what_ddim_draws(method, schedule):
 
 
 def test_one_application_has_the_gradient_of_its_first_estimate_alone():
-    """Pokle et al. 2022, eq. 13 without the inverse: all later estimates are constants."""
+    """[DEQ], eq. 13 without the inverse: all later estimates are constants."""
     law, z = ExactMixture(LinearSchedule()), start()
     found, _ = gradient(Implicit(TIGHT), law, z)
-    level = law.schedule(LEVELS)
-    ratio = level.sigma / level.alpha
+    scales = law.schedule(LEVELS)
+    ratio = scales.sigma / scales.alpha
     value = z.clone().requires_grad_(True)
     eps = law(value, LEVELS[0]).eps
-    image = value / level.alpha[0] + (ratio[1] - ratio[0]) * eps
-    expected = torch.autograd.grad(image.sum(), value)[0] * level.alpha[-1]
+    image = value / scales.alpha[0] + (ratio[1] - ratio[0]) * eps
+    expected = torch.autograd.grad(image.sum(), value)[0] * scales.alpha[-1]
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
@@ -87,14 +87,14 @@ def test_undamped_applications_as_many_as_steps_have_the_exact_gradient():
 def test_both_forms_of_the_map_have_one_fixed_point(schedule):
     law, z = ExactMixture(schedule), start()
     states = torch.stack([s.z for s in DDIM().trajectory(law, z, LEVELS)], 1)
-    level = law.schedule(LEVELS)
-    y = states[:, 0] / level.alpha[1]
+    scales = law.schedule(LEVELS)
+    y = states[:, 0] / scales.alpha[1]
     torch.testing.assert_close(
         eps_chain(DEQ(), law, y, states, LEVELS), states, rtol=1e-8, atol=1e-8
     )
     inputs = torch.cat([z[:, None], states[:, :-1]], 1)
     x = DEQ().estimates(law).of_chain(inputs, LEVELS[:-1])
-    torch.testing.assert_close(ddim_chain(z, x, level), states, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(ddim_chain(z, x, scales), states, rtol=1e-8, atol=1e-8)
 
 
 def test_the_map_with_eps_has_its_derivative():
@@ -166,7 +166,7 @@ def test_a_network_gets_no_gradient_and_evaluations_are_counted(method):
     assert all(weight.grad is None for weight in denoiser.network.parameters())
     told = found.curve[-1].evaluations
     if isinstance(method, Sequential):
-        assert counts[0] / 2 == told - 10  # the last draw is not repeated for a gradient
+        assert counts[0] / 2 == told - 10  # the last images need no gradient
     else:
         assert counts[0] / 2 >= told  # samples that have converged are evaluated with the rest
 
@@ -212,7 +212,7 @@ def test_time_limits_an_inversion():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_updates": -1}, "num_updates must not be negative, got -1"),
+        ({"num_updates": -1}, "num_updates must be at least 0, got -1"),
         ({"judge_every": 0}, "judge_every must be at least 1, got 0"),
         ({"lr": 0.0}, "lr must be positive, got 0"),
         ({"z": torch.zeros(1, 1, 4, 4)}, r"z must have the images' shape .* got \(1, 1, 4, 4\)"),

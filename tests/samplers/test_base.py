@@ -11,15 +11,12 @@ import torch
 from exact import ExactGaussian
 
 import ddim_pl.samplers
-from ddim_pl import noise as noise_module
 from ddim_pl import timesteps
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.fixed_point import Solver
-from ddim_pl.noise import GammaNoise, GaussianNoise, Noise, latents
+from ddim_pl.noise import latents
 from ddim_pl.prediction import Prediction
 from ddim_pl.samplers import DDIM, DEQ, PNDM, Ancestral, DPMSolverPP, Heun, ParaDiGMS, Sampler
-from ddim_pl.samplers.gamma import default_sampler
-from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
 
 
 def samplers() -> Iterator[type[Sampler]]:
@@ -33,7 +30,11 @@ def samplers() -> Iterator[type[Sampler]]:
 
 
 SAMPLERS = list(samplers())
+
+
 every_sampler = pytest.mark.parametrize("kind", SAMPLERS)
+
+
 SHAPE = (3, 4, 4)
 
 
@@ -150,44 +151,3 @@ def test_a_sampler_counts_its_network_evaluations(
         assert evaluations == kind().num_evaluations(levels)
     assert torch.equal(levels, kept)
     assert 0 not in seen
-
-
-LAWS = [
-    kind
-    for _, kind in inspect.getmembers(noise_module, inspect.isclass)
-    if issubclass(kind, Noise) and not inspect.isabstract(kind)
-]
-every_law = pytest.mark.parametrize("kind", LAWS)
-
-
-def test_the_walk_finds_the_laws_of_noise() -> None:
-    assert {GammaNoise, GaussianNoise} <= set(LAWS)
-
-
-@every_law
-@pytest.mark.parametrize("schedule", [LinearSchedule(), CosineLogSNRSchedule()])
-def test_a_law_of_noise_is_standardised_and_moves_between_levels(
-    kind: type[Noise], schedule: NoiseSchedule
-) -> None:
-    """20,000 draws, seed 0: moments within 5 standard errors, those of a kurtosis below 9."""
-    law = kind()
-    assert kind() == law
-    assert kind.__doc__
-    assert law.is_gaussian == isinstance(law, GaussianNoise)
-    like = torch.empty(0, dtype=torch.float64)
-    t, s = schedule(900.0), schedule(100.0)
-    for level in (t, s):
-        eps = law.draw((20_000,), level, torch.Generator().manual_seed(0), like)
-        assert abs(eps.mean()) < 5 / 20_000**0.5
-        assert abs(eps.var() - 1) < 5 * (8 / 20_000) ** 0.5
-        assert law.log_density(eps, level).isfinite().all()
-    moved = law.transport(eps, s, t)
-    assert (moved[eps.argsort()].diff() >= 0).all()
-    torch.testing.assert_close(law.transport(moved, t, s), eps, rtol=0, atol=1e-8)
-
-
-@every_law
-def test_a_law_of_noise_has_a_sampler_that_encodes(kind: type[Noise]) -> None:
-    sampler = default_sampler(kind())
-    assert sampler.encodes
-    assert sampler.noise == kind()

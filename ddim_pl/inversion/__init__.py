@@ -1,0 +1,28 @@
+"""From images to latents: by encoding, or by gradient descent."""
+
+from ddim_pl.inversion.encode import encode, forward_trajectory, reconstruct, slerp
+from ddim_pl.inversion.optimise import (
+    Carry,
+    Generated,
+    Implicit,
+    Inversion,
+    Method,
+    Progress,
+    Sequential,
+    invert,
+)
+
+__all__ = [
+    "Carry",
+    "Generated",
+    "Implicit",
+    "Inversion",
+    "Method",
+    "Progress",
+    "Sequential",
+    "encode",
+    "forward_trajectory",
+    "invert",
+    "reconstruct",
+    "slerp",
+]

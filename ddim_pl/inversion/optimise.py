@@ -1,0 +1,358 @@
+"""Latents from which a deterministic sampler generates given images, by gradient descent.
+
+Minimise `||x - x_hat(z_T)||^2` over the latent `z_T` of each image ([DEQ], section 5). A method
+generates the images and defines the gradient with respect to the latents: `Sequential`
+differentiates through the whole chain, `Implicit` solves the chain as a fixed point and uses a
+cheap gradient. The exact gradient of a fixed point needs the inverse of `I - J`, J being the
+Jacobian of the map.
+"""
+
+import time
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import trange
+
+from ddim_pl.checks import check_at_least
+from ddim_pl.denoiser import Denoiser
+from ddim_pl.fixed_point import Anderson
+from ddim_pl.prediction import Prediction
+from ddim_pl.samplers.ddim import DDIM
+from ddim_pl.samplers.deq import DEQ, Chain
+from ddim_pl.scales import Scales, expand_like
+from ddim_pl.transitions import ddim_step
+
+
+class Carry(NamedTuple):
+    """A solution to start the next solve from.
+
+    Attributes:
+        latents: `(B, ...)`.
+        states: At all levels but the first, `(B, S, ...)`.
+    """
+
+    latents: Tensor
+    states: Tensor
+
+
+class Generated(NamedTuple):
+    """Images with a gradient.
+
+    Attributes:
+        images: `(B, ...)`, attached to the latents.
+        carry: What the method is given at its next call, if anything.
+        evaluations: Forward passes of the network for each sample, including those that the
+            backward pass repeats, `(B,)`.
+        is_exact: Whether the images are those of `DDIM` to rounding, not to a solver's tolerance.
+    """
+
+    images: Tensor
+    carry: Carry | None
+    evaluations: Tensor
+    is_exact: bool
+
+
+class Method(ABC):
+    """A way to generate images with a gradient."""
+
+    @abstractmethod
+    def generate(
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor, carry: Carry | None
+    ) -> Generated:
+        """Generate images from the latents.
+
+        Args:
+            denoiser: Estimates of the clean image and the noise.
+            z: Latents at level `levels[0]`, `(B, ...)`, which require a gradient.
+            levels: Falling levels, `(S + 1,)`.
+            carry: That of the previous call; None at the first.
+        """
+
+
+@dataclass(frozen=True)
+class Sequential(Method):
+    """DDIM step by step, with the exact gradient of the whole chain: the baseline.
+
+    Args:
+        checkpointing: Keep only the states and evaluate the network again in the backward pass, so
+            that memory does not grow by a network's activations with each step.
+    """
+
+    checkpointing: bool = True
+
+    def generate(
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor, carry: Carry | None
+    ) -> Generated:
+        """Generate images by DDIM; nothing is carried."""
+
+        def step(z: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            return ddim_step(denoiser(z, t), denoiser.schedule(t), denoiser.schedule(s))
+
+        steps = len(levels) - 1
+        for t, s in pairwise(levels):
+            # The step draws no random numbers: no generator state to restore.
+            z = (
+                checkpoint(step, z, t, s, use_reentrant=False, preserve_rng_state=False)
+                if self.checkpointing
+                else step(z, t, s)
+            )
+        passes = 2 * steps if self.checkpointing else steps
+        return Generated(z, None, torch.full((len(z),), passes), is_exact=True)
+
+
+@dataclass(frozen=True)
+class Implicit(Method):
+    """DDIM as a fixed point, with the gradient of one or a few applications of its map.
+
+    The map is written with `y = z / alpha`, `y_k = y_0 + sum_{j < k} (r_{j+1} - r_j) eps_hat_j`
+    and `r = sigma / alpha` ([DEQ], eq. 9). In this form `J = 0` is a useful approximation, since
+    the last state depends on the latent directly. With one application only the first estimate has
+    a gradient ("1-step", [DEQ], eq. 13 without the inverse). More applications are damped, `z <-
+    (1 - tau) z + tau h(z)` from the fixed point on (the phantom gradient, [Phantom]).
+
+    Args:
+        deq: Solves the chain, from the previous solution if there is one. With a tolerance of 0 it
+            makes all its sweeps, and one can be enough: the solution then follows the latents.
+        applications: Number of applications of the map that the gradient passes through.
+        damping: `tau` in (0, 1]; not used with one application.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    deq: DEQ = field(
+        default_factory=lambda: DEQ(Anderson(memory=3, damping=0.9, tolerance=1e-2, max_sweeps=15))
+    )
+    applications: int = 1
+    damping: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_at_least(1, applications=self.applications)
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping must lie in (0, 1], got {self.damping}: the paper has 0.1")
+
+    def generate(
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor, carry: Carry | None
+    ) -> Generated:
+        """Generate images by solving the chain; its states are carried."""
+        chain = self._solve(denoiser, z.detach(), levels, carry)
+        carry = Carry(z.detach().clone(), chain.states)
+        count = chain.evaluations + 1
+        first = denoiser(z, levels[0])
+        y = _first_state(denoiser, first, levels)
+        if self.applications == 1 or len(levels) == 2:
+            scale = denoiser.schedule(levels[-1]).alpha
+            # The solution's value, with the gradient of the first terms of the sum.
+            images = chain.states[:, -1] + expand_like(scale, y) * (y - y.detach())
+            return Generated(images, carry, count, is_exact=False)
+        states = chain.states
+        for _ in range(self.applications):
+            image = eps_chain(self.deq, denoiser, y, states, levels)
+            states = torch.lerp(states, image, self.damping)
+        # The solution's value again: damping and rounding change it slightly.
+        images = chain.states[:, -1] + (states[:, -1] - states[:, -1].detach())
+        rest = self.applications * (len(levels) - 2)
+        return Generated(images, carry, count + rest, is_exact=False)
+
+    def _solve(self, denoiser: Denoiser, z: Tensor, levels: Tensor, carry: Carry | None) -> Chain:
+        """Solve the chain from the carried solution; warn if it does not converge."""
+        start = None
+        if carry is not None:
+            start = carry.states + _response(denoiser.schedule(levels), z - carry.latents)
+        chain = self.deq.solve(denoiser, z, levels, start=start)
+        if self.deq.solver.tolerance > 0 and not chain.converged.all():
+            warnings.warn(
+                f"{int((~chain.converged).sum())} of {len(z)} chains did not converge in "
+                f"{self.deq.solver.max_sweeps} sweeps: raise max_sweeps or the tolerance",
+                stacklevel=3,
+            )
+        return chain
+
+
+def eps_chain(deq: DEQ, denoiser: Denoiser, y: Tensor, states: Tensor, levels: Tensor) -> Tensor:
+    """One application of the map `h` in its form with eps, `(B, S, ...)`, with gradients.
+
+    Args:
+        deq: Defines how the network is evaluated.
+        denoiser: Estimates of the clean image and the noise.
+        y: The first state after the latents over its alpha, `(B, ...)`, see `_first_state`.
+        states: States at all levels but the first, `(B, S, ...)`.
+        levels: Falling levels, `(S + 1,)`.
+    """
+    scales = denoiser.schedule(levels[1:])
+    inner = states[:, :-1]
+    alpha, ratio = scales.alpha.to(states), (scales.sigma / scales.alpha).to(states)
+    shape = (-1, *(1,) * (states.ndim - 2))
+    x = deq.estimates(denoiser).of_chain(inner, levels[1:-1])
+    sigma = scales.sigma[:-1].to(states).reshape(shape)
+    eps = (inner - alpha[:-1].reshape(shape) * x) / sigma
+    sums = (ratio.diff().reshape(shape) * eps).cumsum(1)
+    return alpha.reshape(shape) * (
+        y[:, None] + torch.cat([torch.zeros_like(sums[:, :1]), sums], 1)
+    )
+
+
+def _response(scales: Scales, change: Tensor) -> Tensor:
+    """Approximate change `(B, S, ...)` of the states after the first to one of the latents.
+
+    Exact for Gaussian data of standard deviation 1/2, the default of [EDM], under the exact flow,
+    which keeps standardised states.
+    """
+    deviation = (scales.alpha**2 / 4 + scales.sigma**2).sqrt()
+    ratio = (deviation[1:] / deviation[0]).to(change)
+    return ratio.reshape(-1, *(1,) * (change.ndim - 1)) * change[:, None]
+
+
+def _first_state(denoiser: Denoiser, first: Prediction, levels: Tensor) -> Tensor:
+    """`y_1 = z_1 / alpha_1` by a DDIM step; alpha at the last level is too small to divide by."""
+    t, s = denoiser.schedule(levels[0]), denoiser.schedule(levels[1])
+    z = ddim_step(first, t, s)
+    return expand_like(1 / s.alpha, z) * z
+
+
+class Progress(NamedTuple):
+    """Progress of an inversion after an update.
+
+    Attributes:
+        update: Number of updates made.
+        seconds: Time since the start.
+        evaluations: Forward passes of the network for each sample, on average.
+        loss: Mean over the images of `||x - x_hat||^2`, as the method generates them.
+        best: The same of each image's best latent so far, as `DDIM` generates it.
+    """
+
+    update: int
+    seconds: float
+    evaluations: float
+    loss: float
+    best: float
+
+
+class Inversion(NamedTuple):
+    """Latents found for images.
+
+    Attributes:
+        latents: The best of each image, `(B, ...)`.
+        images: What `DDIM` generates from them, `(B, ...)`.
+        losses: `||x - x_hat||^2` of these, `(B,)` float64.
+        curve: Progress at every update.
+    """
+
+    latents: Tensor
+    images: Tensor
+    losses: Tensor
+    curve: list[Progress]
+
+
+def invert(
+    denoiser: Denoiser,
+    x: Tensor,
+    levels: Tensor,
+    z: Tensor,
+    *,
+    method: Method | None = None,
+    num_updates: int = 1000,
+    lr: float = 5e-3,
+    max_seconds: float | None = None,
+    judge_every: int = 10,
+    progress: bool = False,
+) -> Inversion:
+    """Find latents from which deterministic DDIM generates the images.
+
+    Adam with a constant rate, each image independently. The latent of least loss is kept among
+    those that are judged by the loss of DDIM: all, if the method generates exactly what `DDIM`
+    does; else the first, the last and every `judge_every`-th.
+
+    Args:
+        denoiser: Estimates of the clean image and the noise, without clipping.
+        x: Images, `(B, ...)`.
+        levels: Falling levels, `(S + 1,)`.
+        z: Initial latents at level `levels[0]`, `(B, ...)`: noise, or an encoding.
+        method: How images are generated with a gradient; by default `Implicit`.
+        num_updates: Maximum number of updates.
+        lr: Learning rate of Adam.
+        max_seconds: Stop after this time, if that comes first.
+        judge_every: Updates between two judgements of a method that is not exact.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If the denoiser clips, or an argument is out of range or of another shape.
+    """
+    _check_arguments(denoiser, x, z, num_updates, lr, judge_every)
+    method = method or Implicit()
+    latents = z.detach().clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([latents], lr=lr)
+    best = _Best(z.detach().clone(), torch.zeros_like(x))
+    carry, curve, evaluations = None, [], 0.0
+    begin = time.perf_counter()
+    # One iteration more than updates, to judge the last latents too.
+    bar = trange(num_updates + 1, desc="inverting", disable=not progress, leave=False)
+    for update in bar:
+        found = method.generate(denoiser, latents, levels, carry)
+        losses = (found.images - x).square().flatten(1).sum(1)
+        loss = float(losses.detach().mean())  # waits for the device
+        carry, evaluations = found.carry, evaluations + float(found.evaluations.double().mean())
+        late = max_seconds is not None and time.perf_counter() - begin >= max_seconds
+        last = update == num_updates or late
+        if found.is_exact or last or update % judge_every == 0:
+            images, used = _exact_images(denoiser, latents.detach(), levels, found)
+            evaluations += used
+            best.update(latents.detach(), images, x)
+        curve.append(Progress(update, time.perf_counter() - begin, evaluations, loss, best.mean))
+        bar.set_postfix(loss=loss, refresh=False)
+        if last:
+            break
+        optimizer.zero_grad()
+        losses.sum().backward()
+        optimizer.step()
+    return Inversion(best.latents, best.images, best.losses, curve)
+
+
+def _check_arguments(
+    denoiser: Denoiser, x: Tensor, z: Tensor, num_updates: int, lr: float, judge_every: int
+) -> None:
+    denoiser.check_unclipped("whose gradient is 0 where it clips")
+    if z.shape != x.shape:
+        raise ValueError(f"z must have the images' shape {tuple(x.shape)}, got {tuple(z.shape)}")
+    check_at_least(0, num_updates=num_updates)
+    if not lr > 0:
+        raise ValueError(f"lr must be positive, got {lr}: 5e-3 is usual")
+    check_at_least(1, judge_every=judge_every)
+
+
+def _exact_images(
+    denoiser: Denoiser, z: Tensor, levels: Tensor, found: Generated
+) -> tuple[Tensor, int]:
+    """What `DDIM` generates from the latents, and the network evaluations this took."""
+    if found.is_exact:
+        return found.images.detach(), 0
+    return DDIM()(denoiser, z, levels), len(levels) - 1
+
+
+class _Best:
+    """The latent of least loss of each image so far, the image it generates, and its loss."""
+
+    def __init__(self, latents: Tensor, images: Tensor) -> None:
+        self.latents = latents
+        self.images = images
+        self.losses = torch.full((len(images),), torch.inf, dtype=torch.float64)
+
+    @property
+    def mean(self) -> float:
+        """Mean loss."""
+        return float(self.losses.mean())
+
+    def update(self, latents: Tensor, images: Tensor, x: Tensor) -> None:
+        """Replace those whose images `(B, ...)` are closer to `x`."""
+        losses = (images - x).square().flatten(1).sum(1).cpu().double()
+        better = losses < self.losses
+        self.losses = torch.where(better, losses, self.losses)
+        mask = better.to(x.device).reshape(-1, *(1,) * (x.ndim - 1))
+        self.latents = torch.where(mask, latents, self.latents)
+        self.images = torch.where(mask, images, self.images)

@@ -1,0 +1,3 @@
+"""Shapes and schedules for tests of noise."""
+
+SHAPE = (3, 4, 4)

@@ -1,0 +1,173 @@
+"""Seeds and generators: what is drawn depends on them and on nothing else."""
+
+import math
+
+import pytest
+import torch
+from noise_draws import SHAPE
+
+from ddim_pl.noise import latents
+from ddim_pl.rng import (
+    derive_seed,
+    image_generators,
+    randn,
+    share_generators,
+    step_generators,
+)
+
+
+def test_a_derived_seed_depends_on_every_word_and_on_their_order() -> None:
+    words = [(0, 1), (1, 0), (0, 0), (1, 1), (2, 1), (1, 2), (2**40, 3), (2**40 + 1, 3)]
+    seeds = [derive_seed(*w) for w in words]
+    assert len(set(seeds)) == len(words)
+    assert seeds == [derive_seed(*w) for w in words]
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_a_zero_is_a_word_too() -> None:
+    """NumPy's SeedSequence pads with zeros, and so takes `(s,)` and `(s, 0)` for the same."""
+    assert len({derive_seed(5), derive_seed(5, 0), derive_seed(5, 0, 0)}) == 3
+
+
+def test_a_hundred_thousand_images_have_a_hundred_thousand_generators() -> None:
+    """Distinct in the 32 bits that PyTorch's CPU generator reads."""
+    seeds: set[int] = set()
+    for start in range(0, 100_000, 10_000):  # in parts: a generator weighs 5 kB
+        part = image_generators(7, range(start, start + 10_000))
+        seeds.update(g.initial_seed() % 2**32 for g in part)
+    assert len(seeds) == 100_000
+
+
+def first_generator(seed: int) -> int:
+    return image_generators(seed, [0])[0].initial_seed()
+
+
+def nearest(count: int) -> int:
+    """Smallest distance between first generators of seeds < count, on the circle of 32 bits."""
+    first = sorted(first_generator(seed) for seed in range(count))
+    gaps = [b - a for a, b in zip(first, [*first[1:], first[0] + 2**32], strict=True)]
+    return min(gaps)
+
+
+def test_image_generators_are_consecutive() -> None:
+    """What `nearest` rests on."""
+    seeds = [g.initial_seed() for g in image_generators(3, [0, 1, 10, 99_999])]
+    assert [(seed - seeds[0]) % 2**32 for seed in seeds] == [0, 1, 10, 99_999]
+
+
+def test_a_hundred_seeds_share_none_of_a_hundred_thousand_images() -> None:
+    assert nearest(100) >= 100_000
+
+
+def test_a_thousand_seeds_share_none_of_fifty_thousand_images() -> None:
+    """50,000 is a Frechet distance's worth; seeds are small numbers in practice."""
+    assert nearest(1000) >= 50_000
+
+
+@pytest.mark.parametrize("seeds", [(0, 0), (2, 2), (0, 5), (5, 0), (2, 2 + 2**32)])
+def test_ranges_that_share_a_generator_are_told_by_its_seed(seeds: tuple[int, int]) -> None:
+    """Against the sets themselves, of few images; ranges that meet end to end are given too."""
+
+    def starts(seed: int, count: int) -> set[int]:
+        return {g.initial_seed() for g in image_generators(seed, range(count))}
+
+    a, b = seeds
+    for counts in [(0, 3), (3, 0), (1, 1), (1, 40), (40, 1), (40, 40)]:
+        shared = bool(starts(a, counts[0]) & starts(b, counts[1]))
+        assert share_generators(a, counts[0], b, counts[1]) == shared
+    distance = (first_generator(b) - first_generator(a)) % 2**32
+    assert not share_generators(a, distance, b, 1)
+    assert share_generators(a, distance + 1, b, 1)
+    assert share_generators(b, 2**32 - distance + 1, a, 1)
+    assert not share_generators(b, (2**32 - distance) % 2**32, a, 1)
+
+
+def test_different_seeds_or_indices_give_different_latents() -> None:
+    z = torch.cat([latents(seed, range(50), SHAPE)[0] for seed in range(10)])
+    assert len(z.flatten(1).unique(dim=0)) == 500
+
+
+def test_latents_are_the_same_for_any_batch_split_and_order() -> None:
+    whole, _ = latents(5, range(64), SHAPE)
+    for size in (1, 7, 64):
+        parts = [latents(5, range(i, min(i + size, 64)), SHAPE)[0] for i in range(0, 64, size)]
+        assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(latents(5, [9, 3], SHAPE)[0], whole[[9, 3]])
+    assert whole.dtype == torch.float32
+
+
+def test_latents_are_standard_normal_and_independent_between_neighbours() -> None:
+    """Their generators have neighbouring seeds. Seed 0, 5,000 images; 4 standard errors."""
+    z = latents(0, range(5000), SHAPE)[0].flatten(1).double()
+    n = z.numel()
+    assert abs(z.mean()) < 4 / math.sqrt(n)
+    assert abs(z.var() - 1) < 4 * math.sqrt(2 / n)
+    assert abs((z[1:] * z[:-1]).mean()) < 4 / math.sqrt(n)
+    # The first number of each image, where a poorly mixed seed would show.
+    first = z[:, 0]
+    assert abs(first.mean()) < 4 / math.sqrt(5000)
+    assert abs(first.var() - 1) < 4 * math.sqrt(2 / 5000)
+    assert abs((first[1:] * first[:-1]).mean()) < 4 / math.sqrt(5000)
+
+
+def test_the_generators_of_latents_go_on_after_them() -> None:
+    z, generators = latents(5, range(3), SHAPE)
+    fresh = image_generators(5, range(3))
+    assert torch.equal(randn(z.shape, fresh, z), z)
+    more = randn(z.shape, generators, z)
+    assert torch.equal(randn(z.shape, fresh, z), more)
+    assert not torch.equal(more, z)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_dtype_of_the_state_does_not_change_the_picture(dtype: torch.dtype) -> None:
+    like = torch.empty(0, dtype=dtype)
+    noise = randn((2, *SHAPE), image_generators(1, range(2)), like)
+    assert noise.dtype == dtype
+    single = randn((2, *SHAPE), image_generators(1, range(2)), torch.empty(0))
+    assert torch.equal(noise, single.to(dtype))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_wrong_number_of_generators_is_an_error(count: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"one generator per image, got {count} for a batch of 2"
+    ):
+        randn((2, *SHAPE), image_generators(0, range(count)), torch.empty(0))
+
+
+def test_one_generator_serves_a_batch() -> None:
+    like = torch.empty(0, dtype=torch.float64)
+    a, b = (randn((2, 3), torch.Generator().manual_seed(1), like) for _ in range(2))
+    assert a.dtype == torch.float64
+    assert torch.equal(a, b)
+
+
+def test_given_generators_leave_the_global_one_alone() -> None:
+    before = torch.get_rng_state()
+    latents(0, range(3), SHAPE)
+    randn((2, 3), torch.Generator(), torch.empty(0))
+    step_generators(0, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_step_has_two_independent_generators_that_its_seed_fixes() -> None:
+    device = torch.device("cpu")
+    one, again, other = (step_generators(seed, device) for seed in (4, 4, 5))
+    seeds = {g.initial_seed() for g in (*one, *other)}
+    assert len(seeds) == 4
+    assert [g.initial_seed() for g in one] == [g.initial_seed() for g in again]
+
+
+def test_one_generator_draws_the_same_in_every_dtype() -> None:
+    draws = [
+        randn((3, 5), torch.Generator().manual_seed(0), torch.empty(0, dtype=dtype)).float()
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert torch.equal(*draws)
+
+
+def test_no_images_make_an_empty_batch() -> None:
+    z, generators = latents(0, [], (1, 8, 8))
+    assert z.shape == (0, 1, 8, 8)
+    assert generators == []
