@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ddim_pl.data.base import ImageDataModule, IndexBatches
 from ddim_pl.lightning_internals import without_callbacks_and_loggers
+from ddim_pl.runs import run_of
 from ddim_pl.samplers import Sampler
 from ddim_pl.training import DiffusionModule
 
@@ -209,17 +210,6 @@ def on_every_worker(
     once_each = IndexBatches([torch.zeros(1, dtype=torch.long)])
     with without_callbacks_and_loggers(trainer):
         trainer.predict(_Job(model, work, run, bar), once_each, return_predictions=False)
-
-
-def run_of(checkpoint: Path) -> Path:
-    """The run of a checkpoint; of a file that lies in none, a folder of its name beside it.
-
-    The same folder every time, so that a sweep of a moved file finds its cells again.
-    """
-    run = checkpoint.absolute().parent.parent
-    if checkpoint.absolute().parent.name == "checkpoints" and run.name.startswith("version_"):
-        return run
-    return checkpoint.absolute().with_name(f"{checkpoint.stem}-run")
 
 
 def check_images(datamodule: L.LightningDataModule | None) -> ImageDataModule:

@@ -243,12 +243,12 @@ def test_wrong_config_is_one_line_of_error_and_leaves_no_run(paths, message, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["test", "--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt is not a file"),
+        (["test", "--ckpt_path", "nowhere.ckpt"], "got nowhere.ckpt, which is not a file"),
         (["test", "--config", "CONFIG"], "needs --ckpt_path"),
         (["test", "--config", "CONFIG", "--ckpt_path", "last"], "run fit first"),
         (
             ["fit", "--config", "CONFIG", "--ckpt_path", "nowhere.ckpt"],
-            "nowhere.ckpt is not a file",
+            "got nowhere.ckpt, which is not a file",
         ),
         (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["fti"], "fti"),
@@ -270,7 +270,7 @@ def test_pairs_are_asked_for_before_a_run_of_luhmans_begins(run, tmp_path, capsy
         "init_args": {"teacher": str(last), "teacher_num_steps": 4},
     }
     line = fails(["fit", "--config", write_config(config, tmp_path / "config.yaml")], capsys)
-    assert re.search("needs .*TeacherPairsDataModule", line), line
+    assert re.search("must be .*TeacherPairsDataModule", line), line
     assert not (tmp_path / "runs").exists()
 
 
@@ -279,7 +279,7 @@ def test_pairs_are_asked_for_before_a_run_of_luhmans_begins(run, tmp_path, capsy
     [
         ({"network": {"class_path": UNET, "init_args": {**NETWORK, "channels": 12}}}, "network"),
         ({"rounds": [[4, 2], [1, 2]]}, "rounds must halve the steps"),
-        ({"teacher": "gone.ckpt"}, "'gone.ckpt' is not a file"),
+        ({"teacher": "gone.ckpt"}, "got 'gone.ckpt', which is no file"),
         ({"prediction": "both"}, "'both' reads 2 channels"),
     ],
 )

@@ -1,5 +1,6 @@
 """Every config in the repository can be parsed, so that none rots, and holds what it says."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import yaml
 
 from ddim_pl.cli import main
 from ddim_pl.networks.unet import UNet
+from ddim_pl.renamed import RENAMED
 
 FOLDER = Path(__file__).parents[2] / "configs"
-CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+CONFIGS = sorted(FOLDER.glob("*/*.yaml"))
+RESOLVED = json.loads(Path(__file__).with_name("resolved_configs.json").read_text())
 
 
 def name_of(config: Path) -> str:
@@ -30,7 +33,7 @@ def arguments_of(config: Path) -> dict[str, Any]:
 STUDENTS = [config for config in CONFIGS if "teacher" in arguments_of(config)]
 
 
-def verb_of(config: Path) -> str:
+def command_of(config: Path) -> str:
     """A config without a model is one of `sweep`."""
     return "fit" if "\nmodel:" in config.read_text() else "sweep"
 
@@ -40,13 +43,57 @@ def test_configs_are_found() -> None:
     assert len(STUDENTS) >= 8
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
-def test_a_config_parses(config, capsys) -> None:
+def resolved(config: Path, capsys) -> Any:
     with pytest.raises(SystemExit) as stop:
-        main([verb_of(config), "--config", str(config), "--print_config"])
+        main([command_of(config), "--config", str(config), "--print_config"])
     captured = capsys.readouterr()
     assert stop.value.code in (0, None), captured.err
-    assert len(captured.out) > 500
+    return yaml.safe_load(captured.out)
+
+
+def assert_same(found: Any, recorded: Any, place: str = "") -> None:
+    """Of the trainer and of classes of others, what both know: their versions differ."""
+    if isinstance(recorded, str):
+        recorded = RENAMED.get(recorded, recorded)
+    if isinstance(recorded, dict) and isinstance(found, dict):
+        theirs = str(recorded.get("class_path", "")).startswith(("torch.", "lightning."))
+        if not theirs and "trainer" not in place and "init_args" not in place:
+            assert found.keys() == recorded.keys(), place
+        for key in found.keys() & recorded.keys():
+            assert_same(found[key], recorded[key], f"{place}.{key}")
+    elif place.endswith("trainer.callbacks") and recorded:
+        by_class = {each["class_path"]: each for each in found}
+        assert len(by_class) == len(found)
+        assert by_class.keys() == {each["class_path"] for each in recorded}
+        for each in recorded:
+            assert_same(by_class[each["class_path"]], each, f"{place}.{each['class_path']}")
+    elif isinstance(recorded, list) and isinstance(found, list):
+        assert len(found) == len(recorded), place
+        for i, (one, other) in enumerate(zip(found, recorded, strict=True)):
+            assert_same(one, other, f"{place}[{i}]")
+    else:
+        assert found == recorded, place
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+def test_a_config_comes_to_what_it_did_when_it_was_written_out(config, capsys) -> None:
+    """`resolved_configs.json` was recorded when each file held all that `default.yaml` has now."""
+    recorded = RESOLVED[str(config.relative_to(FOLDER))]
+    assert_same(resolved(config, capsys), recorded)
+
+
+def test_the_default_holds_nothing_that_changes_the_numbers_of_a_training() -> None:
+    """Complete configs of users were written without it."""
+    default = read(FOLDER / "default.yaml")
+    assert default.keys() == {"trainer"}
+    assert default["trainer"].keys() == {
+        "accelerator",
+        "devices",
+        "num_sanity_val_steps",
+        "log_every_n_steps",
+        "logger",
+        "callbacks",
+    }
 
 
 @pytest.mark.parametrize(
@@ -73,9 +120,9 @@ def test_a_network_has_the_size_its_config_says(config: str, parameters: int) ->
 def test_a_student_learns_from_a_run_of_the_same_folder(config: Path) -> None:
     teacher = arguments_of(config)["teacher"]
     runs = {
-        f"{logger['save_dir']}/{logger['name']}": path
+        f"runs/{logger['name']}": path
         for path in config.parent.glob("*.yaml")
-        if verb_of(path) == "fit"
+        if command_of(path) == "fit"
         for logger in [read(path)["trainer"]["logger"]["init_args"]]
     }
     run = teacher.removesuffix("/version_0/checkpoints/last.ckpt")

@@ -99,7 +99,7 @@ def test_a_command_without_a_checkpoint_is_an_error(command):
             "sampler cannot be Foo: known are Ancestral, DDIM, DEQ, DPMSolverPP",
         ),
         (["--model.timesteps", "foo"], "timesteps must be one of"),
-        (["--model.sampler", "Heun", "--model.sampler.eta", "1"], "no argument 'eta'"),
+        (["--model.sampler", "Heun", "--model.sampler.eta", "1"], "eta is no argument of Heun"),
         (["--model.sampler.eta", "2"], "eta must lie in"),
         (["--num_imagez", "3"], "num_imagez"),
         (["--output", "README.md"], "output must be a folder, got 'README.md'"),
@@ -152,7 +152,7 @@ def test_two_processes_give_what_one_gives(checkpoint, tmp_path):
 def test_a_single_value_for_a_list_is_told_how_to_be_one(checkpoint, command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--ckpt_path", str(checkpoint), "--num_steps", "5"])
-    assert "--num_steps takes a list, got 5: write it as '[5]'" in capsys.readouterr().err
+    assert "num_steps must be a list, got 5: write it as '[5]'" in capsys.readouterr().err
 
 
 def test_a_moved_checkpoint_has_one_folder_of_its_own(checkpoint, tmp_path, capsys):

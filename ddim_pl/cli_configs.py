@@ -1,0 +1,146 @@
+"""The configs that a command line names, as they are before anything is parsed.
+
+Later ones win over earlier ones. jsonargparse merges them; what it has no rule for is here: a
+callback that a later config changes, and the checkpoint whose config lies below all others.
+"""
+
+import importlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from ddim_pl.cli_errors import parser_message
+
+DEFAULTS = Path(__file__).parents[1] / "configs" / "default.yaml"
+"""What the experiments share; Lightning's commands read it before any other config."""
+
+
+class CommandParser(LightningArgumentParser):
+    """Reports an error in one line, and prints a config as it will be used."""
+
+    listed_callbacks = 0
+    """Length of the list of callbacks that counts as a whole, see `replace_repeated`."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and exit with status 2; an inner parser raises, as jsonargparse's."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        self.exit(2, f"error: {parser_message(message)}\n")
+
+    def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
+        """Write a config as YAML, without the callbacks that later ones replace."""
+        return cast(str, super().dump(self.settle(cfg.clone()), *args, **kwargs))
+
+    def settle(self, config: Namespace) -> Namespace:
+        """The same config, without the callbacks that later ones replace."""
+        callbacks = config.get("trainer.callbacks")
+        if isinstance(callbacks, list):
+            config["trainer.callbacks"] = replace_repeated(callbacks, self.listed_callbacks)
+        return config
+
+
+@dataclass
+class Given:
+    """What a command line gives.
+
+    Args:
+        command: The command, or None if the first argument is none.
+        configs: Contents of the configs, in their order; empty for one that cannot be read.
+        checkpoint: The last `ckpt_path`, be it an argument or an entry of a config.
+        shows_only: Whether the arguments want a help or a config printed.
+    """
+
+    command: str | None
+    configs: list[dict[str, Any]]
+    checkpoint: str | None
+    shows_only: bool
+
+    @classmethod
+    def by(cls, args: Sequence[str], commands: Collection[str]) -> "Given":
+        """Read what these arguments give."""
+        command = args[0] if args and args[0] in commands else None
+        given = cls(command, [], None, any(map(_shows_only, args)))
+        for name, value in _options(args):
+            if name in ("-c", "--config"):
+                config = read_config(value)
+                given.configs.append(config)
+                given.checkpoint = config.get("ckpt_path") or given.checkpoint
+            elif name == "--ckpt_path":
+                given.checkpoint = value
+        return given
+
+    @property
+    def names_model(self) -> bool:
+        """Whether a config says which model, so that none is taken from a checkpoint."""
+        return any(config.get("model") for config in self.configs)
+
+
+def read_config(source: str | Path) -> dict[str, Any]:
+    """The content of a config, given as a file or as YAML; what is wrong, the parser reports."""
+    try:
+        text = Path(source).read_text()
+    except (OSError, ValueError):
+        text = str(source)
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def count_listed(configs: Sequence[dict[str, Any]], args: Sequence[str]) -> int:
+    """Length of the last list of callbacks that a config gives as a whole, by `callbacks:`.
+
+    0 if the command line gives one: all of its callbacks are then compared.
+    """
+    if any(name == "--trainer.callbacks" for name, _ in _options(args)):
+        return 0
+    for config in reversed(configs):
+        trainer = config.get("trainer")
+        if isinstance(trainer, dict) and "callbacks" in trainer:
+            callbacks = trainer["callbacks"]
+            return len(callbacks) if isinstance(callbacks, list) else int(callbacks is not None)
+    return 0
+
+
+def replace_repeated(callbacks: Sequence[Any], listed: int) -> list[Any]:
+    """Callbacks of which a later one has replaced an earlier one of its class, in its place.
+
+    Args:
+        callbacks: Callbacks as a parsed config has them.
+        listed: The first so many come from one list, in which a class may stand twice; those
+            after them were added with `callbacks+`.
+    """
+    kept: list[Any] = []
+    for number, callback in enumerate(callbacks):
+        same = [i for i, other in enumerate(kept) if _kind(other) == _kind(callback)]
+        if number >= listed and same:
+            kept[same[-1]] = callback
+        else:
+            kept.append(callback)
+    return kept
+
+
+def _kind(callback: Any) -> Any:
+    """The class of a callback, which may be known by several paths."""
+    module, _, name = callback["class_path"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _options(args: Sequence[str]) -> list[tuple[str, str]]:
+    """Names and values of arguments, `--name=value` and `--name value`."""
+    pairs = []
+    for place, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        pairs.append((name, value if equals else next(iter(args[place + 1 :]), "")))
+    return [pair for pair in pairs if pair[0].startswith("-")]
+
+
+def _shows_only(arg: str) -> bool:
+    name = arg.partition("=")[0]
+    return name in ("-h", "--help", "--print_config") or name.endswith(".help")

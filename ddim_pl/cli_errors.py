@@ -1,0 +1,183 @@
+"""What went wrong on the command line, in one line that says what to do."""
+
+import difflib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from torch import nn
+
+OURS = ("ddim_pl.", "callbacks.")
+MOST_NAMES = 12
+"""Names that a message lists at most."""
+
+LISTS = "--help and --print_config list what there is"
+KEY, OWNER = r'Parser key "([\w.]+)":', r"Problem with given class_path '([\w.]+)':"
+WRONG_CLASS = (
+    r"Expected a dot import path string: (\S+)|module '?[\w.]+'? has no attribute '(\w+)'"
+)
+
+
+def parser_message(message: str) -> str:
+    """Say what is wrong with the arguments, in one line.
+
+    Args:
+        message: What jsonargparse says: nested text, each level a key or a class, the reason last.
+    """
+    option = re.search(r"Option '([\w.]+)' is not accepted", message)
+    if option:
+        owner = _last(OWNER, message[: option.start()])
+        kind = _import(owner) if owner else None
+        name = owner.rpartition(".")[2] if owner else "this command"
+        hint = _hint(option[1].partition(".")[0], _arguments(kind)) if kind else LISTS
+        return f"{option[1]} is no argument of {name}: {hint}"
+    wrong = re.search(WRONG_CLASS, message)
+    if wrong:
+        line = _wrong_class(message, wrong)
+        if line is not None:
+            return line
+    pattern = r'Parser key "([\w.]+)":.*(?:Sequence|list).*(?:Given value: |Got value: )(.*)'
+    single = re.match(pattern, message, re.DOTALL)
+    if single and not single[2].startswith("[") and "NestedArg" not in single[2]:
+        return f"{single[1]} must be a list, got {single[2]}: write it as '[{single[2]}]'"
+    return f"{one_line(_reason(message))} ({LISTS})"
+
+
+def run_message(error: Exception) -> str | None:
+    """Say what went wrong in a run, or None for an error of the program that needs its traceback.
+
+    Args:
+        error: Raised by the command.
+    """
+    message = one_line(_reason(str(error)))
+    misfit = re.match(r"Error\(s\) in loading state_dict for \w+: ([^.:]*)", message)
+    if isinstance(error, RuntimeError) and misfit:
+        return (
+            f"the checkpoint does not fit the configured network ({misfit[1].strip()}): give the "
+            "config it was trained with, or none to use the checkpoint's own"
+        )
+    return None if isinstance(error, RuntimeError) else message
+
+
+def one_line(message: str) -> str:
+    """The message without line breaks."""
+    return " ".join(message.split())
+
+
+def exit_if_callbacks_are_shadowed() -> None:
+    """Exit with one line if another package called `callbacks` hides ours."""
+    ours = Path(__file__).resolve().parents[1] / "callbacks"
+    spec = find_spec("callbacks")
+    places = [*(spec.submodule_search_locations or ()), spec.origin] if spec is not None else []
+    found = Path(places[0]).resolve() if places and places[0] is not None else None
+    if found != ours:
+        sys.exit(
+            f"error: the package callbacks must be {ours}, got {found or 'none'}: rename the "
+            f"other one, or put {ours.parent} before it in PYTHONPATH"
+        )
+
+
+def known_classes(base: type[Any]) -> list[str]:
+    """Names of the classes below a base that can be made: ours, or if there are none, all."""
+    kinds = [kind for kind in _below(base) if not inspect.isabstract(kind)]
+    kinds = [kind for kind in kinds if not kind.__name__.startswith("_")]
+    places = ("ddim_pl.networks.",) if base is nn.Module else OURS
+    ours = [kind for kind in kinds if f"{kind.__module__}.".startswith(places)]
+    # The parts of a network explain no arguments, nor do classes that no config names.
+    ours = [kind for kind in ours if "Args:" in (kind.__doc__ or "") or not _arguments(kind)]
+    home = base.__module__.partition(".")[0]
+    others = [kind for kind in kinds if kind.__module__.partition(".")[0] == home]
+    return sorted({kind.__name__ for kind in ours or others})
+
+
+def _reason(message: str) -> str:
+    """Of nested text, the reason at its core."""
+    if "Does not validate against any" not in message:
+        return message
+    noise = ("- Does not validate", "- Expected a <class 'NoneType'>")
+    lines = [line.strip() for line in message.splitlines()]
+    reasons = [line for line in lines if line.startswith("- ") and not line.startswith(noise)]
+    if not reasons:
+        return message
+    if not reasons[0].endswith(":"):
+        return reasons[0].removeprefix("- ")
+    # The class is right, one of its arguments is not: that stands below.
+    inner = message.partition(reasons[0])[2].partition("- Expected a <class 'NoneType'>")[0]
+    return _reason(inner)
+
+
+def _wrong_class(message: str, wrong: re.Match[str]) -> str | None:
+    """A value that names no class of the wanted kind."""
+    before = message[: wrong.start()]
+    key = _last(KEY, before)
+    given = wrong[1] or _last(OWNER, before) or wrong[2]
+    base = _base_of(before, key)
+    if key is None or base is None:
+        return None
+    known = known_classes(base)
+    close = difflib.get_close_matches(given.rpartition(".")[2], known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return (
+        f"{key} cannot be {given}: {hint}known are {_some(known)}, or any class by its full path"
+    )
+
+
+def _base_of(before: str, key: str | None) -> type[Any] | None:
+    """The class that a key wants a subclass of: as the message says, or else its owner's hint."""
+    tail = before[before.rfind("Parser key") :]
+    for name in re.findall(r"[A-Za-z_][\w]*(?:\.\w+)+", _last(r"Subtypes: \[(.*)\]", tail) or ""):
+        kind = _import(name)
+        if kind is not None and not name.startswith(("collections.", "torch.nn.parameter")):
+            return kind
+    owner = _import(_last(OWNER, before) or "")
+    makers = [vars(each).get("__init__") for each in owner.__mro__[:-1]] if owner else []
+    hints = [get_type_hints(maker) for maker in makers if maker is not None]
+    found = next((hint[key] for hint in hints if key in hint), None)
+    return found if isinstance(found, type) else None
+
+
+def _hint(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]}?" if close else f"it has {_some(names) or 'none'}"
+
+
+def _arguments(kind: type[Any]) -> list[str]:
+    """Arguments of a class, those passed on to its bases included."""
+    found: dict[str, None] = {}
+    for each in kind.__mro__[:-1]:
+        maker = vars(each).get("__init__")
+        if maker is not None:
+            found |= dict.fromkeys(inspect.signature(maker).parameters)
+            if "kwargs" not in inspect.signature(maker).parameters:
+                break
+    return [name for name in found if name not in ("self", "args", "kwargs")]
+
+
+def _import(path: str) -> type[Any] | None:
+    module, _, name = path.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    return kind if isinstance(kind, type) else None
+
+
+def _below(base: type[Any]) -> Iterator[type[Any]]:
+    yield base
+    for child in type.__subclasses__(base):
+        yield from _below(child)
+
+
+def _last(pattern: str, text: str) -> str | None:
+    found: Iterable[str] = re.findall(pattern, text)
+    return next(reversed(list(found)), None)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:MOST_NAMES])
+    return f"{shown} and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else shown

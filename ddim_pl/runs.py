@@ -1,0 +1,105 @@
+"""Run folders `<save_dir>/<name>/version_N`, and the checkpoints that lie in them."""
+
+import glob
+import pickle
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from ddim_pl.training.hyperparameters import CONFIG_KEY
+
+
+def newest_checkpoint(root: Path, name: str | None = None) -> Path:
+    """The `last.ckpt` below `root` that was written last.
+
+    Args:
+        root: The `save_dir` of the logger.
+        name: The experiment; "" for runs that lie in `root` itself, None for all experiments.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    # A name is a name, also one with brackets.
+    experiment = "*" if name is None else glob.escape(name) or "."
+    pattern = f"{experiment}/version_*/checkpoints/last.ckpt"
+    files = sorted(root.glob(pattern), key=lambda file: file.stat().st_mtime)
+    if not files:
+        wanted = root / (name or "" if name is not None else "*") / "version_*/checkpoints"
+        raise FileNotFoundError(
+            f"--ckpt_path last must find {wanted / 'last.ckpt'}, got none: run fit first, or give "
+            "a file"
+        )
+    return files[-1]
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run of a checkpoint; of a file that lies in none, a folder of its name beside it.
+
+    The folder is the same every time, so that a sweep of a moved file finds its cells again.
+    """
+    run = checkpoint.absolute().parent.parent
+    if checkpoint.absolute().parent.name == "checkpoints" and run.name.startswith("version_"):
+        return run
+    return checkpoint.absolute().with_name(f"{checkpoint.stem}-run")
+
+
+def version_of(checkpoint: Path) -> tuple[Path, int] | None:
+    """The experiment's folder and the number N of the run `version_N` that holds a checkpoint.
+
+    None if the file lies in no folder of such a run.
+    """
+    run = checkpoint.absolute().parent.parent
+    number = re.fullmatch(r"version_(\d+)", run.name)
+    return (run.parent, int(number[1])) if number else None
+
+
+def read_checkpoint(path: Path, name: str = "--ckpt_path") -> dict[str, Any]:
+    """Read a Lightning checkpoint; tensors stay on the disk until they are used.
+
+    Args:
+        path: The file.
+        name: The argument that gave the path, for the errors.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no checkpoint.
+    """
+    if not path.is_file():
+        problem = "which is a folder" if path.is_dir() else "which is not a file"
+        raise FileNotFoundError(
+            f"{name} must be a checkpoint, got {path}, {problem}: give a file or 'last'"
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"{name} must be a checkpoint, got {path}, which is damaged or of another program: "
+            "give another file"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(
+            f"{name} must be a Lightning checkpoint, got {path}, which holds no state_dict: give "
+            "another file"
+        )
+    return checkpoint
+
+
+def config_in(checkpoint: dict[str, Any], path: Path, name: str = "--ckpt_path") -> str:
+    """The config that a checkpoint holds, as YAML.
+
+    Args:
+        checkpoint: What `read_checkpoint` returned.
+        path: Its file, for the error.
+        name: The argument that gave the path, for the error.
+
+    Raises:
+        ValueError: If it holds none.
+    """
+    if CONFIG_KEY not in checkpoint:
+        raise ValueError(
+            f"{name} must be a checkpoint with a config, got {path}, which holds none: give "
+            "--config as well"
+        )
+    return cast(str, checkpoint[CONFIG_KEY])

@@ -1,0 +1,78 @@
+"""Layers of configs: the default, the experiment, the command line, the checkpoint."""
+
+import pytest
+import yaml
+from tiny import tiny_config, write_config
+
+from ddim_pl.cli import main
+
+
+def resolved(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--print_config"])
+    captured = capsys.readouterr()
+    assert stop.value.code in (0, None), captured.err
+    return yaml.safe_load(captured.out)
+
+
+def short_config(folder, **trainer):
+    """An experiment that says only what differs."""
+    config = tiny_config(folder)
+    config["trainer"] = {"max_epochs": 1, "logger": {"init_args": {"name": "mine"}}, **trainer}
+    return write_config(config, folder / "short.yaml")
+
+
+def callbacks_of(config):
+    return {each["class_path"]: each["init_args"] for each in config["trainer"]["callbacks"]}
+
+
+def test_the_default_is_read_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = resolved(["fit", "--config", short_config(tmp_path)], capsys)
+    assert config["trainer"]["logger"]["init_args"]["save_dir"] == "runs"
+    assert config["trainer"]["logger"]["init_args"]["name"] == "mine"
+    assert "callbacks.SampleGrid" in callbacks_of(config)
+
+
+def test_a_callback_given_again_replaces_the_one_of_the_default(tmp_path, capsys):
+    extra = {
+        "callbacks+": [
+            {"class_path": "callbacks.SampleGrid", "init_args": {"num_images": 7}},
+            {"class_path": "callbacks.BitsPerDim"},
+        ]
+    }
+    arguments = ["fit", "--config", short_config(tmp_path, **extra)]
+    found = callbacks_of(resolved(arguments, capsys))
+    assert found["callbacks.SampleGrid"]["num_images"] == 7
+    assert "callbacks.BitsPerDim" in found
+    assert "callbacks.ImageWriter" in found
+    more = ["--trainer.callbacks+=callbacks.SampleGrid", "--trainer.callbacks.num_images", "3"]
+    config = resolved([*arguments, *more], capsys)
+    names = [each["class_path"] for each in config["trainer"]["callbacks"]]
+    assert len(names) == len(set(names))
+    assert callbacks_of(config)["callbacks.SampleGrid"]["num_images"] == 3
+
+
+def test_a_complete_list_of_callbacks_is_taken_as_it_is(tmp_path, capsys):
+    config = write_config(tiny_config(tmp_path), tmp_path / "complete.yaml")
+    names = [
+        each["class_path"]
+        for each in resolved(["fit", "--config", config], capsys)["trainer"]["callbacks"]
+    ]
+    assert names == [each["class_path"] for each in tiny_config(tmp_path)["trainer"]["callbacks"]]
+
+
+def test_a_later_config_wins(tmp_path, capsys):
+    over = write_config({"model": {"init_args": {"num_steps": 9}}}, tmp_path / "over.yaml")
+    arguments = ["fit", "--config", short_config(tmp_path), "--config", over]
+    assert resolved(arguments, capsys)["model"]["init_args"]["num_steps"] == 9
+
+
+def test_a_checkpoint_may_be_named_in_the_config_of_a_command(tmp_path):
+    main(
+        ["fit", "--config", write_config(tiny_config(tmp_path, max_epochs=1), tmp_path / "c.yaml")]
+    )
+    last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    content = {"ckpt_path": str(last), "num_images": 2, "output": str(tmp_path / "out")}
+    main(["sample", "--config", write_config(content, tmp_path / "sample.yaml")])
+    assert (tmp_path / "out" / "000001.png").is_file()
