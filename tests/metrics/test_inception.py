@@ -44,4 +44,4 @@ def test_weights_load_from_a_file_and_the_number_is_called_fid(monkeypatch, tmp_
     callback = FrechetDistance(lambda: features, num_samples=10)
     with pytest.warns(UserWarning, match="singular covariance"):
         callback.check(DigitsDataModule(), "test")
-    assert callback.key == "fid"
+    assert callback.settings.quality.keys[0] == "fid"
