@@ -64,7 +64,7 @@ class Solver(ABC):
 
     @abstractmethod
     def _begin(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """A function from an iterate and its image, each `(B, ...)`, to the next iterate."""
+        """Return a function from an iterate and its image, `(B, ...)`, to the next iterate."""
 
     @final
     @torch.no_grad()

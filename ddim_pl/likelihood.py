@@ -1,12 +1,12 @@
-"""How probable a model holds an image to be, in bits per dimension: a bound, and the ODE's value.
+"""Likelihood of images in bits per dimension: a variational bound, and the ODE's value.
 
-Two models hide in one denoiser. The Markov chain of ancestral sampling gives a variational bound
-on `-log2 P(x)`, `P` being a law of discrete images ([DDPM]). The probability-flow ODE
-gives the value of a density `p(x)` ([SDE]).
+A denoiser defines two models. The Markov chain of ancestral sampling has a variational bound on
+`-log2 P(x)`, the probability of a discrete image ([DDPM]). The probability-flow ODE has an exact
+density `p(x)` ([SDE]).
 
-Pixels stand on the grid of uint8 images, `x = k / 127.5 - 1` with `k = 0 ... 255`, whose bins are
-`1 / 127.5` wide. All numbers are negative log-likelihoods in bits per dimension, that is nats over
-`D ln 2`, D being the number of values in an image: the lower the better.
+Pixels are on the grid of uint8 images, `x = k / 127.5 - 1` with `k = 0 ... 255`, with bins of
+width `1 / 127.5`. All numbers are negative log-likelihoods in bits per dimension, that is nats
+over `D ln 2`, D being the number of values in an image: lower is better.
 """
 
 import math
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ddim_pl.checks import check_at_least
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.rng import Generators, randn, uniform
 from ddim_pl.scales import Scales, expand_like, float64, to_device
@@ -30,9 +31,9 @@ class Bound(NamedTuple):
     """A variational bound and its three parts, in bits per dimension, float64 `(B,)` each.
 
     Attributes:
-        prior: `L_T`, what the last state tells of the image.
+        prior: `L_T`, of the last state.
         diffusion: The sum of `L_{t-1}` over all transitions between states.
-        decoder: `L_0`, the image given the first state.
+        decoder: `L_0`, of the image given the first state.
     """
 
     prior: Tensor
@@ -55,43 +56,43 @@ def variational_bound(
     num_terms: int | None = None,
     progress: bool = False,
 ) -> Bound:
-    """Estimate without bias the variational bound on `-log2 P(x) / D` ([DDPM], eq. 5).
+    """Unbiased estimate of the variational bound on `-log2 P(x) / D` ([DDPM], eq. 5).
 
-    The latents are the states at the levels `t_1 < ... < t_n`, the model is ancestral sampling
+    The latents are the states at the levels `t_1 < ... < t_n`. The model is ancestral sampling
     through them with small variance (`Ancestral("small")`): `p(z_s | z_t)` is the posterior
-    `q(z_s | z_t, xhat)`. As it has the variance of `q(z_s | z_t, x)` and its mean differs by
-    `alpha_s var_ts / sigma_t^2 (x - xhat)`, where `var_ts = sigma_t^2 - alpha_t^2 sigma_s^2 /
-    alpha_s^2`, the divergence of the two is ([VDM], eq. 13)
+    `q(z_s | z_t, xhat)`. It has the variance of `q(z_s | z_t, x)`, and its mean differs by
+    `alpha_s var_ts / sigma_t^2 (x - xhat)` with `var_ts = sigma_t^2 - alpha_t^2 sigma_s^2 /
+    alpha_s^2`. So the divergence of the two is ([VDM], eq. 13)
 
         L_{t-1} = (SNR_s - SNR_t) / 2 ||x - xhat(z_t, t)||^2.
 
-    The prior `N(0, I)` costs `L_T = 1/2 sum(alpha^2 x^2 - alpha^2 - log sigma^2)` at `t_n`. The
-    decoder is `N(xhat(z, t_1), v)` integrated over the bins ([DDPM], eq. 13). The small
-    variance would be 0 there, which no image survives; `v = sigma_{t_1}^2` is the variance of the
-    transition from the clean image (`beta_1` of DDPM; their code has the smaller `betatilde_2`),
-    and exactly that of x given z where data are Gaussian with variance 1.
+    The prior `N(0, I)` has `L_T = 1/2 sum(alpha^2 x^2 - alpha^2 - log sigma^2)` at `t_n`. The
+    decoder is `N(xhat(z, t_1), v)` integrated over the bins ([DDPM], eq. 13). The small variance
+    is 0 there, which gives an infinite bound. `v = sigma_{t_1}^2` is the variance of the
+    transition from the clean image (`beta_1` in [DDPM]; the authors' code has the smaller
+    `betatilde_2`), and that of x given z for Gaussian data of variance 1.
 
-    No state at level 0 takes part, so this is the same bound for a schedule whose level 0 keeps
-    some noise. It holds for any denoiser, clipped or not, and for any levels. A grid even in t is
-    coarse near the data, where the log-SNR changes fastest: with 1,000 levels and exact denoisers
-    of Gaussians, bits above the entropy fell from 0.64 (linear) and 2.27 (cosine log-SNR schedule)
-    to 0.01 on a grid even in log(1 + SNR) from sigma = 0.03 on, which `schedule.level_at` makes.
+    There is no state at level 0, so that the bound does not depend on the noise there. It holds
+    for any denoiser, clipped or not, and for any levels. A grid even in t is coarse near the data,
+    where the log-SNR changes fastest: with 1,000 levels and exact denoisers of Gaussians, bits
+    above the entropy fell from 0.64 (linear) and 2.27 (cosine log-SNR schedule) to 0.01 on a grid
+    even in log(1 + SNR) from sigma = 0.03 on, see `NoiseSchedule.level_at`.
 
     Args:
         denoiser: Estimates of the clean image.
         x: Images on the grid of uint8, `(B, ...)`.
-        generator: One generator, or one for each image, which then does not depend on the others.
+        generator: One generator, or one per image, which makes images independent of each other.
         levels: Rising levels in (0, T], `(n,)`; by default `1 ... T`.
-        num_terms: Diffusion terms to draw for each image, at most n - 1; by default all are
-            summed. They are drawn, evenly spread, in proportion to what they would be for Gaussian
-            data of variance 1, and divided by it, so that the estimate has no bias.
+        num_terms: Number of diffusion terms to draw for each image, at most n - 1; by default all
+            are summed. They are drawn by systematic sampling in proportion to the terms of
+            Gaussian data of variance 1, and divided by their probability: no bias.
         progress: Show a progress bar.
 
     Returns:
-        The parts for each image, after n network calls, or `num_terms + 1`.
+        The parts for each image, after n network evaluations, or `num_terms + 1`.
 
     Raises:
-        ValueError: If the pixels are not on the grid, or levels or number of terms do not fit.
+        ValueError: If the pixels are not on the grid, or `levels` or `num_terms` do not fit.
     """
     _check_pixels(x)
     if levels is None:
@@ -102,8 +103,8 @@ def variational_bound(
             "levels must be above 0 for the bound, which has no state there, got 0 as the first: "
             "leave it out"
         )
-    every = denoiser.schedule(levels)
-    first, last = Scales(*(c[0] for c in every)), Scales(*(c[-1] for c in every))
+    scales = denoiser.schedule(levels)
+    first, last = Scales(*(c[0] for c in scales)), Scales(*(c[-1] for c in scales))
     squares = _sum(float64(x).square())
     constant = last.alpha**2 + 2 * last.sigma.log()
     prior = (squares * last.alpha**2 - x[0].numel() * constant) / 2
@@ -112,12 +113,12 @@ def variational_bound(
     variance = first.sigma**2
     decoder = -_sum(log_discretised(x, denoiser(z, levels[0]).x, variance.sqrt()))
 
-    weight = -every.snr.diff() / 2
-    terms = _choose(every.snr, len(x), num_terms, generator)
+    weight = -scales.snr.diff() / 2
+    terms = _choose(scales.snr, len(x), num_terms, generator)
     diffusion = torch.zeros_like(decoder)
     for index, factor in tqdm(terms, desc="bound", disable=not progress, leave=False):
-        level = Scales(every.alpha[index + 1], every.sigma[index + 1])
-        z = q_sample(x, randn(x.shape, generator, x), level)
+        t = Scales(scales.alpha[index + 1], scales.sigma[index + 1])
+        z = q_sample(x, randn(x.shape, generator, x), t)
         error = _sum(float64(x - denoiser(z, levels[index + 1]).x).square())
         diffusion += to_device(weight[index] * factor, error) * error
     return Bound(*(part / (x[0].numel() * math.log(2)) for part in (prior, diffusion, decoder)))
@@ -126,8 +127,8 @@ def variational_bound(
 def log_discretised(x: Tensor, mean: Tensor, std: Tensor | float) -> Tensor:
     """Log-probability of pixels under a Gaussian integrated over their bins.
 
-    The bins of the darkest and the brightest value reach to infinity, so that the 256
-    probabilities sum to 1 ([DDPM], eq. 13). Exact in both tails, however far.
+    The bins of the darkest and the brightest value extend to infinity, so that the 256
+    probabilities sum to 1 ([DDPM], eq. 13). Accurate far in both tails.
 
     Args:
         x: Pixels on the grid of uint8, `(B, ...)`.
@@ -141,7 +142,7 @@ def log_discretised(x: Tensor, mean: Tensor, std: Tensor | float) -> Tensor:
     centre = k / 127.5 - 1 - float64(mean)
     low = torch.where(k > 0, (centre - 0.5 / 127.5) / std, -torch.inf)
     high = torch.where(k < 255, (centre + 0.5 / 127.5) / std, torch.inf)
-    # In the left tail both integrals are small and keep their digits.
+    # Mirrored to the left tail, where both integrals are small and keep their digits.
     low, high = torch.where(centre > 0, -high, low), torch.where(centre > 0, -low, high)
     upper, lower = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
     return upper + torch.log(-torch.expm1(lower - upper))
@@ -160,33 +161,33 @@ def ode_bits_per_dim(
 ) -> Tensor:
     """Negative log-likelihood of the probability-flow ODE, in bits per dimension.
 
-    Of the angle `phi = arctan(sigma / alpha)`, `0 <= phi <= pi / 2`, the ODE is `dz / dphi = v =
-    alpha eps - sigma x` ([PD], appendix D; equal to `dy / dr = eps` in `y = z /
-    alpha`, `r = sigma / alpha`), smooth up to both ends and the same for all schedules. Densities
-    follow `d log p(z) / dphi = -div v` ([CNF]), and so
+    In the angle `phi = arctan(sigma / alpha)`, `0 <= phi <= pi / 2`, the ODE is `dz / dphi = v =
+    alpha eps - sigma x` ([PD], appendix D; equal to `dy / dr = eps` in `y = z / alpha`, `r = sigma
+    / alpha`), smooth up to both ends and the same for all schedules. Densities satisfy `d log p(z)
+    / dphi = -div v` ([NeuralODE]), and so
 
         log p(x) = log N(z_n; 0, I) + integral of div v dphi + D log alpha_1
 
-    from `z_1 = alpha_1 x` at the first level to the last. The method is the classical Runge-Kutta
-    one of order 4, with 4 network calls, and as many backward, for each step between two levels.
+    from `z_1 = alpha_1 x` at the first level to the last. The solver is the classical Runge-Kutta
+    method of order 4, with 4 forward and backward passes of the network per step.
 
-    This is the density of images drawn by solving the ODE from `N(0, I)` at the last level and
-    reading `z / alpha` at the first. A first level above 0 makes it that of images with the noise
-    left that the level holds: choose one with less noise than a bin, but that the network knows.
+    This is the density of `z / alpha` at the first level, where z solves the ODE from `N(0, I)` at
+    the last level. At a first level above 0 the images have noise left: choose a level with less
+    noise than a bin, but on which the network is trained.
 
     Args:
-        denoiser: Estimates without clipping, with gradients with respect to z.
-        x: Images, `(B, ...)`; its dtype is that of the states.
-        levels: Rising levels, `(S + 1,)`, from where the images are placed to where the prior is.
-        generator: One generator, or one for each image, which then does not depend on the others;
-            None only where nothing is drawn.
-        num_probes: Random directions for the divergence, of independent signs and the same all
-            the way: `div v` is the mean of `e^T (dv / dz) e` ([FFJORD]). Unbiased;
-            exact where the Jacobian is diagonal.
+        denoiser: Estimates without clipping, differentiable with respect to z.
+        x: Images, `(B, ...)`; the states have their dtype.
+        levels: Rising levels, `(S + 1,)`, from that of the images to that of the prior.
+        generator: One generator, or one per image, which makes images independent of each other;
+            None only if no random numbers are needed.
+        num_probes: Number of random sign vectors e for the divergence, the same in all steps:
+            `div v` is the mean of `e^T (dv / dz) e` ([FFJORD]). Unbiased; exact for a diagonal
+            Jacobian.
         exact_trace: Sum the D derivatives instead, with D backward passes in place of one.
-        dequantise: Take x for discrete images on the grid of uint8: add noise uniform over a bin,
-            and `BITS_PER_BIN`, 6.99, for its width. The mean is then a bound on `-log2 P(x) / D`,
-            to be compared with `variational_bound` and published figures ([Theis]).
+        dequantise: Treat x as discrete images on the grid of uint8: add noise uniform over a bin,
+            and `BITS_PER_BIN`, 6.99, for its width. The mean is a bound on `-log2 P(x) / D`,
+            comparable with `variational_bound` and published figures ([Theis]).
         progress: Show a progress bar.
 
     Returns:
@@ -197,31 +198,23 @@ def ode_bits_per_dim(
     """
     # A clipped estimate has kinks, and its field grows without bound towards level 0.
     denoiser.check_unclipped("whose derivatives are 0 where it clips")
-    if num_probes < 1:
-        raise ValueError(f"num_probes must be at least 1, got {num_probes}")
+    check_at_least(1, num_probes=num_probes)
     if generator is None and (dequantise or not exact_trace):
         raise ValueError(
-            "generator must be given for random probes and for dequantisation: only "
-            "exact_trace=True with dequantise=False draws nothing"
+            "generator must be given for random probes and dequantisation, got None: only "
+            "exact_trace=True with dequantise=False needs none"
         )
     if dequantise:
         _check_pixels(x)
     levels = _check_levels(denoiser.schedule, levels, least=2)
-    # Lightning evaluates in inference mode, whose tensors autograd does not take.
+    # Lightning evaluates in inference mode, whose tensors autograd does not accept.
     with torch.inference_mode(False), torch.enable_grad():
         if denoiser.label is not None:
             denoiser = denoiser.condition(denoiser.label.clone())
         y = x.detach().clone()
         if dequantise:
-            assert generator is not None
-            y = y + (uniform(x.shape, generator, x) - 0.5) / 127.5
-        probes = None
-        if not exact_trace:
-            assert generator is not None
-            probes = [
-                torch.where(uniform(x.shape, generator, x) < 0.5, -1, 1).to(y)
-                for _ in range(num_probes)
-            ]
+            y = y + _bin_noise(x, generator)
+        probes = None if exact_trace else _probes(y, num_probes, generator)
         log_density = _log_density(denoiser, y, levels, probes, progress)
         bits = -log_density / (x[0].numel() * math.log(2))
         return bits + BITS_PER_BIN if dequantise else bits
@@ -230,8 +223,8 @@ def ode_bits_per_dim(
 def ode_levels(num_levels: int, num_steps: int) -> Tensor:
     """Levels for `ode_bits_per_dim`, from 1 to `num_levels`, evenly spaced in `sqrt(t)`.
 
-    Level 1 is the least noisy that a network of a discrete schedule knows. Dense near the data,
-    where linear schedules change fastest; cosine ones mind it little.
+    Level 1 is the least noisy on which a network of a discrete schedule is trained. Dense near the
+    data, where linear schedules change fastest; for cosine schedules it matters little.
 
     >>> ode_levels(100, 3).tolist()
     [1.0, 16.0, 49.0, 100.0]
@@ -239,14 +232,23 @@ def ode_levels(num_levels: int, num_steps: int) -> Tensor:
     Raises:
         ValueError: If there are fewer than 2 levels or there is no step.
     """
-    if num_levels < 2 or num_steps < 1:
-        raise ValueError(
-            "num_levels must be at least 2 and num_steps at least 1, got "
-            f"{num_levels} and {num_steps}"
-        )
+    check_at_least(2, num_levels=num_levels)
+    check_at_least(1, num_steps=num_steps)
     levels = torch.linspace(1, math.sqrt(num_levels), num_steps + 1, dtype=torch.float64) ** 2
-    levels[-1] = num_levels  # the square of a root may lie above
+    levels[-1] = num_levels  # the squared root may be above by rounding
     return levels
+
+
+def _bin_noise(x: Tensor, generator: Generators | None) -> Tensor:
+    """Noise `(B, ...)` uniform over a bin."""
+    assert generator is not None
+    return (uniform(x.shape, generator, x) - 0.5) / 127.5
+
+
+def _probes(y: Tensor, count: int, generator: Generators | None) -> list[Tensor]:
+    """Vectors of random signs, each `(B, ...)`."""
+    assert generator is not None
+    return [torch.where(uniform(y.shape, generator, y) < 0.5, -1, 1).to(y) for _ in range(count)]
 
 
 def _log_density(
@@ -254,10 +256,10 @@ def _log_density(
 ) -> Tensor:
     """Natural logarithm of the density of `y = z / alpha` at the first level, float64 `(B,)`."""
     schedule = denoiser.schedule
-    every = schedule(levels)
-    angles = torch.atan2(every.sigma, every.alpha)
+    scales = schedule(levels)
+    angles = torch.atan2(scales.sigma, scales.alpha)
     middles = schedule.level_at(-2 * torch.tan((angles[:-1] + angles[1:]) / 2).log())
-    z = every.alpha[0] * y
+    z = scales.alpha[0] * y
     integral = torch.zeros_like(_sum(float64(y)))
     steps = zip(levels[:-1], middles, levels[1:], angles.diff(), strict=True)
     bar = tqdm(steps, total=len(middles), desc="ODE", disable=not progress, leave=False)
@@ -270,18 +272,18 @@ def _log_density(
         integral += h / 6 * (d1 + 2 * (d2 + d3) + d4)
     size = y[0].numel()
     prior = -(_sum(float64(z).square()) + size * math.log(2 * math.pi)) / 2
-    return prior + integral + size * every.alpha[0].log()
+    return prior + integral + size * scales.alpha[0].log()
 
 
 def _field(
     denoiser: Denoiser, z: Tensor, t: Tensor, probes: list[Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """Velocity `v = alpha eps - sigma x`, `(B, ...)`, and its divergence, float64 `(B,)`."""
-    level = denoiser.schedule(t)
+    scales = denoiser.schedule(t)
     z = z.detach().requires_grad_()
     x, eps = denoiser(z, t)
-    v = expand_like(level.alpha, z) * eps - expand_like(level.sigma, z) * x
-    # Derivatives of z alone: what a parameter holds in `grad` stays as it is.
+    v = expand_like(scales.alpha, z) * eps - expand_like(scales.sigma, z) * x
+    # autograd.grad leaves the parameters' `grad` unchanged.
     if probes is not None:
         parts = [
             _sum(float64(probe * torch.autograd.grad(v, z, probe, retain_graph=True)[0]))
@@ -290,7 +292,7 @@ def _field(
         return v.detach(), torch.stack(parts).mean(0)
     total = torch.zeros_like(_sum(float64(v.detach())))
     for i in range(z[0].numel()):
-        value = v.flatten(1)[:, i].sum()  # images do not see one another
+        value = v.flatten(1)[:, i].sum()  # images are independent
         total += float64(torch.autograd.grad(value, z, retain_graph=True)[0].flatten(1)[:, i])
     return v.detach(), total
 
@@ -307,11 +309,11 @@ def _choose(
             f"num_terms must lie in [1, {count}], the number of diffusion terms, got {num_terms}: "
             "None sums them all"
         )
-    # With data of variance 1 the mean error is 1 / (1 + SNR), and a fine term half of this.
+    # For data of variance 1 the mean error is 1 / (1 + SNR), and a short term d log(1 + SNR) / 2.
     shares = -torch.log1p(snr).diff()
     shares = shares / shares.sum()
     edges = shares.cumsum(0)
-    # One random number for an image, then equal distances: the terms cover all levels.
+    # Systematic sampling: one random number per image, then equal distances.
     start = uniform((batch, 1), generator, torch.empty(0, dtype=torch.float64))[:, 0]
     terms = []
     for k in range(num_terms):
@@ -328,7 +330,7 @@ def _sum(values: Tensor) -> Tensor:
 
 def _check_pixels(x: Tensor) -> None:
     k = float64(x) * 127.5 + 127.5
-    # float32 holds the grid to 1e-5 of its spacing; a thousandth is another image.
+    # float32 has the grid to 1e-5 of its spacing; 1e-3 is not rounding.
     if not ((k - k.round()).abs() < 1e-3).all() or not ((k > -0.5) & (k < 255.5)).all():
         raise ValueError(
             "x must hold images on the uint8 grid k / 127.5 - 1, got values off it within "
@@ -346,7 +348,7 @@ def _check_levels(schedule: NoiseSchedule, levels: Tensor, *, least: int) -> Ten
     if len(falls):
         t, s = levels[falls[0, 0] :][:2].tolist()
         raise ValueError(
-            f"levels must rise strictly, got {t:g} before {s:g}: turn a sampler's with flip(0)"
+            f"levels must rise strictly, got {t:g} before {s:g}: reverse a sampler's with flip(0)"
         )
     if levels[0] < 0 or levels[-1] > schedule.num_levels:
         raise ValueError(

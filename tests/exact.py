@@ -1,4 +1,4 @@
-"""Exact denoisers: data laws whose every noisy marginal and whose ODE flow are known."""
+"""Exact denoisers: data distributions with known noisy marginals and ODE flow."""
 
 from dataclasses import dataclass
 
@@ -13,6 +13,20 @@ from ddim_pl.samplers import Sampler
 from ddim_pl.scales import Scales, expand_like
 from ddim_pl.schedules import NoiseSchedule
 
+# Levels of steps, from and to. With theta_0 = 0.1 the Gamma shapes after them are 1.2 to 1e6.
+PAIRS = [
+    (1000.0, 999.0),
+    (1000.0, 500.0),
+    (1000.0, 30.0),
+    (900.0, 700.5),
+    (801.0, 633.0),
+    (500.0, 499.0),
+    (400.0, 100.0),
+    (300.0, 31.5),
+    (120.0, 60.0),
+    (60.0, 59.0),
+]
+
 
 def _like(value: float | Tensor, z: Tensor) -> Tensor:
     """A number stays a float64 scalar; values per dimension take the dtype and device of `z`."""
@@ -26,7 +40,7 @@ class ExactGaussian(Denoiser):
 
     The marginal at level `t` is `N(alpha_t mean, V_t)` with `V_t = alpha_t^2 std^2 + sigma_t^2`.
     Every operation is elementwise and there is no transcendental function of `z`, so that an image
-    does not depend on the others of its batch, to the last bit.
+    does not depend on its batch, to the last bit.
     """
 
     schedule: NoiseSchedule
@@ -51,8 +65,8 @@ class ExactGaussian(Denoiser):
         return mean_s + std_s / std_t * (z - mean_t)
 
     def _scales(self, z: Tensor, t: Tensor | float) -> Scales:
-        level = self.schedule(t)
-        return Scales(expand_like(level.alpha, z), expand_like(level.sigma, z))
+        scales = self.schedule(t)
+        return Scales(expand_like(scales.alpha, z), expand_like(scales.sigma, z))
 
 
 @dataclass(frozen=True)
@@ -98,8 +112,8 @@ class ExactMixture(Denoiser):
 
     def _components(self, z: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`(alpha, sigma)`, deviations from the components' means and variances, `(..., K)`."""
-        level, z = self.schedule(t), z[..., None]
-        alpha, sigma = expand_like(level.alpha, z), expand_like(level.sigma, z)
+        scales, z = self.schedule(t), z[..., None]
+        alpha, sigma = expand_like(scales.alpha, z), expand_like(scales.sigma, z)
         variance = alpha**2 * self._row("stds") ** 2 + sigma**2
         return alpha, sigma, z - alpha * self._row("means"), variance
 
@@ -107,10 +121,10 @@ class ExactMixture(Denoiser):
 def propagate(
     sampler: Sampler, denoiser: Denoiser, levels: Tensor, mean: Tensor, variance: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of what a sampler makes of a law at `levels[0]`, without Monte Carlo.
+    """Mean and variance after a sampler, from those at `levels[0]`, without Monte Carlo.
 
-    Needs a denoiser that is affine in z and elementwise. Then each step is `a z + b + c n`, and
-    three images give `a`, `b` and `c`: two that share their noise and a third that does not.
+    The denoiser must be affine in z and elementwise. Then each step is `a z + b + c n`, and three
+    images determine `a`, `b` and `c`: two with the same noise and a third with another.
 
     Args:
         sampler: The sampler, whose steps must not depend on one another.
@@ -141,7 +155,7 @@ def two_steps(noise: Noise, teacher: Denoiser, z: Tensor, t: Tensor, step: float
 
 
 class Distilled(Denoiser):
-    """The student that reproduces its target, of a teacher that may be one itself."""
+    """The student that equals its target exactly; its teacher may be one itself."""
 
     def __init__(self, noise: Noise, teacher: Denoiser, steps: int) -> None:
         self.noise, self.teacher, self.step = noise, teacher, 1000 / steps

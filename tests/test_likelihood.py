@@ -348,9 +348,10 @@ def test_ode_levels_rise_from_the_first_trained_level_to_the_last():
     assert levels.dtype == torch.float64
     assert levels[[0, -1]].tolist() == [1, 1000]
     assert (levels.diff().diff() > 0).all()
-    for numbers in [(1, 5), (1000, 0)]:
-        with pytest.raises(ValueError, match="num_levels must be at least 2 and num_steps"):
-            ode_levels(*numbers)
+    with pytest.raises(ValueError, match="num_levels must be at least 2, got 1"):
+        ode_levels(1, 5)
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        ode_levels(1000, 0)
 
 
 # Networks

@@ -143,9 +143,7 @@ def test_pairs_that_are_not_refused_have_bounded_weights(
     """At the noisy end; at the clean end the SNR of an x error is large in any case."""
     refused = kind == "eps" and weight in ("truncated_snr", "snr_plus_one", "uniform")
     if refused:
-        with pytest.raises(
-            ValueError, match=rf"loss_weight must be .*prediction='eps', got '{weight}'"
-        ):
+        with pytest.raises(ValueError, match=rf"loss_weight must be .*'eps', got '{weight}'"):
             check_loss_weight(kind, weight)
     else:
         check_loss_weight(kind, weight)
@@ -174,7 +172,7 @@ def test_noise_of_an_image_explains_the_state() -> None:
 
 @every_schedule
 def test_both_estimates_merge_as_in_the_paper(schedule: NoiseSchedule) -> None:
-    """Salimans & Ho 2022, section 4: `x = sigma^2 x_hat + alpha (z - sigma eps_hat)`."""
+    """[PD], section 4: `x = sigma^2 x_hat + alpha (z - sigma eps_hat)`."""
     t, x, eps = states()
     level = schedule(t)
     z = q_sample(x, eps, level)

@@ -1,10 +1,7 @@
-"""Seeds and generators: what is drawn depends on them and on nothing else."""
-
-import math
+"""Random numbers that are determined by a seed and an index."""
 
 import pytest
 import torch
-from noise_draws import SHAPE
 
 from ddim_pl.noise import latents
 from ddim_pl.rng import (
@@ -12,8 +9,11 @@ from ddim_pl.rng import (
     image_generators,
     randn,
     share_generators,
+    standard_gamma,
     step_generators,
 )
+
+SHAPE = (3, 4, 4)
 
 
 def test_a_derived_seed_depends_on_every_word_and_on_their_order() -> None:
@@ -82,43 +82,6 @@ def test_ranges_that_share_a_generator_are_told_by_its_seed(seeds: tuple[int, in
     assert not share_generators(b, (2**32 - distance) % 2**32, a, 1)
 
 
-def test_different_seeds_or_indices_give_different_latents() -> None:
-    z = torch.cat([latents(seed, range(50), SHAPE)[0] for seed in range(10)])
-    assert len(z.flatten(1).unique(dim=0)) == 500
-
-
-def test_latents_are_the_same_for_any_batch_split_and_order() -> None:
-    whole, _ = latents(5, range(64), SHAPE)
-    for size in (1, 7, 64):
-        parts = [latents(5, range(i, min(i + size, 64)), SHAPE)[0] for i in range(0, 64, size)]
-        assert torch.equal(torch.cat(parts), whole)
-    assert torch.equal(latents(5, [9, 3], SHAPE)[0], whole[[9, 3]])
-    assert whole.dtype == torch.float32
-
-
-def test_latents_are_standard_normal_and_independent_between_neighbours() -> None:
-    """Their generators have neighbouring seeds. Seed 0, 5,000 images; 4 standard errors."""
-    z = latents(0, range(5000), SHAPE)[0].flatten(1).double()
-    n = z.numel()
-    assert abs(z.mean()) < 4 / math.sqrt(n)
-    assert abs(z.var() - 1) < 4 * math.sqrt(2 / n)
-    assert abs((z[1:] * z[:-1]).mean()) < 4 / math.sqrt(n)
-    # The first number of each image, where a poorly mixed seed would show.
-    first = z[:, 0]
-    assert abs(first.mean()) < 4 / math.sqrt(5000)
-    assert abs(first.var() - 1) < 4 * math.sqrt(2 / 5000)
-    assert abs((first[1:] * first[:-1]).mean()) < 4 / math.sqrt(5000)
-
-
-def test_the_generators_of_latents_go_on_after_them() -> None:
-    z, generators = latents(5, range(3), SHAPE)
-    fresh = image_generators(5, range(3))
-    assert torch.equal(randn(z.shape, fresh, z), z)
-    more = randn(z.shape, generators, z)
-    assert torch.equal(randn(z.shape, fresh, z), more)
-    assert not torch.equal(more, z)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_the_dtype_of_the_state_does_not_change_the_picture(dtype: torch.dtype) -> None:
     like = torch.empty(0, dtype=dtype)
@@ -136,11 +99,24 @@ def test_a_wrong_number_of_generators_is_an_error(count: int) -> None:
         randn((2, *SHAPE), image_generators(0, range(count)), torch.empty(0))
 
 
+def test_a_wrong_number_of_generators_is_an_error_for_gamma_too() -> None:
+    with pytest.raises(ValueError, match="one generator per image, got 3 for a batch of 2"):
+        standard_gamma(torch.ones(2, 4), image_generators(0, range(3)))
+
+
 def test_one_generator_serves_a_batch() -> None:
     like = torch.empty(0, dtype=torch.float64)
     a, b = (randn((2, 3), torch.Generator().manual_seed(1), like) for _ in range(2))
     assert a.dtype == torch.float64
     assert torch.equal(a, b)
+
+
+def test_one_generator_draws_the_same_in_every_dtype() -> None:
+    draws = [
+        randn((3, 5), torch.Generator().manual_seed(0), torch.empty(0, dtype=dtype)).float()
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert torch.equal(*draws)
 
 
 def test_given_generators_leave_the_global_one_alone() -> None:
@@ -157,17 +133,3 @@ def test_a_step_has_two_independent_generators_that_its_seed_fixes() -> None:
     seeds = {g.initial_seed() for g in (*one, *other)}
     assert len(seeds) == 4
     assert [g.initial_seed() for g in one] == [g.initial_seed() for g in again]
-
-
-def test_one_generator_draws_the_same_in_every_dtype() -> None:
-    draws = [
-        randn((3, 5), torch.Generator().manual_seed(0), torch.empty(0, dtype=dtype)).float()
-        for dtype in (torch.float32, torch.float64)
-    ]
-    assert torch.equal(*draws)
-
-
-def test_no_images_make_an_empty_batch() -> None:
-    z, generators = latents(0, [], (1, 8, 8))
-    assert z.shape == (0, 1, 8, 8)
-    assert generators == []

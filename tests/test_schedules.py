@@ -9,7 +9,6 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from ddim_pl import schedules
-from ddim_pl.scales import expand_like
 from ddim_pl.schedules import (
     CosineLogSNRSchedule,
     DiscreteSchedule,
@@ -204,16 +203,6 @@ def test_bad_arguments_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         kind(**arguments)
-
-
-def test_coefficients_multiply_a_batch() -> None:
-    batch = torch.ones(2, 3, 4, 4)
-    per_image = expand_like(torch.tensor([2.0, 3.0], dtype=torch.float64), batch)
-    assert per_image.shape == (2, 1, 1, 1)
-    assert per_image.dtype == batch.dtype
-    assert (per_image * batch)[1].unique() == 3
-    scaled = expand_like(torch.tensor(2.0, dtype=torch.float64), batch) * batch
-    assert scaled.dtype == batch.dtype  # a float64 scalar does not promote
 
 
 @every_schedule

@@ -203,7 +203,7 @@ def test_a_strategy_of_its_own_length_ignores_the_number_of_steps(
 
 
 def test_the_reports_lists() -> None:
-    """Report, eq. 22 and 23, in its 0-based indices; its 1000 is the last one, 999."""
+    """[Report], eq. 22 and 23, in its 0-based indices; its 1000 is the last one, 999."""
     exponential = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 999]
     assert (of("exponential", 1000, 1).flip(0)[1:] - 1).tolist() == exponential
     assert (of("last100", 1000, 1).flip(0)[1:] - 1).tolist() == [*range(100), 999]
@@ -256,7 +256,7 @@ def test_levels_of_another_schedule_or_number_of_steps_are_an_error(tmp_path: Pa
     save_levels(file, LinearSchedule(), [torch.tensor([1000.0, 10, 0])])
     with pytest.raises(ValueError, match=r"beta_end=0.02.*beta_end=0.03"):
         make_levels(str(file), LinearSchedule(beta_end=0.03), 2)
-    with pytest.raises(ValueError, match=r"num_steps must be one of \[2\] .* got 3"):
+    with pytest.raises(ValueError, match=r"num_steps must be one of \[2\].*got 3"):
         make_levels(str(file), LinearSchedule(), 3)
 
 

@@ -154,7 +154,7 @@ def test_a_deterministic_step_lands_on_the_line_of_its_estimates(schedule: Noise
 
 
 def test_the_noise_scale_is_that_of_the_paper() -> None:
-    """Song et al. 2021, eq. 16, in their letters; none at eta 0 nor in the step to clean data."""
+    """[DDIM], eq. 16, in their letters; none at eta 0 nor in the step to clean data."""
     schedule = LinearSchedule()
     t, s = level_pairs(schedule, integer=True)
     abar_t, abar_s = t.alpha**2, s.alpha**2

@@ -15,13 +15,13 @@ from ddim_pl.scales import Scales, float64
 
 @dataclass(frozen=True)
 class GammaNoise(Noise):
-    """Centred Gamma noise, skewed to large values ([Gamma], section 4.2).
+    """Centred Gamma noise, which is skewed to large values ([Gamma], section 4.2).
 
     `sigma_t eps = G_t - K_t theta_t` with `G_t ~ Gamma(K_t, theta_t)`, `theta_t = alpha_t theta_0`
     and `K_t = (1 / abar_t - 1) / theta_0^2`, at any real level. The variance `K_t theta_t^2` is
-    `sigma_t^2`, and the skewness `2 / sqrt(K_t)`: strong at clean levels, hardly any at noisy
-    ones, and none anywhere as theta_0 tends to 0. The process is Markovian: its step from s to t
-    adds independent Gamma noise of shape `K_t - K_s`.
+    `sigma_t^2`, and the skewness `2 / sqrt(K_t)`, large at clean levels and small at noisy ones.
+    As theta_0 tends to 0 the noise becomes Gaussian. The process is Markovian: the step from s to
+    t adds independent Gamma noise of shape `K_t - K_s`.
 
     Args:
         theta_0: Scale, positive; the paper has 0.001.
@@ -35,37 +35,37 @@ class GammaNoise(Noise):
     def __post_init__(self) -> None:
         if not 0 < self.theta_0 < math.inf:
             raise ValueError(
-                f"theta_0 must be positive, got {self.theta_0}: the paper has 0.001, and 0 is "
-                "GaussianNoise"
+                f"theta_0 must be positive, got {self.theta_0}: the paper has 0.001, the limit 0 "
+                "is GaussianNoise"
             )
 
     def concentration(self, scales: Scales) -> Tensor:
-        """Shape `K_t = (sigma_t / (alpha_t theta_0))^2`, float64 of the level's shape.
+        """Shape `K_t = (sigma_t / (alpha_t theta_0))^2`, float64 of the scales' shape.
 
-        At most 1e20, where the law is normal to ten digits: pure noise would have no end.
+        At most 1e20, where the law is normal to ten digits; at alpha = 0 it would be infinite.
         """
         return (scales.sigma / (scales.alpha * self.theta_0)).square().clamp(max=1e20)
 
     def draw(
         self, shape: Sequence[int], scales: Scales, generator: Generators | None, like: Tensor
     ) -> Tensor:
-        """Standardised noise `(B, ...)`; drawn and centred in float64, then cast.
+        """Standardised noise `(B, ...)`, drawn and centred in float64, then cast.
 
-        K theta is about 1e5 where the deviation is 1, beyond float32.
+        K theta is about 1e5 standard deviations, too much for float32.
         """
         return standardised_gamma(shape, self.concentration(scales), generator, like)
 
     def log_density(self, eps: Tensor, scales: Scales) -> Tensor:
-        """See `gamma_quantiles.log_density`; -inf below the support, `-sqrt(K_t)`."""
+        """See `gamma_quantiles.log_density`; -inf below `-sqrt(K_t)`, outside the support."""
         eps = float64(eps)
         return gamma_quantiles.log_density(eps, _expand(self.concentration(scales), eps))
 
     def transport(self, eps: Tensor, t: Scales, s: Scales) -> Tensor:
-        """`F_{K_s}^{-1}(F_{K_t}(eps))`, by way of normal scores, in float64 and then cast.
+        """`F_{K_s}^{-1}(F_{K_t}(eps))` by way of normal scores, in float64, then cast.
 
-        Below the support the edge's quantile is taken. Where one of the levels holds no noise at
-        all, no quantile is defined and the noise stays as it is: encoding begins there, with what
-        the network says of the first noise.
+        Below the support it is the quantile of the edge. If one of the levels has no noise, the
+        quantile is undefined and eps is returned unchanged: encoding starts there, with the
+        network's estimate of the noise.
         """
         wide = float64(eps)
         k_t, k_s = (_expand(self.concentration(each), wide) for each in (t, s))
@@ -78,13 +78,13 @@ class GammaNoise(Noise):
 def standardised_gamma(
     shape: Sequence[int], concentration: Tensor, generator: Generators | None, like: Tensor
 ) -> Tensor:
-    """Draws `(B, ...)` of `(G - K) / sqrt(K)`, `G ~ Gamma(K, 1)`, in the dtype of `like`.
+    """Random numbers `(B, ...)`: `(G - K) / sqrt(K)` with `G ~ Gamma(K, 1)`, in `like`'s dtype.
 
     Args:
         shape: `(B, ...)`.
-        concentration: Shapes K, `()` or `(B,)`; where K is 0 the draws are 0.
+        concentration: Shapes K, `()` or `(B,)`; where K is 0 the result is 0.
         generator: As for `randn`.
-        like: Tensor that gives dtype and device.
+        like: Tensor of the dtype and device of the result.
     """
     k = concentration.reshape(-1, *(1,) * (len(shape) - 1)).expand(tuple(shape))
     gamma = standard_gamma(k, generator)
@@ -95,17 +95,17 @@ def standardised_gamma(
 def standardised_beta(
     shape: Sequence[int], a: Tensor, b: Tensor, generator: Generators | None, like: Tensor
 ) -> Tensor:
-    """Draws `(B, ...)` of `Beta(a, b)`, less its mean and over its deviation, dtype of `like`.
+    """Random numbers `(B, ...)` from the standardised `Beta(a, b)`, in the dtype of `like`.
 
     `B = G_a / (G_a + G_b)` with independent `G_a ~ Gamma(a, 1)` and `G_b ~ Gamma(b, 1)`. Centred,
     it is `(b G_a - a G_b) / ((a + b) (G_a + G_b))`.
 
     Args:
         shape: `(B, ...)`.
-        a: First shapes, `()` or `(B,)`; where one of the shapes is 0 the draws are 0.
+        a: First shapes, `()` or `(B,)`; where a shape is 0 the result is 0.
         b: Second shapes, `()` or `(B,)`.
         generator: As for `randn`.
-        like: Tensor that gives dtype and device.
+        like: Tensor of the dtype and device of the result.
     """
     trailing = (1,) * (len(shape) - 1)
     a, b = (k.reshape(-1, *trailing).expand(tuple(shape)) for k in (a, b))
@@ -117,6 +117,6 @@ def standardised_beta(
 
 
 def _expand(concentration: Tensor, like: Tensor) -> Tensor:
-    """Shapes `()` or `(B,)` for a batch `(B, ...)` in float64."""
+    """Broadcast shapes K `()` or `(B,)` to a batch `(B, ...)`."""
     k = concentration.to(like.device)
     return k.reshape(-1, *(1,) * (like.ndim - 1)) if k.ndim else k

@@ -1,9 +1,9 @@
-"""Gamma laws of every shape, standardised, and their quantiles as normal scores.
+"""Standardised Gamma distributions of any shape, and their quantiles as normal scores.
 
 `eps = (G - K) / sqrt(K)` with `G ~ Gamma(K, 1)` has mean 0 and variance 1. Its normal score is the
-number `y` with `Phi(y) = F_K(G)`: a quantile that neither tail rounds off, and that tends to `eps`
-as K grows. `lambda = G / K = 1 + eps / sqrt(K)`, and `eta` with the sign of `lambda - 1` and
-`eta^2 / 2 = lambda - 1 - log(lambda)` stand throughout. In these terms the density is
+number `y` with `Phi(y) = F_K(G)`: it represents the quantile accurately in both tails, and tends
+to `eps` as K grows. `lambda = G / K = 1 + eps / sqrt(K)`, and `eta` has the sign of `lambda - 1`
+and `eta^2 / 2 = lambda - 1 - log(lambda)`. In these terms the density is
 
     p(eps) = exp(-K eta^2 / 2) / (sqrt(2 pi) lambda Gamma*(K)),
 
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 LARGE = 100.0
-"""From this shape on scores come from Temme's expansion, below it from the incomplete Gamma."""
+"""Least shape for Temme's expansion of the scores; below it the incomplete Gamma function."""
 
 LEAST = 1e-290
-"""Least probability, and least Gamma variable, that is told from 0."""
+"""Least probability and least Gamma variable that are distinguished from 0."""
 
 Series = list[Fraction]
 
@@ -30,8 +30,7 @@ Series = list[Fraction]
 def _expansion(order: int) -> tuple[list[float], ...]:
     """Taylor coefficients in eta of `c_1, c_2, c_3` in `y / sqrt(K) = eta + sum c_n / K^n`.
 
-    Both sides of `F_K(G) = Phi(y)` differentiated, in logarithms and powers of 1 / K (Temme 1992,
-    "Asymptotic inversion of incomplete gamma functions"):
+    From the logarithm of the derivative of `F_K(G) = Phi(y)`, in powers of 1 / K ([Temme]):
 
         c_1 = log((lambda - 1) / eta) / eta
         c_2 = (c_1' + 1/12 - c_1^2 / 2) / eta
@@ -65,11 +64,11 @@ def _expansion(order: int) -> tuple[list[float], ...]:
     c2 = over_eta([d + k - h / 2 for d, k, h in zip(d1, twelfth, half, strict=True)])
     terms = zip(derivative(c2), product(d1, d1), product(c1, c2), strict=True)
     c3 = over_eta([d - h / 2 - p for d, h, p in terms])
-    # Each division and each derivative spoils the last coefficients.
+    # Each division and each derivative invalidates the last coefficient.
     return tuple([float(v) for v in c[: order - lost]] for c, lost in ((c1, 1), (c2, 3), (c3, 5)))
 
 
-# The series converge for |eta| < 2 sqrt(pi); they serve to 1, where 1 / 3.5^29 is left.
+# The series converge for |eta| < 2 sqrt(pi) and are used to 1, with error 1 / 3.5^29.
 TAYLOR = _expansion(30)
 
 
@@ -91,8 +90,8 @@ def log_density(eps: Tensor, shape: Tensor) -> Tensor:
 def normal_score(eps: Tensor, shape: Tensor) -> Tensor:
     """Scores `y` with `Phi(y) = F_K(K + sqrt(K) eps)`, float64; increasing in `eps`.
 
-    What lies below the support has the score of its edge. Correct to 1e-8; where a tail of a shape
-    below `LARGE` holds less than `LEAST`, beyond +-36, to some hundredths.
+    Values below the support have the score of its edge. The error is below 1e-8; beyond +-36,
+    where a tail of a shape below `LARGE` has less probability than `LEAST`, some hundredths.
 
     Args:
         eps: Standardised noise, any shape.
@@ -105,8 +104,8 @@ def normal_score(eps: Tensor, shape: Tensor) -> Tensor:
 def from_normal_score(score: Tensor, shape: Tensor) -> Tensor:
     """Standardised Gamma noise of these normal scores, float64: the inverse of `normal_score`.
 
-    Newton's method in `u = log(lambda)`, of which the score is a convex function; so it converges
-    from wherever it begins.
+    Newton's method in `u = log(lambda)`, of which the score is a convex function, so that it
+    converges from any start.
 
     Args:
         score: Normal scores, any shape.
@@ -114,14 +113,14 @@ def from_normal_score(score: Tensor, shape: Tensor) -> Tensor:
     """
     y, shape = torch.broadcast_tensors(score.double(), shape.double())
     u, low, high = _start(y, shape)
-    for _ in range(3):  # what shapes from 3 on need: the start is close
+    for _ in range(3):  # enough for shapes from 3 on
         u = _newton(u, low, high, y, shape)
     small = shape < 3
     if small.any():
         parts = [each[small] for each in (u, low, high, y, shape)]
         for _ in range(12):
             before, parts[0] = parts[0], _newton(parts[0], *parts[1:])
-            if ((parts[0] - before).abs() < 1e-9).all():  # and the next change 1e-18
+            if ((parts[0] - before).abs() < 1e-9).all():  # the next change is 1e-18
                 break
         u = u.masked_scatter(small, parts[0])
     return torch.expm1(u) * shape.sqrt()
@@ -135,19 +134,19 @@ def _newton(u: Tensor, low: Tensor, high: Tensor, y: Tensor, shape: Tensor) -> T
 
 
 def _start(y: Tensor, shape: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Wilson & Hilferty's cube, and bounds of the root from below and above."""
+    """The cube-root approximation of [WilsonHilferty], and lower and upper bounds of the root."""
     cube = 1 - 1 / (9 * shape) + y / (3 * shape.sqrt())
     # P(K, G) <= G^K / Gamma(K + 1), with equality in the limit of small G.
     low = (torch.special.log_ndtr(y) + torch.lgamma(shape + 1)) / shape - shape.log()
     low = _bounded(torch.where(shape < LARGE, low, -math.inf), shape)
-    # P(G > K + sqrt(2 K v) + v) <= exp(-v) (Laurent & Massart 2000).
+    # P(G > K + sqrt(2 K v) + v) <= exp(-v) ([LaurentMassart]).
     v = -torch.special.log_ndtr(-y) / shape
     high = torch.maximum(_bounded(torch.log1p((2 * v).sqrt() + v), shape), low)
     return torch.minimum(torch.maximum(3 * cube.clamp(min=1e-3).log(), low), high), low, high
 
 
 def _bounded(u: Tensor, shape: Tensor) -> Tensor:
-    """Keep `G = K exp(u)` and its tails where float64 has numbers."""
+    """Clamp u so that `G = K exp(u)` and its tails do not leave the range of float64."""
     return torch.maximum(u, math.log(LEAST) - shape.log()).clamp(max=300)
 
 
@@ -188,7 +187,7 @@ def _score_large(u: Tensor, shape: Tensor) -> Tensor:
 
 
 def _closed(u: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms of `_expansion` away from eta = 0, where they are quotients of zeros."""
+    """The terms of `_expansion` in closed form, 0 / 0 at eta = 0."""
     mu, lam = torch.expm1(u), u.exp()
     d_mu = lam * eta / mu
     dd_mu = (d_mu * eta + lam - d_mu.square()) / mu
@@ -206,7 +205,7 @@ def _closed(u: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _eta(u: Tensor) -> Tensor:
-    """`sign(u) sqrt(2 (exp(u) - 1 - u))`; for small u by its series, not by the difference."""
+    """`sign(u) sqrt(2 (exp(u) - 1 - u))`; by its series for small u."""
     near = u.clamp(-0.5, 0.5)
     # 2 (exp(u) - 1 - u) / u^2 = sum 2 u^n / (n + 2)!
     series = _polynomial([2 / math.factorial(n + 2) for n in range(14)], near)
@@ -215,7 +214,7 @@ def _eta(u: Tensor) -> Tensor:
 
 
 def _log_gamma_star(shape: Tensor) -> Tensor:
-    """`log Gamma*(K)`, by Stirling's series for large shapes."""
+    """`log Gamma*(K)`; Stirling's series for large shapes."""
     k = shape.clamp(max=10)
     exact = torch.lgamma(k) - (k - 0.5) * k.log() + k - math.log(2 * math.pi) / 2
     w = 1 / shape.clamp(min=10)
@@ -224,7 +223,7 @@ def _log_gamma_star(shape: Tensor) -> Tensor:
 
 
 def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    """Horner's rule; the constant comes first."""
+    """Horner's rule; the constant term comes first."""
     value = torch.full_like(x, coefficients[-1])
     for c in reversed(coefficients[:-1]):
         value = value.mul_(x).add_(c)

@@ -1,4 +1,4 @@
-"""The steps of Gamma diffusion that draw noise. They need the estimates' eps to be Gamma noise."""
+"""Stochastic steps of Gamma diffusion. The eps of the estimates must be Gamma noise."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ddim_pl.transitions import ddim_noise_scale, ddim_step, transition_variance
 def thinning_step(
     prediction: Prediction, beta: Tensor, noise: GammaNoise, t: Scales, s: Scales
 ) -> Tensor:
-    """Draw from the posterior `q(z_s | z_t, x)` of Gamma diffusion, `(B, ...)`, for `s < t`.
+    """Sample of the posterior `q(z_s | z_t, x)` of Gamma diffusion, `(B, ...)`, for `s < t`.
 
     If `G ~ Gamma(K_t, 1)` and `B ~ Beta(K_s, K_t - K_s)` are independent, `B G ~ Gamma(K_s, 1)`.
     So `z_s = alpha_s x + theta_s (B G - K_s)` with `G = K_t + sqrt(K_t) eps`. With the
@@ -20,15 +20,15 @@ def thinning_step(
 
         eps_s = sqrt(r) eps + sqrt(1 - r) G / sqrt(K_t (K_t + 1)) beta,
 
-    which has no differences of large numbers, and tends to DDPM's posterior as K grows. Where an
-    estimate puts eps below the support, G is taken to be its edge, 0.
+    which has no differences of large numbers and tends to the posterior of DDPM as K grows. For an
+    estimated eps below the support, G is 0.
 
     Args:
-        prediction: Estimates at level `t`, each `(B, ...)`.
-        beta: Standardised draws of `Beta(K_s, K_t - K_s)`, `(B, ...)`, see `thinning_shapes`.
+        prediction: Estimates at `t`, each `(B, ...)`.
+        beta: Standardised noise from `Beta(K_s, K_t - K_s)`, `(B, ...)`, see `thinning_shapes`.
         noise: Law of the noise.
-        t: Level of the state.
-        s: Cleaner level.
+        t: Scales of the state.
+        s: Scales at a cleaner level.
     """
     x, eps = prediction
     wide = float64(eps)
@@ -42,7 +42,7 @@ def thinning_step(
 
 
 def thinning_shapes(noise: GammaNoise, t: Scales, s: Scales) -> tuple[Tensor, Tensor]:
-    """Shapes `(K_s, K_t - K_s)` of a Gamma diffusion's states and of its step from s to t."""
+    """Shapes `(K_s, K_t - K_s)` of the noise at `s` and of the transition from `s` to `t`."""
     k_t = noise.concentration(t)
     share = transition_variance(t, s) / t.sigma**2
     return k_t * (s.sigma / t.sigma * (t.alpha / s.alpha)).square(), k_t * share
@@ -51,7 +51,7 @@ def thinning_shapes(noise: GammaNoise, t: Scales, s: Scales) -> tuple[Tensor, Te
 def report_step(
     prediction: Prediction, fresh: Tensor, t: Scales, s: Scales, *, eta: float = 1.0
 ) -> Tensor:
-    """The report's Gamma-DDIM step `C z_t + D x + c (g - E g)`, `(B, ...)` (its eq. 18).
+    """Gamma-DDIM step `C z_t + D x + c (g - E g)`, `(B, ...)` ([Report], eq. 18).
 
     `C = (alpha_s - c alpha_t) / (alpha_t (1 + alpha_s))`, `D = (alpha_s^2 + c alpha_t) / (1 +
     alpha_s)`, `g ~ Gamma(K_t - K_s, theta_t)` and `c` of `ddim_noise_scale`. As `C alpha_t + D =
@@ -60,10 +60,10 @@ def report_step(
     only, and whose shapes double at every step.
 
     Args:
-        prediction: Estimates at level `t`, each `(B, ...)`.
-        fresh: Standardised draws of Gamma noise of shape `K_t - K_s`, `(B, ...)`.
-        t: Level of the state.
-        s: Cleaner level.
+        prediction: Estimates at `t`, each `(B, ...)`.
+        fresh: Standardised Gamma noise of shape `K_t - K_s`, `(B, ...)`.
+        t: Scales of the state.
+        s: Scales at a cleaner level.
         eta: Scale of the fresh noise, as in `ddim_step`.
     """
     x, eps = prediction

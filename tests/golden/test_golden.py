@@ -6,10 +6,10 @@ import warnings
 from pathlib import Path
 
 import pytest
-from golden import record
 
 from ddim_pl.cli import main
 from ddim_pl.training.checkpoints import load as load_teacher
+from golden import record
 
 CHECKPOINTS = Path(__file__).with_name("checkpoints.tar.xz")
 

@@ -147,7 +147,7 @@ def test_the_forward_process_and_the_backward_step_are_one_joint_law():
 
 
 def test_with_eta_one_the_forward_process_is_that_of_ddpm():
-    """`q(z_t | z_s, x) = N(alpha_t / alpha_s z_s, 1 - alpha_t^2 / alpha_s^2)`, without x."""
+    """It is `q(z_t | z_s, x) = N(alpha_t / alpha_s z_s, 1 - alpha_t^2 / alpha_s^2)` for any x."""
     schedule = LinearSchedule()
     s, t = schedule(200.0), schedule(500.0)
     z = normal(4, 3)

@@ -1,34 +1,31 @@
-"""Gamma noise has its law."""
+"""Gamma noise: its shapes, its random numbers and its transport between levels."""
 
 import math
 
 import pytest
 import torch
-from noise_draws import SHAPE
 from scipy import stats
 
 from ddim_pl.noise import GammaNoise, latents
 from ddim_pl.noise.gamma import standardised_beta, standardised_gamma
 from ddim_pl.noise.gamma_quantiles import normal_score
-from ddim_pl.rng import (
-    image_generators,
-    standard_gamma,
-)
+from ddim_pl.rng import image_generators
 from ddim_pl.scales import Scales
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
 
+SHAPE = (3, 4, 4)
 EMPTY64 = torch.empty(0, dtype=torch.float64)
 
 
-def level_of(shape: float, theta_0: float = 0.001) -> Scales:
-    """The level whose Gamma noise has this shape K: `sigma / alpha = theta_0 sqrt(K)`."""
+def scales_of(shape: float, theta_0: float = 0.001) -> Scales:
+    """Scales at which Gamma noise has this shape K: `sigma / alpha = theta_0 sqrt(K)`."""
     ratio = torch.tensor(theta_0 * math.sqrt(shape), dtype=torch.float64)
     alpha = 1 / (1 + ratio**2).sqrt()
     return Scales(alpha, ratio * alpha)
 
 
 def test_shapes_are_the_sums_of_the_papers() -> None:
-    """`k_t = beta_t / (abar_t theta_0^2)`, Nachmani et al. 2021, with the report's slip mended."""
+    """`k_t = beta_t / (abar_t theta_0^2)`, [Gamma], with the slip of [Report] corrected."""
     schedule, noise = LinearSchedule(), GammaNoise(0.01)
     betas = schedule.betas()
     k = betas / ((1 - betas).cumprod(0) * 0.01**2)
@@ -49,7 +46,7 @@ def test_gamma_draws_have_their_law(shape: float) -> None:
     """
     n = 100_000
     generator = torch.Generator().manual_seed(0)
-    eps = GammaNoise().draw((n,), level_of(shape), generator, EMPTY64)
+    eps = GammaNoise().draw((n,), scales_of(shape), generator, EMPTY64)
     assert eps.isfinite().all()
     assert abs(eps.mean()) < 5 / math.sqrt(n)
     kurtosis = 3 + 6 / shape
@@ -117,18 +114,18 @@ def test_gamma_latents_are_the_same_for_any_batch_split(theta_0: float, size: in
 
 def test_gamma_draws_leave_the_global_generator_alone_and_go_on() -> None:
     before = torch.get_rng_state()
-    noise, level = GammaNoise(), LinearSchedule()(300.0)
-    z, generators = latents(0, range(3), SHAPE, noise=noise, scales=level)
-    more = noise.draw(z.shape, level, generators, z)
+    noise, scales = GammaNoise(), LinearSchedule()(300.0)
+    z, generators = latents(0, range(3), SHAPE, noise=noise, scales=scales)
+    more = noise.draw(z.shape, scales, generators, z)
     assert not torch.equal(more, z)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_dtype_does_not_change_gamma_noise(dtype: torch.dtype) -> None:
-    level = LinearSchedule()(300.0)
+    scales = LinearSchedule()(300.0)
     draws = [
-        GammaNoise().draw((2, 5), level, torch.Generator().manual_seed(0), like)
+        GammaNoise().draw((2, 5), scales, torch.Generator().manual_seed(0), like)
         for like in (torch.empty(0, dtype=dtype), EMPTY64)
     ]
     assert draws[0].dtype == dtype
@@ -138,11 +135,6 @@ def test_the_dtype_does_not_change_gamma_noise(dtype: torch.dtype) -> None:
 def test_no_images_make_an_empty_gamma_batch() -> None:
     z, _ = latents(0, [], SHAPE, noise=GammaNoise(), scales=LinearSchedule()(1000.0))
     assert z.shape == (0, *SHAPE)
-
-
-def test_a_wrong_number_of_generators_is_an_error_for_gamma_too() -> None:
-    with pytest.raises(ValueError, match="one generator per image, got 3 for a batch of 2"):
-        standard_gamma(torch.ones(2, 4), image_generators(0, range(3)))
 
 
 @pytest.mark.parametrize("theta_0", [0.0, -0.001, math.nan, math.inf])

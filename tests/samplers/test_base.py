@@ -1,4 +1,4 @@
-"""What every sampler of the package must be: found by walking the package, never by a list."""
+"""Conformance of every sampler, found by walking the package."""
 
 import dataclasses
 import importlib
@@ -30,11 +30,7 @@ def samplers() -> Iterator[type[Sampler]]:
 
 
 SAMPLERS = list(samplers())
-
-
 every_sampler = pytest.mark.parametrize("kind", SAMPLERS)
-
-
 SHAPE = (3, 4, 4)
 
 
@@ -127,9 +123,9 @@ def test_a_call_leaves_its_arguments_as_they_were(
 def test_a_sampler_counts_its_network_evaluations(
     kind: type[Sampler], num_steps: int, end: float, gaussian: ExactGaussian
 ) -> None:
-    """And none of them is at level 0 on the way down: no network knows clean data.
+    """None of them is at level 0, where no network is trained.
 
-    Of those that iterate until they have converged, the most there can be.
+    For samplers that iterate until convergence the number is a maximum.
     """
     seen: list[float] = []
 

@@ -282,7 +282,7 @@ def share_levels(rank, world, folder):
     deq.free_memory = lambda device: 1.0 if rank else torch.inf
     with pytest.raises(ValueError, match="use ParaDiGMS"):  # though one process has the memory
         DEQ(split_levels=True)(LAWS[1], z, levels)
-    with pytest.raises(ValueError, match="split_levels must be False where gradients"):
+    with pytest.raises(ValueError, match="must be False where gradients are needed"):
         parallel.Estimates(LAWS[1], split=True).of_chain(
             z[:, None].clone().requires_grad_(True), levels[:1]
         )

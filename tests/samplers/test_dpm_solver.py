@@ -9,6 +9,7 @@ from diffusers.schedulers import scheduling_dpmsolver_multistep
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from exact import ExactGaussian, ExactMixture
 from orders import SPACINGS, Spacing, errors, even, log_snr, order, quadratic
+from peers import KINDS, SCHEDULES, SmallNetwork, assert_same_images, in_every_case, start
 from torch import Tensor
 
 from ddim_pl import timesteps
@@ -17,14 +18,6 @@ from ddim_pl.noise import latents
 from ddim_pl.prediction import PredictionType
 from ddim_pl.samplers import DDIM, DPMSolverPP
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
-from samplers.test_against_diffusers import (
-    KINDS,
-    SCHEDULES,
-    SmallNetwork,
-    assert_same_images,
-    in_every_case,
-    start,
-)
 
 # Diffusers asks NumPy for an array of a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

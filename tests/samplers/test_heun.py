@@ -5,6 +5,8 @@ import torch
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
 from exact import ExactGaussian, ExactMixture
 from orders import SPACINGS, Spacing, errors, even, log_snr, order, quadratic
+from peers import SCHEDULES, SmallNetwork, assert_same_images, diffusers_arguments, start
+from peers import SPACINGS as SPACINGS_OF_DIFFUSERS
 from torch import Tensor
 
 from ddim_pl import timesteps
@@ -13,14 +15,6 @@ from ddim_pl.noise import latents
 from ddim_pl.prediction import PredictionType
 from ddim_pl.samplers import DDIM, Heun
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
-from samplers.test_against_diffusers import (
-    SCHEDULES,
-    SmallNetwork,
-    assert_same_images,
-    diffusers_arguments,
-    start,
-)
-from samplers.test_against_diffusers import SPACINGS as SPACINGS_OF_DIFFUSERS
 
 # Diffusers asks NumPy for an array of a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -91,7 +85,7 @@ def test_the_step_to_level_0_is_ddim(schedule: NoiseSchedule) -> None:
 
 
 def test_one_step_is_that_of_the_paper(gaussian: ExactGaussian) -> None:
-    """Karras et al. 2022, algorithm 1, in their letters: states x = z / alpha at sigma = r."""
+    """[EDM], algorithm 1, in their letters: states x = z / alpha at sigma = r."""
     z = latents(0, range(2), (3, 4, 4))[0].double()
     levels = torch.tensor([600.0, 400.0], dtype=torch.float64)
     (alpha, t), (alpha_next, t_next) = (

@@ -7,6 +7,7 @@ import torch
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from exact import ExactGaussian, ExactMixture
 from orders import SPACINGS, Spacing, errors, even, log_snr, order, quadratic
+from peers import SCHEDULES, SmallNetwork, assert_same_images, float64_tables, start
 from torch import Tensor
 
 from ddim_pl import timesteps
@@ -16,13 +17,6 @@ from ddim_pl.prediction import PredictionType
 from ddim_pl.samplers import DDIM, PNDM, Heun
 from ddim_pl.samplers.pndm import ADAMS_BASHFORTH, Warmup
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
-from samplers.test_against_diffusers import (
-    SCHEDULES,
-    SmallNetwork,
-    assert_same_images,
-    float64_tables,
-    start,
-)
 
 every_schedule = pytest.mark.parametrize(
     "schedule", [LinearSchedule(), CosineLogSNRSchedule()], ids=["linear", "cosine"]

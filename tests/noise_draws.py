@@ -1,3 +1,0 @@
-"""Shapes and schedules for tests of noise."""
-
-SHAPE = (3, 4, 4)
