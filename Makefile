@@ -1,9 +1,9 @@
-# make demo, make test, make lint, make bench. Each makes .venv and installs what is missing.
+# make demo, make test, make test-slow, make lint, make bench. Each makes .venv and installs what is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-slow lint bench clean
 
 # Two minutes or so: PyTorch comes with its CUDA libraries. The versions are those of requirements.lock.
 $(INSTALLED): pyproject.toml requirements.lock
@@ -24,7 +24,11 @@ demo: $(INSTALLED)
 	$(BIN)/python main.py predict --config configs/digits/ddpm.yaml --ckpt_path last
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+# The long ones, before a release.
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

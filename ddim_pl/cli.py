@@ -42,7 +42,7 @@ for _package in (ddim_pl.data, ddim_pl.metrics, ddim_pl.networks):
         importlib.import_module(_module.name)  # so that their classes are known by name
 
 
-class SaveConfig(SaveConfigCallback):
+class _SaveConfig(SaveConfigCallback):
     """Puts the resolved config beside a fit's checkpoints, and into each of them."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -84,7 +84,7 @@ class DiffusionCLI(LightningCLI):
         super().__init__(
             DiffusionModule,
             LightningDataModule,
-            save_config_callback=SaveConfig,
+            save_config_callback=_SaveConfig,
             trainer_class=TrainerWithCommands,
             seed_everything_default=0,
             parser_kwargs={command: dict(defaults) for command in LightningCLI.subcommands()},
@@ -124,9 +124,7 @@ class DiffusionCLI(LightningCLI):
         for command in self.subcommands():
             self._command_parser(command).listed_callbacks = count_listed(given.configs, args)
         self.config = parser.parse_args(args)
-        command = self.config.subcommand
-        self._command_parser(command).settle(self.config[command])
-        self._resolve_checkpoint(self.config[command])
+        self._resolve_checkpoint(self.config[self.config.subcommand])
 
     def _command_parser(self, command: str) -> CommandParser:
         # internal: Lightning 2.6 keeps the commands' parsers private.
@@ -304,11 +302,7 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     for warning in IGNORED:
         warnings.filterwarnings("ignore", warning)
-    if args and args[0] in (
-        "levels",
-        "reconstruct",
-        "sweep",
-    ):  # do not use the checkpoint's levels
+    if args and args[0] in ("levels", "reconstruct", "sweep"):  # they use levels of their own
         warnings.filterwarnings("ignore", ".*distinct levels")
     try:
         DiffusionCLI(args)

@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace
@@ -24,7 +24,7 @@ class CommandParser(LightningArgumentParser):
     """Reports an error in one line, and prints a config as it will be used."""
 
     listed_callbacks = 0
-    """Length of the list of callbacks that counts as a whole, see `replace_repeated`."""
+    """Length of the list of callbacks that counts as a whole, see `merge_repeated`."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit with status 2; an inner parser raises, as jsonargparse's."""
@@ -32,16 +32,13 @@ class CommandParser(LightningArgumentParser):
             super().error(message, ex)
         self.exit(2, f"error: {parser_message(message)}\n")
 
-    def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
-        """Write a config as YAML, without the callbacks that later ones replace."""
-        return cast(str, super().dump(self.settle(cfg.clone()), *args, **kwargs))
-
-    def settle(self, config: Namespace) -> Namespace:
-        """The same config, without the callbacks that later ones replace."""
-        callbacks = config.get("trainer.callbacks")
+    def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
+        """Merge repeated callbacks before jsonargparse fills in their default arguments."""
+        # internal: jsonargparse 4 has no public place between reading the arguments and that.
+        callbacks = cfg.get("trainer.callbacks")
         if isinstance(callbacks, list):
-            config["trainer.callbacks"] = replace_repeated(callbacks, self.listed_callbacks)
-        return config
+            cfg["trainer.callbacks"] = merge_repeated(callbacks, self.listed_callbacks)
+        return super()._parse_common(cfg, *args, **kwargs)
 
 
 @dataclass
@@ -108,22 +105,25 @@ def count_listed(configs: Sequence[dict[str, Any]], args: Sequence[str]) -> int:
     return 0
 
 
-def replace_repeated(callbacks: Sequence[Any], listed: int) -> list[Any]:
-    """Callbacks of which a later one has replaced an earlier one of its class, in its place.
+def merge_repeated(callbacks: Sequence[Any], listed: int) -> list[Any]:
+    """Callbacks of which a later one changes arguments of an earlier one of its class.
 
     Args:
-        callbacks: Callbacks as a parsed config has them.
+        callbacks: Callbacks as given, without their default arguments.
         listed: The first so many come from one list, in which a class may stand twice; those
             after them were added with `callbacks+`.
     """
-    kept: list[Any] = []
+    merged: list[Any] = []
     for number, callback in enumerate(callbacks):
-        same = [i for i, other in enumerate(kept) if _kind(other) == _kind(callback)]
-        if number >= listed and same:
-            kept[same[-1]] = callback
-        else:
-            kept.append(callback)
-    return kept
+        same = [i for i, other in enumerate(merged) if _kind(other) == _kind(callback)]
+        if number < listed or not same:
+            merged.append(callback)
+            continue
+        changed = merged[same[-1]].clone()
+        for name, value in vars(callback.get("init_args", Namespace())).items():
+            changed[f"init_args.{name}"] = value
+        merged[same[-1]] = changed
+    return merged
 
 
 def _kind(callback: Any) -> Any:

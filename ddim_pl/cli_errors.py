@@ -82,8 +82,8 @@ def exit_if_callbacks_are_shadowed() -> None:
         )
 
 
-def known_classes(base: type[Any]) -> list[str]:
-    """Names of the classes below a base that can be made: ours, or if there are none, all."""
+def known_classes(base: type[Any]) -> list[type[Any]]:
+    """The classes below a base that can be made: ours, or if there are none, its package's."""
     kinds = [kind for kind in _below(base) if not inspect.isabstract(kind)]
     kinds = [kind for kind in kinds if not kind.__name__.startswith("_")]
     places = ("ddim_pl.networks.",) if base is nn.Module else OURS
@@ -92,7 +92,7 @@ def known_classes(base: type[Any]) -> list[str]:
     ours = [kind for kind in ours if "Args:" in (kind.__doc__ or "") or not _arguments(kind)]
     home = base.__module__.partition(".")[0]
     others = [kind for kind in kinds if kind.__module__.partition(".")[0] == home]
-    return sorted({kind.__name__ for kind in ours or others})
+    return sorted(set(ours or others), key=lambda kind: kind.__name__)
 
 
 def _reason(message: str) -> str:
@@ -119,7 +119,7 @@ def _wrong_class(message: str, wrong: re.Match[str]) -> str | None:
     base = _base_of(before, key)
     if key is None or base is None:
         return None
-    known = known_classes(base)
+    known = [kind.__name__ for kind in known_classes(base)]
     close = difflib.get_close_matches(given.rpartition(".")[2], known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
     return (

@@ -108,7 +108,13 @@ def _check_betas(beta_start: float, beta_end: float) -> None:
 
 @dataclass(frozen=True)
 class LinearSchedule(DiscreteSchedule):
-    """Variances growing linearly from `beta_start` to `beta_end` ([DDPM], section 4)."""
+    """Variances growing linearly from `beta_start` to `beta_end` ([DDPM], section 4).
+
+    Args:
+        num_levels: Number T of levels, at least 1.
+        beta_start: Variance of the first level, in (0, 1).
+        beta_end: Variance of the last level, in (0, 1), at least `beta_start`.
+    """
 
     num_levels: int = 1000
     beta_start: float = 1e-4
@@ -125,7 +131,13 @@ class LinearSchedule(DiscreteSchedule):
 
 @dataclass(frozen=True)
 class ScaledLinearSchedule(DiscreteSchedule):
-    """Standard deviations growing linearly ([LDM])."""
+    """Standard deviations growing linearly ([LDM]).
+
+    Args:
+        num_levels: Number T of levels, at least 1.
+        beta_start: Variance of the first level, in (0, 1).
+        beta_end: Variance of the last level, in (0, 1), at least `beta_start`.
+    """
 
     num_levels: int = 1000
     beta_start: float = 0.00085
@@ -143,7 +155,13 @@ class ScaledLinearSchedule(DiscreteSchedule):
 
 @dataclass(frozen=True)
 class ImprovedCosineSchedule(DiscreteSchedule):
-    """Squared-cosine `abar` with clipped variances ([IDDPM], eq. 17)."""
+    """Squared-cosine `abar` with clipped variances ([IDDPM], eq. 17).
+
+    Args:
+        num_levels: Number T of levels, at least 1.
+        offset: The paper's `s`, at least 0: keeps the first variances from vanishing.
+        max_beta: Upper bound of the variances, in (0, 1).
+    """
 
     num_levels: int = 1000
     offset: float = 0.008
@@ -170,6 +188,11 @@ class CosineLogSNRSchedule(NoiseSchedule):
 
     `lambda(u) = -2 log tan(a u + b)` with `u = t / T`, so that `lambda` falls from `log_snr_max`
     at level 0 to `log_snr_min` at level T. Level 0 has some noise: `sigma_0 = 4.5e-5` at 20.
+
+    Args:
+        num_levels: Number T of levels, at least 1.
+        log_snr_min: Log-SNR at level T.
+        log_snr_max: Log-SNR at level 0, above `log_snr_min`.
     """
 
     num_levels: int = 1000

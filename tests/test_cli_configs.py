@@ -5,6 +5,7 @@ import yaml
 from tiny import tiny_config, write_config
 
 from ddim_pl.cli import main
+from ddim_pl.cli_configs import DEFAULTS
 
 
 def resolved(arguments, capsys):
@@ -34,10 +35,10 @@ def test_the_default_is_read_from_any_folder(tmp_path, monkeypatch, capsys):
     assert "callbacks.SampleGrid" in callbacks_of(config)
 
 
-def test_a_callback_given_again_replaces_the_one_of_the_default(tmp_path, capsys):
+def test_a_callback_given_again_changes_only_the_arguments_it_names(tmp_path, capsys):
     extra = {
         "callbacks+": [
-            {"class_path": "callbacks.SampleGrid", "init_args": {"num_images": 7}},
+            {"class_path": "callbacks.SampleGrid", "init_args": {"num_images": 7, "columns": 2}},
             {"class_path": "callbacks.BitsPerDim"},
         ]
     }
@@ -46,11 +47,49 @@ def test_a_callback_given_again_replaces_the_one_of_the_default(tmp_path, capsys
     assert found["callbacks.SampleGrid"]["num_images"] == 7
     assert "callbacks.BitsPerDim" in found
     assert "callbacks.ImageWriter" in found
-    more = ["--trainer.callbacks+=callbacks.SampleGrid", "--trainer.callbacks.num_images", "3"]
-    config = resolved([*arguments, *more], capsys)
+    saved = found["lightning.pytorch.callbacks.ModelCheckpoint"]
+    assert (saved["save_last"], saved["every_n_train_steps"]) == (True, 10000)
+    over = {
+        "trainer": {
+            "callbacks+": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"every_n_train_steps": 5},
+                }
+            ]
+        }
+    }
+    arguments += ["--config", write_config(over, tmp_path / "over.yaml")]
+    arguments += ["--trainer.callbacks+=callbacks.SampleGrid", "--trainer.callbacks.num_images=3"]
+    config = resolved(arguments, capsys)
     names = [each["class_path"] for each in config["trainer"]["callbacks"]]
     assert len(names) == len(set(names))
-    assert callbacks_of(config)["callbacks.SampleGrid"]["num_images"] == 3
+    found = callbacks_of(config)
+    assert found["callbacks.SampleGrid"]["num_images"] == 3
+    assert found["callbacks.SampleGrid"]["columns"] == 2
+    saved = found["lightning.pytorch.callbacks.ModelCheckpoint"]
+    assert (saved["save_last"], saved["every_n_train_steps"]) == (True, 5)
+
+
+def test_a_callback_changed_on_the_command_line_keeps_the_features_of_its_config(capsys):
+    arguments = ["fit", "--config", str(DEFAULTS.parent / "digits/ddpm.yaml")]
+    arguments += ["--trainer.callbacks+=callbacks.FrechetDistance"]
+    found = callbacks_of(resolved([*arguments, "--trainer.callbacks.num_samples=1000"], capsys))
+    distance = found["callbacks.FrechetDistance"]
+    assert distance["num_samples"] == 1000
+    assert distance["features"]["class_path"] == "ddim_pl.metrics.digits.DigitsFeatures"
+
+
+def test_a_callback_twice_in_a_whole_list_stays_twice(tmp_path, capsys):
+    config = tiny_config(tmp_path)
+    saved = [
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"monitor": m}}
+        for m in ("one", "two")
+    ]
+    config["trainer"]["callbacks"] = saved
+    path = write_config(config, tmp_path / "complete.yaml")
+    found = resolved(["fit", "--config", path], capsys)["trainer"]["callbacks"]
+    assert [each["init_args"]["monitor"] for each in found] == ["one", "two"]
 
 
 def test_a_complete_list_of_callbacks_is_taken_as_it_is(tmp_path, capsys):

@@ -88,7 +88,6 @@ def test_the_default_holds_nothing_that_changes_the_numbers_of_a_training() -> N
     assert default.keys() == {"trainer"}
     assert default["trainer"].keys() == {
         "accelerator",
-        "devices",
         "num_sanity_val_steps",
         "log_every_n_steps",
         "logger",

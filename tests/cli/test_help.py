@@ -1,0 +1,44 @@
+"""`--help` of a class has a text for each of its arguments."""
+
+import pytest
+from jsonargparse import ArgumentParser
+from lightning import Callback, LightningDataModule
+from torch import nn
+
+import callbacks
+import ddim_pl.cli  # so that every class is known
+from ddim_pl.cli_errors import known_classes
+from ddim_pl.fixed_point import Solver
+from ddim_pl.metrics.digits import DigitsFeatures
+from ddim_pl.metrics.inception import InceptionFeatures
+from ddim_pl.noise import Noise
+from ddim_pl.samplers import Sampler
+from ddim_pl.schedules import NoiseSchedule
+from ddim_pl.training import DiffusionModule
+
+BASES = (
+    *(DiffusionModule, LightningDataModule, NoiseSchedule, Noise, Sampler, Solver),
+    *(nn.Module, Callback),
+)
+CLASSES = [kind for base in BASES for kind in known_classes(base)]
+CLASSES += [DigitsFeatures, InceptionFeatures]
+
+
+def test_classes_are_found():
+    names = {kind.__name__ for kind in CLASSES}
+    assert {"DDPM", "CIFAR10DataModule", "UNet", "DDIM", "LinearSchedule", "BitsPerDim"} <= names
+    assert len(CLASSES) >= 30
+    assert set(callbacks.__all__) <= names
+    assert ddim_pl.cli.DiffusionCLI
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_every_argument_has_a_text(kind):
+    parser = ArgumentParser()
+    parser.add_class_arguments(kind, "it", fail_untyped=False)
+    silent = [
+        action.dest
+        for action in parser._actions
+        if action.dest.startswith("it.") and not (action.help or "").strip()
+    ]
+    assert not silent
