@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
@@ -33,9 +33,13 @@ from ddim_pl.commands import Trainer as TrainerWithCommands
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.evaluation.measure import ChecksBeforeRun
 from ddim_pl.lightning_internals import callbacks_of
-from ddim_pl.runs import config_in, newest_checkpoint, read_checkpoint, version_of
+from ddim_pl.runs import SHARED, checkpoint_config, newest_checkpoint, read_checkpoint, version_of
 from ddim_pl.training import DiffusionModule
 from ddim_pl.training.hyperparameters import CONFIG_KEY, INSTANTIATOR, filled
+from ddim_pl.trust import set_import_policy, trusting
+
+# An argument of any type gets a class path as plain data: nothing is built from it.
+set_parsing_settings(instantiate_subclass_spec_in_any=False)
 
 for _package in (ddim_pl.data, ddim_pl.metrics, ddim_pl.networks):
     for _module in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
@@ -60,11 +64,10 @@ class _SaveConfig(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_none=False)
         config = yaml.safe_load(text)
         config["model"]["init_args"] = filled(config["model"]["init_args"], pl_module.hparams)
-        shared = ("seed_everything", "trainer", "model", "data")
         # Another run, begun from this file, gets a version of its own.
         for logger in _as_list(config["trainer"].get("logger")):
             logger.get("init_args", {}).pop("version", None)
-        checkpoint[CONFIG_KEY] = yaml.safe_dump({key: config[key] for key in shared})
+        checkpoint[CONFIG_KEY] = yaml.safe_dump({key: config[key] for key in SHARED})
 
 
 class DiffusionCLI(LightningCLI):
@@ -121,6 +124,7 @@ class DiffusionCLI(LightningCLI):
             args = self._lay_on_checkpoint(given, args)
         elif given.command not in COMMANDS:
             given.configs.insert(0, read_config(DEFAULTS))
+        set_import_policy(given.named_paths, strict=self._read is not None)
         for command in self.subcommands():
             self._command_parser(command).listed_callbacks = count_listed(given.configs, args)
         self.config = parser.parse_args(args)
@@ -137,14 +141,11 @@ class DiffusionCLI(LightningCLI):
         last = given.checkpoint == "last"
         path = newest_checkpoint(Path("runs")) if last else Path(given.checkpoint)
         self._read = str(path)
-        config = yaml.safe_load(config_in(read_checkpoint(path), path))
-        if given.command != "fit":  # this may be another machine than the one that trained
-            for name in ("accelerator", "strategy", "devices", "num_nodes"):
-                config["trainer"].pop(name, None)
+        config = checkpoint_config(path, given.command)
         given.configs.insert(0, config)
         self._command_parser(given.command).default_config_files = []
-        config = ["--config", yaml.safe_dump(config)]
-        return [given.command, *config, *args[1:], "--ckpt_path", str(path)]
+        below = ["--config", yaml.safe_dump(config)]
+        return [given.command, *below, *args[1:], "--ckpt_path", str(path)]
 
     def _resolve_checkpoint(self, config: Namespace) -> None:
         """Turn `last` into a file, see that it exists, and write into the run it belongs to."""
@@ -304,8 +305,10 @@ def main(args: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore", warning)
     if args and args[0] in ("levels", "reconstruct", "sweep"):  # they use levels of their own
         warnings.filterwarnings("ignore", ".*distinct levels")
+    trusted = ["*"] if "--trust" in args else []
     try:
-        DiffusionCLI(args)
+        with trusting(*trusted):
+            DiffusionCLI([arg for arg in args if arg != "--trust"])
     except (ValueError, OSError, MisconfigurationException, RuntimeError) as error:
         message = run_message(error)
         if message is None or os.environ.get("DDIM_PL_TRACEBACK"):

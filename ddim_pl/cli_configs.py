@@ -5,6 +5,7 @@ callback that a later config changes, and the checkpoint whose config lies below
 """
 
 import importlib
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,22 +51,25 @@ class Given:
         configs: Contents of the configs, in their order; empty for one that cannot be read.
         checkpoint: The last `ckpt_path`, be it an argument or an entry of a config.
         shows_only: Whether the arguments want a help or a config printed.
+        named_paths: Dotted paths of what the arguments and configs name.
     """
 
     command: str | None
     configs: list[dict[str, Any]]
     checkpoint: str | None
     shows_only: bool
+    named_paths: set[str]
 
     @classmethod
     def by(cls, args: Sequence[str], commands: Collection[str]) -> "Given":
         """Read what these arguments give."""
         command = args[0] if args and args[0] in commands else None
-        given = cls(command, [], None, any(map(_shows_only, args)))
+        given = cls(command, [], None, any(map(_shows_only, args)), dotted_paths(list(args)))
         for name, value in _options(args):
             if name in ("-c", "--config"):
                 config = read_config(value)
                 given.configs.append(config)
+                given.named_paths |= dotted_paths(config)
                 given.checkpoint = config.get("ckpt_path") or given.checkpoint
             elif name == "--ckpt_path":
                 given.checkpoint = value
@@ -88,6 +92,15 @@ def read_config(source: str | Path) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def dotted_paths(value: Any) -> set[str]:
+    """Everything in arguments or in a config that could name something to import."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return set().union(*map(dotted_paths, value))
+    return set(re.findall(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+", value if isinstance(value, str) else ""))
 
 
 def count_listed(configs: Sequence[dict[str, Any]], args: Sequence[str]) -> int:

@@ -4,11 +4,16 @@ import glob
 import pickle
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+import yaml
 
 from ddim_pl.training.hyperparameters import CONFIG_KEY
+from ddim_pl.trust import check_classes, without_places
+
+SHARED = ("seed_everything", "trainer", "model", "data")
+"""What a checkpoint holds of a config: all but the arguments of one command."""
 
 
 def newest_checkpoint(root: Path, name: str | None = None) -> Path:
@@ -86,20 +91,28 @@ def read_checkpoint(path: Path, name: str = "--ckpt_path") -> dict[str, Any]:
     return checkpoint
 
 
-def config_in(checkpoint: dict[str, Any], path: Path, name: str = "--ckpt_path") -> str:
-    """The config that a checkpoint holds, as YAML.
+def checkpoint_config(path: Path, command: str) -> dict[str, Any]:
+    """The config that a checkpoint holds, as far as a stranger's may be used.
 
     Args:
-        checkpoint: What `read_checkpoint` returned.
-        path: Its file, for the error.
-        name: The argument that gave the path, for the error.
+        path: The file.
+        command: The command that will use it.
 
     Raises:
-        ValueError: If it holds none.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint, holds no config, or names what it may not name.
     """
-    if CONFIG_KEY not in checkpoint:
+    text = read_checkpoint(path).get(CONFIG_KEY)
+    config = yaml.safe_load(text) if isinstance(text, str) else None
+    if not isinstance(config, dict):
         raise ValueError(
-            f"{name} must be a checkpoint with a config, got {path}, which holds none: give "
+            f"--ckpt_path must be a checkpoint with a config, got {path}, which holds none: give "
             "--config as well"
         )
-    return cast(str, checkpoint[CONFIG_KEY])
+    config = {key: config[key] for key in SHARED if key in config}
+    check_classes(config, str(path))
+    config = without_places(config, str(path), command)
+    if command != "fit":  # this may be another machine than the one that trained
+        for name in ("accelerator", "strategy", "devices", "num_nodes"):
+            config.get("trainer", {}).pop(name, None)
+    return config

@@ -25,6 +25,7 @@ from ddim_pl.schedules import LinearSchedule, NoiseSchedule
 from ddim_pl.timesteps import make_levels
 from ddim_pl.training.ema import exponential_average
 from ddim_pl.training.hyperparameters import (
+    BUILDER,
     INSTANTIATOR,
     NotPlainError,
     describe,
@@ -122,6 +123,23 @@ class DiffusionModule(L.LightningModule, ABC):
 
     distilled_steps: int | None = None
     """Steps that the averaged network was distilled to; None if it was trained at all levels."""
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Any, map_location: Any = None, **changes: Any
+    ) -> Self:
+        """As Lightning's; but a checkpoint builds no class that `ddim_pl.trust` does not allow.
+
+        Args:
+            checkpoint_path: The file.
+            map_location: Where its tensors go.
+            **changes: Arguments of the constructor in place of the checkpoint's, and `strict`.
+
+        Raises:
+            UntrustedError: If the checkpoint names another class.
+        """
+        changes |= {"weights_only": True, "_instantiator": BUILDER}
+        return super().load_from_checkpoint(checkpoint_path, map_location, **changes)
 
     # ---- what the method is -------------------------------------------------------------------
 

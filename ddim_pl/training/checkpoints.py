@@ -1,22 +1,24 @@
 """Reading a model from a checkpoint of this package."""
 
 import pickle
-import sys
 from pathlib import Path
 
 import torch
 
 from ddim_pl.training.base import DiffusionModule
+from ddim_pl.trust import UntrustedError, trusted_class, trusting
 
 
-def load(path: str | Path, *, name: str = "path") -> DiffusionModule:
+def load(path: str | Path, *, trust: bool = False, name: str = "path") -> DiffusionModule:
     """Read the model that a checkpoint holds, in evaluation mode on the CPU, ready to sample.
 
     Args:
         path: Checkpoint of a training run or of a student.
+        trust: Build whatever classes the file names; by default those of `ddim_pl.trust` only.
         name: What an error calls it.
 
     Raises:
+        UntrustedError: If the file names a class that is not trusted.
         ValueError: If the file cannot be read, or is no checkpoint of this package.
     """
     if not Path(path).is_file():
@@ -24,10 +26,15 @@ def load(path: str | Path, *, name: str = "path") -> DiffusionModule:
             f"{name} must be a checkpoint of this package, got {str(path)!r}, which is no file"
         )
     try:
-        # Mapped, not read: only the name of the class is wanted here.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        kind = _module_class(checkpoint["hyper_parameters"]["_class_path"])
-        module = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        with trusting(*(["*"] if trust else [])):
+            # Mapped, not read: only the name of the class is wanted here.
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            kind = trusted_class(checkpoint["hyper_parameters"]["_class_path"], "the checkpoint")
+            if not issubclass(kind, DiffusionModule):
+                raise TypeError(f"{kind.__name__} is no DiffusionModule")
+            module = kind.load_from_checkpoint(path, map_location="cpu")
+    except UntrustedError as error:
+        raise UntrustedError(f"{name} {str(path)!r}: {error}") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
@@ -35,12 +42,3 @@ def load(path: str | Path, *, name: str = "path") -> DiffusionModule:
             f"read as one ({reason}): give another file"
         ) from error
     return module.eval()
-
-
-def _module_class(path: str) -> type[DiffusionModule]:
-    """The class of this name, if it is a DiffusionModule and imported already."""
-    module, _, name = path.rpartition(".")
-    kind = getattr(sys.modules.get(module), name, None)
-    if not (isinstance(kind, type) and issubclass(kind, DiffusionModule)):
-        raise TypeError(f"{path} is no DiffusionModule that is imported")
-    return kind

@@ -3,13 +3,22 @@
 The form is that of a config file: an object becomes `{"class_path": ..., "init_args": {...}}`.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from ddim_pl.lightning_internals import allow_instantiator
+from ddim_pl.trust import UntrustedError, trusted_class
 
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
-"""What `load_from_checkpoint` builds a module with from such data."""
+"""What Lightning alone builds a module with from such data; `build_module` takes its place."""
+
+BUILDER = f"{__name__}.build_module"
+allow_instantiator(BUILDER)
 
 CONFIG_KEY = "ddim_pl_config"
 """Key under which a checkpoint holds the resolved config of its run, as YAML."""
@@ -59,3 +68,83 @@ def describe(value: Any) -> Any:
     else:
         raise NotPlainError(f"{type(value).__name__} has no attribute `init_args`")
     return {"class_path": import_path(type(value)), "init_args": describe(arguments)}
+
+
+def arguments_of(kind: type[Any]) -> dict[str, Any]:
+    """Declared types of a constructor's arguments, those passed on to its bases included."""
+    found: dict[str, Any] = {}
+    for each in kind.__mro__[:-1]:
+        maker = vars(each).get("__init__")
+        if maker is not None:
+            parameters = inspect.signature(maker).parameters
+            with contextlib.suppress(NameError):  # a type that is imported for checkers only
+                hints = get_type_hints(maker)
+                found = {name: hints.get(name, Any) for name in parameters} | found
+            if "kwargs" not in parameters:
+                break
+    return {name: hint for name, hint in found.items() if name not in ("self", "args", "kwargs")}
+
+
+def build(value: Any, hint: Any, source: str) -> Any:
+    """Make what plain data describes: the inverse of `describe`.
+
+    Args:
+        value: Plain data; objects inside are taken as they are.
+        hint: The declared type. An object is made only where the type names its class or a base,
+            a factory where the type is a callable that returns one.
+        source: What holds the data, for the errors.
+
+    Raises:
+        UntrustedError: If a class is of no trusted package, or of another kind than declared.
+    """
+    if isinstance(value, list | tuple):
+        kinds = [each for each in _members(hint) if get_origin(each) in (list, tuple, Sequence)]
+        inner = next(iter(get_args(kinds[0])), Any) if kinds else Any
+        items = [build(item, inner, source) for item in value]
+        return tuple(items) if kinds and get_origin(kinds[0]) is tuple else items
+    if not isinstance(value, dict) or "class_path" not in value:
+        return value
+    kind: Any = trusted_class(value["class_path"], source)
+    hints = arguments_of(kind)
+    given = {**(value.get("init_args") or {}), **(value.get("dict_kwargs") or {})}
+    arguments = {name: build(item, hints.get(name, Any), source) for name, item in given.items()}
+    for each in _members(hint):
+        if get_origin(each) is Callable:
+            if _is_kind(kind, get_args(each)[-1]):
+                return partial(kind, **arguments)
+        elif _is_kind(kind, each):
+            return kind(**arguments)
+    raise UntrustedError(
+        f"{source} names {value['class_path']} where {hint} is declared, which is refused: the "
+        "file is damaged, or of another program"
+    )
+
+
+def build_module(kind: type[Any], data: dict[str, Any]) -> Any:
+    """Make a module from its hyperparameters, as Lightning calls it to read a checkpoint.
+
+    Args:
+        kind: The class that was asked to read the checkpoint.
+        data: Hyperparameters with `_class_path`; objects among them override a checkpoint's.
+
+    Raises:
+        UntrustedError: As `build`.
+    """
+    source, path = "the checkpoint", data.get("_class_path")
+    # The class that the caller names needs no trust.
+    known = path in (None, f"{kind.__module__}.{kind.__qualname__}")
+    found = kind if known else trusted_class(path, source)
+    if not issubclass(found, kind):
+        raise UntrustedError(f"{source} holds a {found.__name__}, which is no {kind.__name__}")
+    hints = arguments_of(found)
+    given = {name: value for name, value in data.items() if not name.startswith("_")}
+    return found(**{name: build(item, hints.get(name), source) for name, item in given.items()})
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a declared type."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _is_kind(kind: Any, wanted: Any) -> bool:
+    return any(isinstance(each, type) and issubclass(kind, each) for each in _members(wanted))

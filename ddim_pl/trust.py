@@ -1,0 +1,206 @@
+"""What a checkpoint may name: a file from a stranger must not run code.
+
+Tensors are read with `weights_only=True`. But a checkpoint also says of which classes its model,
+data and trainer are built. Only classes of the packages below are, and only as arguments that are
+declared as such; everything else in a checkpoint is plain data.
+"""
+
+import copy
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+
+PACKAGES = (
+    "ddim_pl",
+    "callbacks",
+    "torch.nn",
+    "torch.optim",
+    "torchmetrics",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.strategies",
+)
+"""Packages and modules whose classes a checkpoint may name."""
+
+ENVIRONMENT = "DDIM_PL_TRUSTED_MODULES"
+"""Environment variable with more of them, separated by commas; `*` trusts everything."""
+
+
+class UntrustedError(ValueError):
+    """A checkpoint names something that it may not name."""
+
+
+def trusted_packages() -> tuple[str, ...]:
+    """Packages whose classes may be named: `PACKAGES`, and those that the user trusts."""
+    named = os.environ.get(ENVIRONMENT, "").split(",")
+    return (*PACKAGES, *filter(None, (name.strip() for name in named)))
+
+
+@contextmanager
+def trusting(*packages: str) -> Iterator[None]:
+    """Trust these packages too, `*` for everything, here and in child processes."""
+    before = os.environ.get(ENVIRONMENT)
+    os.environ[ENVIRONMENT] = ",".join([*packages, before or ""])
+    try:
+        yield
+    finally:
+        os.environ.pop(ENVIRONMENT)
+        if before is not None:
+            os.environ[ENVIRONMENT] = before
+
+
+def is_trusted(path: str) -> bool:
+    """Whether a dotted path lies in a trusted package."""
+    return any(
+        package == "*" or f"{path}.".startswith(f"{package}.") for package in trusted_packages()
+    )
+
+
+def trusted_class(path: Any, source: str) -> type[Any]:
+    """The class of this name.
+
+    Args:
+        path: Its dotted path, as a checkpoint says it.
+        source: What names it, for the error.
+
+    Raises:
+        UntrustedError: If it is no class of a trusted package; nothing is imported then.
+    """
+    module, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
+    if not module or not is_trusted(path):
+        raise UntrustedError(_refusal(source, path))
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UntrustedError(f"{source} names {path}, which cannot be imported: {error}") from None
+    # A trusted module may import others, and has their names too.
+    if not isinstance(kind, type) or not is_trusted(f"{kind.__module__}.{kind.__qualname__}"):
+        raise UntrustedError(_refusal(source, path))
+    return kind
+
+
+def check_classes(value: Any, source: str) -> None:
+    """Check every class that plain data names.
+
+    Args:
+        value: A config or hyperparameters, as a checkpoint holds them.
+        source: What holds them, for the error.
+
+    Raises:
+        UntrustedError: If one is of no trusted package, or is hidden in a text.
+    """
+    if isinstance(value, dict):
+        if "class_path" in value:
+            trusted_class(value["class_path"], source)
+        for item in value.values():
+            check_classes(item, source)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_classes(item, source)
+    elif isinstance(value, str) and "class_path" in value:
+        raise UntrustedError(f"{source} names classes inside a text, which is refused: {value!r}")
+
+
+def without_places(config: dict[str, Any], checkpoint: str, command: str) -> dict[str, Any]:
+    """A checkpoint's config without what would decide where files are written.
+
+    Loggers write below `runs`, unless the checkpoint lies in a run; checkpoints go into the run;
+    nothing is downloaded into a folder that only the checkpoint names; pairs are made below `runs`
+    alone.
+
+    Args:
+        config: Its `trainer`, `model` and `data`, as plain data.
+        checkpoint: Its file, for the errors.
+        command: The command that reads it; only `fit` makes pairs.
+
+    Raises:
+        UntrustedError: If the name of an experiment leads out of its folder, or a fit would make
+            pairs elsewhere than below `runs`.
+    """
+    if is_trusted("*"):
+        return config
+    config = copy.deepcopy(config)
+    trainer, data = config.get("trainer") or {}, config.get("data") or {}
+    trainer.pop("default_root_dir", None)
+    for logger in _each(trainer.get("logger")):
+        arguments = logger.get("init_args") or {}
+        for key in ("name", "sub_dir"):
+            if not _stays_inside(arguments.get(key)):
+                raise UntrustedError(
+                    f"{checkpoint} names the {key} {arguments[key]!r}, which leads out of the "
+                    "folder of runs: give --trainer.logger, or trust the file with --trust"
+                )
+        arguments |= {key: "runs" for key in ("save_dir", "root_dir", "dir") if key in arguments}
+    for callback in _each(trainer.get("callbacks")):
+        arguments = callback.get("init_args") or {}
+        for key in ("dirpath", "folder"):
+            arguments.pop(key, None)
+        if not _stays_inside(arguments.get("filename")):
+            arguments.pop("filename")
+    while data:
+        arguments = data.get("init_args") or {}
+        if "download" in arguments:
+            arguments["download"] = False
+        folder = arguments.get("folder")
+        if command == "fit" and folder and not _may_hold_pairs(folder):
+            raise UntrustedError(
+                f"{checkpoint} names the folder {folder!r}, which holds no pairs yet: say where "
+                "they are to be made with --data.folder, or trust the file with --trust"
+            )
+        data = arguments.get("images") or {}
+    return config
+
+
+def set_import_policy(named_by_user: Iterable[str], *, strict: bool) -> None:
+    """Tell jsonargparse what it may import for a value.
+
+    Args:
+        named_by_user: Dotted paths that the user's own arguments and configs name. Their packages
+            are allowed, because a class may be defined elsewhere than where it is named.
+        strict: Whether nothing else is but the trusted packages: a checkpoint's config is read.
+    """
+    allowed = {*PACKAGES} | {package for package in trusted_packages() if package != "*"}
+    for path in named_by_user:
+        top = path.partition(".")[0]
+        wide = top not in ("torch", "lightning", "jsonargparse", *sys.stdlib_module_names)
+        allowed |= {
+            path,
+            top if wide else path.rpartition(".")[0] if path.count(".") > 1 else path,
+        }
+    allowed = {path for path in allowed if path.partition(".")[0] != "jsonargparse"}
+    denied = ["*"] if strict and not is_trusted("*") else []
+    set_parsing_settings(import_path_denylist=denied, import_path_allowlist=sorted(allowed))
+
+
+def _each(value: Any) -> list[dict[str, Any]]:
+    return [each for each in (value if isinstance(value, list) else [value]) if _is_object(each)]
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("init_args") or {}, dict)
+
+
+def _stays_inside(path: Any) -> bool:
+    """Whether a path lies below the folder that it is joined to."""
+    return path is None or not (Path(str(path)).is_absolute() or ".." in Path(str(path)).parts)
+
+
+def _may_hold_pairs(folder: Any) -> bool:
+    """Whether pairs are there already, or the folder lies below `runs`."""
+    path = Path(str(folder))
+    below = _stays_inside(path) and path.parts[:1] == ("runs",)
+    return below or (path / "manifest.json").is_file()
+
+
+def _refusal(source: str, path: Any) -> str:
+    return (
+        f"{source} names {path!r}, which is refused: a checkpoint may name classes of "
+        f"{', '.join(PACKAGES)}. If you wrote the file or trust its author, set "
+        f"{ENVIRONMENT}={str(path).partition('.')[0]}, or trust all of it with --trust"
+    )
