@@ -5,7 +5,6 @@ callback that a later config changes, and the checkpoint whose config lies below
 """
 
 import importlib
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +63,13 @@ class Given:
     def by(cls, args: Sequence[str], commands: Collection[str]) -> "Given":
         """Read what these arguments give."""
         command = args[0] if args and args[0] in commands else None
-        given = cls(command, [], None, any(map(_shows_only, args)), dotted_paths(list(args)))
+        given = cls(command, [], None, any(map(_shows_only, args)), set())
         for name, value in _options(args):
+            if name != "--ckpt_path":
+                given.named_paths |= dotted_paths([value, read_config(value)])
             if name in ("-c", "--config"):
                 config = read_config(value)
                 given.configs.append(config)
-                given.named_paths |= dotted_paths(config)
                 given.checkpoint = config.get("ckpt_path") or given.checkpoint
             elif name == "--ckpt_path":
                 given.checkpoint = value
@@ -95,12 +95,14 @@ def read_config(source: str | Path) -> dict[str, Any]:
 
 
 def dotted_paths(value: Any) -> set[str]:
-    """Everything in arguments or in a config that could name something to import."""
+    """Everything in arguments or in a config that names something to import, and no file."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
         return set().union(*map(dotted_paths, value))
-    return set(re.findall(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+", value if isinstance(value, str) else ""))
+    parts = value.split(".") if isinstance(value, str) else []
+    named = len(parts) > 1 and all(map(str.isidentifier, parts)) and not Path(value).exists()
+    return {value} if named else set()
 
 
 def count_listed(configs: Sequence[dict[str, Any]], args: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import _common, set_parsing_settings
 
 PACKAGES = (
     "ddim_pl",
@@ -174,6 +174,9 @@ def set_import_policy(named_by_user: Iterable[str], *, strict: bool) -> None:
             top if wide else path.rpartition(".")[0] if path.count(".") > 1 else path,
         }
     allowed = {path for path in allowed if path.partition(".")[0] != "jsonargparse"}
+    # internal: jsonargparse 4.53 cannot take an entry back, and this is not the first command.
+    verdicts = dict.fromkeys(_common.default_import_path_denylist, False)
+    _common.parsing_settings["import_path_verdicts"] = verdicts
     denied = ["*"] if strict and not is_trusted("*") else []
     set_parsing_settings(import_path_denylist=denied, import_path_allowlist=sorted(allowed))
 

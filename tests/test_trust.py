@@ -1,0 +1,275 @@
+"""Attacks by a checkpoint: none runs code, none says where a file is written."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import tiny_config, write_config
+
+import ddim_pl
+from ddim_pl.cli import main
+from ddim_pl.training import DDPM
+from ddim_pl.training.hyperparameters import CONFIG_KEY
+from ddim_pl.trust import ENVIRONMENT, UntrustedError, is_trusted, trusted_class, trusting
+
+POPEN = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "pwned"]}}
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory):
+    """A checkpoint of a short fit."""
+    folder = tmp_path_factory.mktemp("honest")
+    main(["fit", "--config", write_config(tiny_config(folder, max_epochs=1), folder / "c.yaml")])
+    path = folder / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """A folder to work in, into which nothing may be written but by a command's own output."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text("open('pwned', 'w').close()\nclass Net: pass\n")
+    before = set(tmp_path.iterdir())
+    yield tmp_path
+    assert not (tmp_path / "pwned").exists()
+    sys.modules.pop("evil", None)
+    assert set(tmp_path.iterdir()) - before <= {tmp_path / "evil.ckpt", tmp_path / "evil-run"}
+
+
+def attacked(checkpoint, attack):
+    """The checkpoint after an attack on its config and its hyperparameters."""
+    checkpoint = copy.deepcopy(checkpoint)
+    config = yaml.safe_load(checkpoint[CONFIG_KEY])
+    attack(config, checkpoint["hyper_parameters"])
+    checkpoint[CONFIG_KEY] = yaml.safe_dump(config)
+    torch.save(checkpoint, "evil.ckpt")
+    return "evil.ckpt"
+
+
+def replace_network(value):
+    def attack(config, hyper):
+        config["model"]["init_args"]["network"] = value
+        hyper["network"] = value
+
+    return attack
+
+
+def linear_with(name, value):
+    arguments = {"in_features": 1, "out_features": 1, name: value}
+    return {"class_path": "torch.nn.Linear", "init_args": arguments}
+
+
+def set_model(name, value):
+    def attack(config, hyper):
+        config["model"]["init_args"][name] = value
+        hyper[name] = value
+
+    return attack
+
+
+def set_trainer(name, value):
+    return lambda config, hyper: config["trainer"].update({name: value})
+
+
+def set_logger(name, value):
+    def attack(config, hyper):
+        logger = config["trainer"]["logger"]
+        (logger[0] if isinstance(logger, list) else logger)["init_args"][name] = value
+
+    return attack
+
+
+def set_callbacks(**values):
+    """Set these arguments wherever a callback has them."""
+
+    def attack(config, hyper):
+        for callback in config["trainer"]["callbacks"]:
+            arguments = callback.get("init_args", {})
+            arguments |= {name: value for name, value in values.items() if name in arguments}
+
+    return attack
+
+
+CODE = {
+    "a class of the standard library": replace_network(POPEN),
+    "one inside an argument of any type": replace_network(linear_with("device", POPEN)),
+    "one inside a keyword argument": set_logger("purge_step", POPEN),
+    "dict_kwargs": set_logger("dict_kwargs", {"x": POPEN}),
+    "a module beside the checkpoint": replace_network({"class_path": "evil.Net"}),
+    "its name alone": replace_network("evil.Net"),
+    "YAML inside a text": replace_network("{class_path: subprocess.Popen, init_args: {args: ls}}"),
+    "a name that a trusted module imports": replace_network(
+        {"class_path": "ddim_pl.files.tempfile.NamedTemporaryFile"}
+    ),
+    "a class that a trusted module imports": replace_network({"class_path": "ddim_pl.runs.Path"}),
+    "a function of a trusted module": replace_network({"class_path": "ddim_pl.cli.main"}),
+    "an object of another kind": set_model("sampler", {"class_path": "torch.nn.Identity"}),
+    "an optimiser of another package": set_model("optimizer", POPEN),
+    "a callback": set_trainer("callbacks", [POPEN]),
+    "a function for a callback": set_trainer(
+        "callbacks",
+        [
+            {
+                "class_path": "lightning.pytorch.callbacks.LambdaCallback",
+                "init_args": {"setup": "os.system"},
+            }
+        ],
+    ),
+    "a plugin": set_trainer("plugins", [POPEN]),
+    "a profiler": set_trainer("profiler", POPEN),
+    "the model": lambda config, hyper: config["model"].update(POPEN),
+    "the data": lambda config, hyper: config["data"].update(POPEN),
+    "a class path that is no text": replace_network({"class_path": ["os", "system"]}),
+}
+IN_HYPERPARAMETERS = [
+    name
+    for name in CODE
+    if "network" in name
+    or name
+    in (
+        "a class of the standard library",
+        "one inside an argument of any type",
+        "a module beside the checkpoint",
+        "a name that a trusted module imports",
+        "a class that a trusted module imports",
+        "a function of a trusted module",
+        "an object of another kind",
+        "an optimiser of another package",
+        "a class path that is no text",
+    )
+]
+
+
+@pytest.mark.parametrize("name", CODE)
+@pytest.mark.parametrize("command", ["sample", "test", "fit"])
+def test_a_command_runs_no_code_of_a_checkpoint(honest, alone, capsys, name, command):
+    path = attacked(honest, CODE[name])
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--ckpt_path", path])
+    line = str(stop.value.code) + capsys.readouterr().err
+    assert stop.value.code not in (0, None)
+    assert len(line.strip().splitlines()) == 1, line
+
+
+@pytest.mark.parametrize("name", IN_HYPERPARAMETERS)
+def test_hyperparameters_run_no_code(honest, alone, capsys, name):
+    path = attacked(honest, CODE[name])
+    for read in (ddim_pl.load, DDPM.load_from_checkpoint):
+        with pytest.raises(ValueError, match=r"refused|must be|cannot be imported"):
+            read(path)
+    config = tiny_config(alone / "runs")
+    config["model"] = {
+        "class_path": "ddim_pl.training.ProgressiveDistillation",
+        "init_args": {"teacher": path, "rounds": [[4, 2], [2, 2]]},
+    }
+    Path("evil.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "evil.yaml"])
+    Path("evil.yaml").unlink()
+    assert "teacher" in str(stop.value.code)
+    torch.save(honest, "honest.ckpt")
+    with pytest.raises(SystemExit):
+        main(["compare", "--ckpt_path", "honest.ckpt", "--others", f"[{path}]"])
+    Path("honest.ckpt").unlink()
+
+
+def test_another_instantiator_is_not_called(honest, alone):
+    path = attacked(honest, lambda config, hyper: hyper.update(_instantiator="os.system"))
+    assert isinstance(ddim_pl.load(path), DDPM)
+
+
+def test_only_seed_trainer_model_and_data_come_from_a_checkpoint(honest, alone):
+    (alone / "precious").write_text("precious")
+    path = attacked(honest, lambda config, hyper: config.update(output="precious", num_images=1))
+    main(["sample", "--ckpt_path", path, "--num_images", "2"])
+    assert (alone / "precious").read_text() == "precious"
+    assert len(list(alone.glob("evil-run/**/0*.png"))) == 2
+    (alone / "precious").unlink()
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        set_trainer("default_root_dir", "elsewhere"),
+        set_logger("save_dir", "elsewhere"),
+        set_logger("name", "../elsewhere"),
+        set_logger("sub_dir", "../../../elsewhere"),
+        set_callbacks(folder="elsewhere", dirpath="elsewhere", filename="../../../elsewhere/x"),
+    ],
+)
+@pytest.mark.parametrize("command", ["test", "predict", "fit"])
+def test_a_checkpoint_does_not_say_where_files_go(honest, tmp_path, monkeypatch, attack, command):
+    inside = tmp_path / "a" / "b" / "c"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    path = attacked(honest, attack)
+    extra = ["--trainer.max_epochs", "2"] if command == "fit" else []
+    try:
+        main([command, "--ckpt_path", path, *extra])
+    except SystemExit as stop:
+        assert "--trust" in str(stop.code)  # noqa: PT017
+    assert not list(tmp_path.rglob("elsewhere"))
+    found = {each.name for each in inside.iterdir()} - {"evil.ckpt"}
+    assert found <= {"runs", "evil-run"}
+
+
+def test_nothing_is_downloaded_into_a_folder_that_a_checkpoint_names(honest, alone, capsys):
+    def attack(config, hyper):
+        config["data"] = {
+            "class_path": "ddim_pl.data.cifar10.CIFAR10DataModule",
+            "init_args": {"root": "elsewhere", "download": True},
+        }
+
+    path = attacked(honest, attack)
+    with pytest.raises(SystemExit) as stop:
+        main(["test", "--ckpt_path", path])
+    assert "download: true" in str(stop.value.code)
+
+
+def test_those_who_wrote_the_file_may_trust_it(honest, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_networks.py").write_text(
+        "from ddim_pl.networks.unet import UNet\nclass Mine(UNet):\n    pass\n"
+    )
+
+    def own(config, hyper):
+        for network in (config["model"]["init_args"]["network"], hyper["network"]):
+            network["class_path"] = "own_networks.Mine"
+
+    path = attacked(honest, own)
+    with pytest.raises(UntrustedError, match=f"{ENVIRONMENT}=own_networks"):
+        ddim_pl.load(path)
+    assert type(ddim_pl.load(path, trust=True).network).__name__ == "Mine"
+    with pytest.raises(SystemExit) as stop:
+        main(["sample", "--ckpt_path", path, "--num_images", "1"])
+    assert "own_networks.Mine" in str(stop.value.code)
+    main(["sample", "--ckpt_path", path, "--num_images", "1", "--trust"])
+    monkeypatch.setenv(ENVIRONMENT, "own_networks")
+    main(["sample", "--ckpt_path", path, "--num_images", "1"])
+    assert type(ddim_pl.load(path).network).__name__ == "Mine"
+
+
+def test_a_users_own_class_beside_a_checkpoint_needs_no_trust(honest, tmp_path, monkeypatch):
+    """What the command line itself names, the user has chosen."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_samplers.py").write_text(
+        "from dataclasses import dataclass\nfrom ddim_pl.samplers import DDIM\n"
+        "@dataclass(frozen=True)\nclass Mine(DDIM):\n    pass\n"
+    )
+    path = attacked(honest, lambda config, hyper: None)
+    main(["sample", "--ckpt_path", path, "--num_images=1", "--model.sampler=own_samplers.Mine"])
+
+
+def test_trust_ends_with_its_context():
+    with trusting("mine"):
+        assert is_trusted("mine.Net")
+        assert not is_trusted("miner.Net")
+    assert not is_trusted("mine.Net")
+    with pytest.raises(UntrustedError, match="refused"):
+        trusted_class("torch.hub.load", "the file")
