@@ -78,7 +78,7 @@ class Given:
 
 
 def read_config(source: str | Path) -> dict[str, Any]:
-    """The content of a config, a file or YAML; empty if invalid, which the parser reports later."""
+    """The content of a config, a file or YAML; empty if invalid: the parser will say so."""
     try:
         text = Path(source).read_text()
     except (OSError, ValueError):
