@@ -50,7 +50,7 @@ class _SaveConfig(SaveConfigCallback):
     """Puts the resolved config beside a fit's checkpoints, and into each of them."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write `config.yaml` in fit, beside that of the run if this one goes on with a run."""
+        """Write `config.yaml` in fit; a resumed run keeps its own, and gets a second file."""
         if stage != "fit" or not trainer.loggers:
             return
         if self.config.get("ckpt_path"):
@@ -82,7 +82,7 @@ class DiffusionCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         """Run the command that the arguments (by default those of the process) name."""
-        # A folder's name may hold brackets, which are not meant as a pattern.
+        # jsonargparse takes the path for a pattern, and a folder's name may hold brackets.
         defaults = {"default_config_files": [glob.escape(str(DEFAULTS))]}
         super().__init__(
             DiffusionModule,
@@ -113,7 +113,7 @@ class DiffusionCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, with the checkpoint's own config underneath where none names a model."""
+        """Parse; the checkpoint's config is the base unless another config names a model."""
         args = list(args)
         given = Given.by(args, self.subcommands())
         self._read: str | None = None
@@ -148,7 +148,7 @@ class DiffusionCLI(LightningCLI):
         return [given.command, *below, *args[1:], "--ckpt_path", str(path)]
 
     def _resolve_checkpoint(self, config: Namespace) -> None:
-        """Turn `last` into a file, see that it exists, and write into the run it belongs to."""
+        """Turn `last` into a file, check that it exists, and write into that file's run."""
         command, checkpoint = self.config.subcommand, config.get("ckpt_path")
         logger = config.trainer.get("logger")
         settings = logger.get("init_args", {}) if hasattr(logger, "get") else {}
@@ -200,7 +200,7 @@ class DiffusionCLI(LightningCLI):
             return  # Lightning lets the other ranks wait for the first one's download
         module = cast(DiffusionModule, self.model)
         if self.subcommand == "fit" and not self.config["fit"].get("ckpt_path"):
-            # As fit itself will: the data depends on the trainer's precision and devices.
+            # As fit will do: the checks need the trainer's precision and devices.
             self.datamodule.trainer = self.trainer
             module.check_data(self.datamodule)
         self.datamodule.prepare_data()
@@ -269,7 +269,7 @@ def _needs_checkpoint(command: str) -> str:
 
 
 def _as_list(loggers: Any) -> list[dict[str, Any]]:
-    """The loggers of a dumped config; true and false stand for a default one and none."""
+    """The loggers of a dumped config; `true` and `false` have no settings and are left out."""
     loggers = loggers if isinstance(loggers, list) else [loggers]
     return [logger for logger in loggers if isinstance(logger, dict)]
 
@@ -294,7 +294,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Set the environment variable DDIM_PL_TRACEBACK=1 to see where an error was raised.
     """
-    # An advertisement.
+    # Lightning advertises a logger in a log message.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )

@@ -1,7 +1,7 @@
 """The configs that a command line names, as they are before anything is parsed.
 
-Later ones win over earlier ones. jsonargparse merges them; what it has no rule for is here: a
-callback that a later config changes, and the checkpoint whose config lies below all others.
+Later ones win over earlier ones. jsonargparse merges them. This module adds what it cannot do:
+merge callbacks of one class, and find the checkpoint whose config is the base.
 """
 
 import importlib
@@ -24,17 +24,17 @@ class CommandParser(LightningArgumentParser):
     """Reports an error in one line, and prints a config as it will be used."""
 
     listed_callbacks = 0
-    """Length of the list of callbacks that counts as a whole, see `merge_repeated`."""
+    """How many callbacks come from one `callbacks:` list, see `merge_repeated`."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and exit with status 2; an inner parser raises, as jsonargparse's."""
+        """Print the message and exit with status 2; a nested parser raises, as in jsonargparse."""
         if not self.exit_on_error:
             super().error(message, ex)
         self.exit(2, f"error: {parser_message(message)}\n")
 
     def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         """Merge repeated callbacks before jsonargparse fills in their default arguments."""
-        # internal: jsonargparse 4 has no public place between reading the arguments and that.
+        # internal: jsonargparse 4 has no public hook before it fills in defaults.
         callbacks = cfg.get("trainer.callbacks")
         if isinstance(callbacks, list):
             cfg["trainer.callbacks"] = merge_repeated(callbacks, self.listed_callbacks)
@@ -82,7 +82,7 @@ class Given:
 
 
 def read_config(source: str | Path) -> dict[str, Any]:
-    """The content of a config, given as a file or as YAML; what is wrong, the parser reports."""
+    """The content of a config, a file or YAML; empty if invalid: the parser will say so."""
     try:
         text = Path(source).read_text()
     except (OSError, ValueError):
@@ -108,7 +108,7 @@ def dotted_paths(value: Any) -> set[str]:
 def count_listed(configs: Sequence[dict[str, Any]], args: Sequence[str]) -> int:
     """Length of the last list of callbacks that a config gives as a whole, by `callbacks:`.
 
-    0 if the command line gives one: all of its callbacks are then compared.
+    0 if `--trainer.callbacks` is on the command line: then every callback may be merged.
     """
     if any(name == "--trainer.callbacks" for name, _ in _options(args)):
         return 0
@@ -121,12 +121,12 @@ def count_listed(configs: Sequence[dict[str, Any]], args: Sequence[str]) -> int:
 
 
 def merge_repeated(callbacks: Sequence[Any], listed: int) -> list[Any]:
-    """Callbacks of which a later one changes arguments of an earlier one of its class.
+    """Merge callbacks of one class: a later one overrides arguments of the one before it.
 
     Args:
         callbacks: Callbacks as given, without their default arguments.
-        listed: The first so many come from one list, in which a class may stand twice; those
-            after them were added with `callbacks+`.
+        listed: How many of them, from the first on, come from one list, which may repeat a class.
+            The rest were added with `callbacks+`.
     """
     merged: list[Any] = []
     for number, callback in enumerate(callbacks):
