@@ -298,15 +298,15 @@ def invert(
         late = max_seconds is not None and time.perf_counter() - begin >= max_seconds
         last = update == num_updates or late
         if found.is_exact or last or update % judge_every == 0:
-            images, used = _exact_images(denoiser, latents.detach(), levels, found)
-            evaluations += used
-            best.update(latents.detach(), images, x)
+            now = latents.detach()
+            images = found.images.detach() if found.is_exact else DDIM()(denoiser, now, levels)
+            evaluations += 0 if found.is_exact else len(levels) - 1
+            best.update(now, images, x)
         curve.append(Progress(update, time.perf_counter() - begin, evaluations, loss, best.mean))
         bar.set_postfix(loss=loss, refresh=False)
         if last:
             break
-        optimizer.zero_grad()
-        losses.sum().backward()
+        (latents.grad,) = torch.autograd.grad(losses.sum(), latents)
         optimizer.step()
     return Inversion(best.latents, best.images, best.losses, curve)
 
@@ -321,15 +321,6 @@ def _check_arguments(
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr}: 5e-3 is usual")
     check_at_least(1, judge_every=judge_every)
-
-
-def _exact_images(
-    denoiser: Denoiser, z: Tensor, levels: Tensor, found: Generated
-) -> tuple[Tensor, int]:
-    """What `DDIM` generates from the latents, and the network evaluations this took."""
-    if found.is_exact:
-        return found.images.detach(), 0
-    return DDIM()(denoiser, z, levels), len(levels) - 1
 
 
 class _Best:
