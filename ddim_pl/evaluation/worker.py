@@ -162,14 +162,10 @@ class _Job(L.LightningModule):
     precision: feature extractors and metrics keep their own.
     """
 
-    def __init__(
-        self, model: DiffusionModule, work: Callable[[Worker], None], run: str | None, bar: bool
-    ) -> None:
+    def __init__(self, model: DiffusionModule, work: Callable[[L.Trainer], None]) -> None:
         super().__init__()
         self.model = model
         self.work = work
-        self.run = run
-        self.bar = bar
 
     def setup(self, stage: str) -> None:
         """Set up the model, which Lightning does not see."""
@@ -177,7 +173,7 @@ class _Job(L.LightningModule):
 
     def on_predict_start(self) -> None:
         """Do all the work at once."""
-        self.work(Worker(self.trainer, self.model, run=self.run, progress=self.bar))
+        self.work(self.trainer)
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the batch, because Lightning warns about None."""
@@ -209,7 +205,8 @@ def on_every_worker(
         run = str(run_of(Path(ckpt_path)))
     once_each = IndexBatches([torch.zeros(1, dtype=torch.long)])
     with without_callbacks_and_loggers(trainer):
-        trainer.predict(_Job(model, work, run, bar), once_each, return_predictions=False)
+        job = _Job(model, lambda trainer: work(Worker(trainer, model, run=run, progress=bar)))
+        trainer.predict(job, once_each, return_predictions=False)
 
 
 def check_images(datamodule: L.LightningDataModule | None) -> ImageDataModule:

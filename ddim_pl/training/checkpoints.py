@@ -26,7 +26,11 @@ def load(path: str | Path, *, name: str = "path") -> DiffusionModule:
     try:
         # Mapped, not read: only the name of the class is wanted here.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        kind = _module_class(checkpoint["hyper_parameters"]["_class_path"])
+        class_path = checkpoint["hyper_parameters"]["_class_path"]
+        home, _, class_name = class_path.rpartition(".")
+        kind = getattr(sys.modules.get(home), class_name, None)
+        if not (isinstance(kind, type) and issubclass(kind, DiffusionModule)):
+            raise TypeError(f"{class_path} is no DiffusionModule that is imported")
         module = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -35,12 +39,3 @@ def load(path: str | Path, *, name: str = "path") -> DiffusionModule:
             f"read as one ({reason}): give another file"
         ) from error
     return module.eval()
-
-
-def _module_class(path: str) -> type[DiffusionModule]:
-    """The class of this name, if it is a DiffusionModule and imported already."""
-    module, _, name = path.rpartition(".")
-    kind = getattr(sys.modules.get(module), name, None)
-    if not (isinstance(kind, type) and issubclass(kind, DiffusionModule)):
-        raise TypeError(f"{path} is no DiffusionModule that is imported")
-    return kind
