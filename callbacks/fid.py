@@ -1,4 +1,4 @@
-"""Fréchet distance, and more, between generated and real images, in training and in `test`."""
+"""FID and more, in training and in `test`; computed in `ddim_pl/evaluation/measure.py`."""
 
 from collections.abc import Callable, Sequence
 

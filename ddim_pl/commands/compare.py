@@ -13,8 +13,8 @@ from ddim_pl.evaluation.worker import Worker, check_images, on_every_worker
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.timesteps import linear
 from ddim_pl.training import DiffusionModule
-from ddim_pl.training.checkpoints import load
 from ddim_pl.training.fingerprint import fingerprint, fingerprint_of_file
+from ddim_pl.training.loading import load
 
 
 def compare(

@@ -52,7 +52,7 @@ class Worker:
 
     @property
     def is_first(self) -> bool:
-        """Whether this worker writes what all have made."""
+        """Whether this worker writes the results of all."""
         return self.rank == 0
 
     @property
@@ -85,7 +85,7 @@ class Worker:
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum of all workers' values, on the CPU."""
-        if self.world_size == 1:  # Apple's devices, of which there is one, have no float64
+        if self.world_size == 1:  # nothing to sum, and Apple's devices have no float64
             return values.cpu()
         there = values.to(self.model.device)
         return cast(Tensor, self.trainer.strategy.reduce(there, reduce_op="sum")).cpu()
@@ -158,8 +158,8 @@ class Worker:
 class _Job(L.LightningModule):
     """A function in the place of a prediction, which Lightning calls in every process.
 
-    It is called before the one step that predicts nothing, since a step runs in the trainer's
-    precision: feature extractors and metrics keep their own.
+    It is called before the one step, which predicts nothing: Lightning runs steps in the trainer's
+    precision, and feature extractors and metrics must keep their own.
     """
 
     def __init__(self, model: DiffusionModule, work: Callable[[L.Trainer], None]) -> None:
@@ -190,14 +190,13 @@ def on_every_worker(
     """Call `work` once in every process, without gradients, with the model on its device.
 
     Args:
-        trainer: Starts the processes; its callbacks and loggers, which are of fit and test, take
-            no part.
+        trainer: Starts the processes; its callbacks and loggers, for fit and test, are left out.
         model: The model.
         work: What to do in each process.
         ckpt_path: Checkpoint to load the weights from first.
     """
     bar = trainer.progress_bar_callback is not None
-    # Read here, because Lightning would begin a log in the run's folder.
+    # Read before the loggers are left out.
     run = cast(str | None, getattr(trainer.logger, "log_dir", None))
     if ckpt_path is not None:
         checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)

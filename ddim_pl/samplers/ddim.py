@@ -1,4 +1,4 @@
-"""Denoising diffusion implicit models ([DDIM])."""
+"""Denoising diffusion implicit models ([DDIM]); their step is `ddim_pl.transitions.ddim_step`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

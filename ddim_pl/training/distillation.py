@@ -11,20 +11,20 @@ from ddim_pl.noise import Noise
 from ddim_pl.prediction import PredictionType
 from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.training.base import DiffusionModule
-from ddim_pl.training.checkpoints import load
 from ddim_pl.training.hyperparameters import filled
+from ddim_pl.training.loading import load
 
 
 class Distillation(DiffusionModule):
     """A student that begins with the averaged weights of a teacher.
 
     Args:
-        network: By default a copy of the teacher's; a checkpoint of this module holds it here.
+        network: By default a copy of the teacher's; given when this module is loaded.
         schedule: By default the teacher's.
         noise: By default the teacher's.
         teacher: Checkpoint of the teacher, any of this package.
         dropout: Dropout of the student.
-        prediction: As in `DiffusionModule`; by default what the method reads the teacher as.
+        prediction: As in `DiffusionModule`; by default `prediction_from` the teacher's.
         time_input: By default the teacher's.
         image_shape: By default the teacher's.
         clip: Clip the student's estimates when it samples; by default as the teacher does.
@@ -72,11 +72,11 @@ class Distillation(DiffusionModule):
         if read is not None:
             self.record_arguments(network=network, **student)
             self.check_teacher(read)
-            Distillation.load_weights_from(self, read)  # a subclass has no more networks yet
+            Distillation.load_weights_from(self, read)  # not an override
 
     @staticmethod
     def prediction_from(teacher: PredictionType) -> PredictionType:
-        """How a student's output is read, by default, of a teacher that predicts this."""
+        """Default prediction type of a student whose teacher has this one."""
         return teacher
 
     @property
@@ -140,7 +140,7 @@ def student_network(teacher: DiffusionModule, dropout: float) -> nn.Module:
 
 
 def set_dropout(network: nn.Module, dropout: float) -> None:
-    """Set the rate of every dropout layer, also in what the network says of its arguments."""
+    """Set the rate of every dropout layer, and `dropout` in the network's `init_args`."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout

@@ -36,7 +36,7 @@ class LuhmanDistillation(Distillation):
     the pairs that are missing; its data module is `TeacherPairsDataModule`.
 
     Args:
-        network: By default a copy of the teacher's; a checkpoint of this module holds it here.
+        network: By default a copy of the teacher's; given when this module is loaded.
         schedule: By default the teacher's.
         loss: "l2", half the squared error ([KD], eq. 8), or "l1", the absolute
             one, as in their CIFAR-10 experiment.

@@ -2,9 +2,9 @@
 
 A student of N steps learns to do in one DDIM step what its teacher does in two. Levels are `t = i
 T / N` with `i` uniform in 1..N; the teacher steps `t -> t - T / 2N -> t - T / N`, and the target
-is the x with which one step lands there too, `two_step_target`. Then the student, by its averaged
-weights, becomes the teacher of a student with N / 2 steps. The whole ladder is one `fit`: the
-round follows from the number of updates made.
+is the x for which one step leads to the same state: `ddim_pl.transitions.two_step_target`. Then
+the student, by its averaged weights, becomes the teacher of a student with N / 2 steps. All
+rounds are one `fit`: the round follows from the number of updates made.
 """
 
 from bisect import bisect_right
@@ -54,7 +54,7 @@ class ProgressiveDistillation(Distillation):
     Sampling and evaluation use the student of the present round with its own number of steps.
 
     Args:
-        network: By default a copy of the teacher's; a checkpoint of this module holds it here.
+        network: By default a copy of the teacher's; given when this module is loaded.
         schedule: By default the teacher's.
         rounds: The ladder, `(student steps, updates)` each: the teacher's number of steps is twice
             that of the first student, and each student has half the steps of the one before.
@@ -65,7 +65,7 @@ class ProgressiveDistillation(Distillation):
         loss_weight: Weight on the squared error of x: "truncated_snr" or "snr_plus_one" (the
             paper's two), or any other of `ddim_pl.prediction.LossWeight`.
         clip_teacher: Clip the teacher's estimates to [-1, 1]; the paper does not.
-        teacher_prediction: What the first teacher predicts; read from it.
+        teacher_prediction: What the first teacher predicts; needed only if `network` is given.
         warmup_steps: Updates of each round over which the rate grows linearly.
         **kwargs: Arguments of `Distillation`. Each round begins a new average; the paper has no
             dropout.
@@ -135,7 +135,7 @@ class ProgressiveDistillation(Distillation):
 
     @property
     def student_steps(self) -> int:
-        """Steps of the student in training, or when it is only converted, of its teacher."""
+        """Steps of the student in training; while it is converted, those of its teacher."""
         return self.teacher_steps if self.round_index < 0 else self.rounds[self.round_index].steps
 
     @property
@@ -151,13 +151,13 @@ class ProgressiveDistillation(Distillation):
     @property
     def levels(self) -> Tensor:
         """Levels of the present student, `(N + 1,)`."""
-        # A teacher that is being converted may have more steps than there are whole levels.
+        # While it is converted these are the teacher's steps, which may exceed `num_levels`.
         most = self.schedule.num_levels if self.round_index < 0 else self.student_steps
         return linear(self.schedule.num_levels, min(self.student_steps, most))
 
     @property
     def distilled_steps(self) -> int | None:  # type: ignore[override]
-        """Steps of the present student, the only ones it knows."""
+        """Steps that the present student is trained for; None while it is converted."""
         return None if self.round_index < 0 else self.student_steps
 
     @property
@@ -246,7 +246,7 @@ class ProgressiveDistillation(Distillation):
         if self.round_index < 0:
             t = (1 - u) * self.schedule.num_levels
         else:
-            # In this order the last level is T exactly, not a rounding above.
+            # Multiply first: the last level is T exactly, and not rounded above it.
             t = ((u * steps).floor() + 1) * self.schedule.num_levels / steps
         scales = self.schedule(t)
         z = q_sample(x, self.noise.draw(x.shape, scales, generators.device, x), scales)
@@ -313,7 +313,7 @@ def _check_prediction(prediction: PredictionType) -> None:
 
 
 def _check_rounds(rounds: Sequence[Sequence[int]]) -> tuple[Round, ...]:
-    """The ladder, checked to halve."""
+    """The rounds, after checking that each has half the steps of the one before."""
     ladder = []
     for each in rounds:
         if len(each) != 2 or min(each) < 1:
