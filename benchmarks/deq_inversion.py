@@ -33,7 +33,7 @@ from ddim_pl.inversion import Implicit, Method, Sequential, encode, invert
 from ddim_pl.noise import latents
 from ddim_pl.samplers import DEQ
 from ddim_pl.timesteps import linear
-from ddim_pl.training.checkpoints import load as load_teacher
+from ddim_pl.training.loading import load as load_teacher
 
 
 def methods() -> dict[str, Method]:

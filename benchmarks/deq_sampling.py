@@ -23,7 +23,7 @@ from ddim_pl.fixed_point import Anderson, Picard
 from ddim_pl.noise import latents
 from ddim_pl.samplers import DDIM, DEQ, ParaDiGMS
 from ddim_pl.timesteps import linear
-from ddim_pl.training.checkpoints import load as load_teacher
+from ddim_pl.training.loading import load as load_teacher
 
 
 def methods(

@@ -1,4 +1,4 @@
-"""Fréchet distance, and more, between generated and real images, in training and in `test`."""
+"""FID and more, in training and in `test`; computed in `ddim_pl/evaluation/measure.py`."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,11 +17,10 @@ from ddim_pl.training import DiffusionModule
 class FrechetDistance(L.Callback):
     """Generate images with the averaged weights and measure how far they are from the real ones.
 
-    Logs "fid" for Inception features and "<name>_fd" for any other extractor, since the numbers of
-    two extractors cannot be compared; of the same pass over the images also the numbers of other
-    `metrics`, see `SampleQuality`. The work is shared over ranks; exactly `num_samples` images are
-    generated, the same ones every time; the real side, all training images of the data module, is
-    computed once per run. All metrics but "fd" keep features: 8 kB an image for Inception.
+    Logs "fid" for Inception features, "<name>_fd" for any other extractor, and the numbers of the
+    other `metrics`, see `SampleQuality`. The ranks share the work. Exactly `num_samples` images
+    are generated, the same ones every time. The features of the real images, all training images
+    of the data module, are computed once per run.
 
     Args:
         features: Makes the feature extractor, see `ddim_pl.metrics.quality.FeatureExtractor`; by

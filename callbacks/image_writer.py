@@ -35,11 +35,11 @@ class ImageWriter(L.Callback):
         self.columns = columns
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the folder, alike on every rank."""
+        """Find the folder, the same on every rank."""
         run = Path(trainer.log_dir or trainer.default_root_dir)
         self._folder = Path(self.folder) if self.folder else run / "images"
         if trainer.is_global_zero and not self.folder:
-            # The run's own folder holds one set of images, not what is left of an earlier one.
+            # The run's own folder holds one set of images: remove an earlier one.
             for old in self._folder.glob("[0-9]" * 6 + ".png"):
                 old.unlink()
         trainer.strategy.barrier("old images removed")

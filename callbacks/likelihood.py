@@ -18,22 +18,22 @@ from ddim_pl.training import DiffusionModule
 
 
 class BitsPerDim(L.Callback):
-    """Measure how probable the averaged network holds the validation images to be.
+    """Measure the likelihood of the validation images under the averaged network.
 
-    Logs "bits_per_dim", the variational bound of ancestral sampling over all levels, its parts
-    "bits_prior", "bits_diffusion" and "bits_decoder", and with `ode` "bits_per_dim_ode", the value
-    of the probability-flow ODE for dequantised images: means over the images, see
-    `ddim_pl.likelihood`. Runs in `test`, and in `validate` outside `fit`. The work is shared over
-    ranks, every image measured once. Its noise comes from the module's seed and the image's index,
-    so that batch size and devices change the numbers by rounding only.
+    Logs means over the images, see `ddim_pl.likelihood`: "bits_per_dim", the variational bound of
+    ancestral sampling over all levels, its parts "bits_prior", "bits_diffusion" and
+    "bits_decoder", and with `ode` "bits_per_dim_ode", the value of the probability-flow ODE for
+    dequantised images. Runs in `test` and `validate`, not in `fit`. The ranks share the images. An
+    image's noise depends on the module's seed and its index: batch size and devices change only
+    the rounding.
 
     Args:
         num_images: Images at most, evenly spaced over the validation set; None takes all.
         batch_size: Images in a batch, on each device.
         num_terms: Terms of the bound to draw for each image, an unbiased estimate; by default all
             are summed, which takes as many network calls for a batch as there are levels.
-        ode: Measure the ODE as well. In float32 whatever the trainer's mixed precision, and
-            without clipping, which a differential equation does not bear.
+        ode: Measure the ODE as well, in float32 whatever the trainer's precision, and without
+            clipping, which the ODE does not allow.
         ode_steps: Steps of the ODE, 4 network calls and 4 backward passes each.
         ode_probes: Random directions for its divergence.
 
@@ -71,7 +71,7 @@ class BitsPerDim(L.Callback):
 
         Raises:
             ValueError: If the data module has no images, `num_terms` is above the bound's, or the
-                model's noise is not Gaussian, which both values are those of.
+                model's noise is not Gaussian.
         """
         if stage not in ("validate", "test"):
             return

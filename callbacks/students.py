@@ -1,4 +1,4 @@
-"""What is left of each round of a distillation: a checkpoint, a grid, a measurement."""
+"""The files of each round of a distillation: a checkpoint, a grid, a measurement."""
 
 import csv
 import math
@@ -22,19 +22,19 @@ from ddim_pl.training.hyperparameters import CONFIG_KEY
 class Students(L.Callback):
     """Write each round's student when its updates are made.
 
-    Writes, into the run's folder, `checkpoints/student-0008-steps.ckpt`, which every command takes
-    like any other checkpoint and which knows its own steps; `students/student-0008-steps.png`, of
-    the same latents for every student; and a line of `students/students.csv` with the numbers of
-    the config's `FrechetDistance`, if there is one, which are logged as "student/..." too.
+    Writes into the run's folder: `checkpoints/student-0008-steps.ckpt`, which every command takes
+    and which holds its number of steps; `students/student-0008-steps.png`, of the same latents for
+    every student; and a line of `students/students.csv` with the numbers of the config's
+    `FrechetDistance`, if there is one, which are also logged as "student/...".
 
-    A round is closed at the first batch of the next one. A run that was stopped between the two
-    closes it when it resumes, and writes the same files.
+    A round is closed at the first batch of the next one. A run that was stopped before that closes
+    it when it resumes, and writes the same files.
 
     Args:
         num_images: Images in a grid.
         columns: Images in a row; by default the grid is about square.
-        max_measured_steps: Students of more steps are not measured, which would take as many
-            evaluations of the network for every image; None measures all.
+        max_measured_steps: Students of more steps are not measured, to save time; None measures
+            all.
 
     Raises:
         ValueError: If a number is less than 1.
@@ -75,7 +75,7 @@ class Students(L.Callback):
             self._close(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close the last round, if the fit got there."""
+        """Close the last round if it is complete."""
         module = cast(ProgressiveDistillation, pl_module)
         if module.round_is_over:
             self._close(trainer, module)
@@ -99,13 +99,11 @@ class Students(L.Callback):
         row: dict[str, Any] = {"steps": module.student_steps, "updates": module.round_updates}
         measure = _measure_of(trainer)
         if measure is not None and module.student_steps <= (self.max_measured_steps or math.inf):
-            values = measure.measure(trainer, module)
-            row |= {key: float(value) for key, value in values.items()}
+            found = {k: float(value) for k, value in measure.measure(trainer, module).items()}
+            row |= found
+            logged = {f"student/{key}": value for key, value in found.items()}
             for logger in trainer.loggers:
-                logger.log_metrics(
-                    {f"student/{key}": float(value) for key, value in values.items()},
-                    step=module.global_step,
-                )
+                logger.log_metrics(logged, step=module.global_step)
         if trainer.is_global_zero:
             with trainer.precision_plugin.forward_context():
                 images = to_uint8(module.sample(range(self.num_images))).cpu()

@@ -46,7 +46,7 @@ from ddim_pl.training import DDPM as DDPM
 from ddim_pl.training import DiffusionModule as DiffusionModule
 from ddim_pl.training import LuhmanDistillation as LuhmanDistillation
 from ddim_pl.training import ProgressiveDistillation as ProgressiveDistillation
-from ddim_pl.training.checkpoints import load as load
+from ddim_pl.training.loading import load as load
 
 __version__: str
 __all__: list[str]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, which takes its place when all is written.
+    """Yield a temporary path in the same folder, which replaces `path` at the end of the block.
 
-    Folders are made as needed. If the writing fails, what was at `path` stays, and nothing else.
+    Folders are made as needed. If the block fails, `path` stays as it was, without a temporary.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ddim_pl.checks import check_at_least, check_one_of
-from ddim_pl.scales import float64
+from ddim_pl.scales import expand_like, float64, unsqueeze_like
 
 Map = Callable[[Tensor], Tensor]
 Mixing = Literal["sample", "block", "triangular"]
@@ -88,13 +88,13 @@ class Solver(ABC):
             image = f(z)
             residual = _relative_residual(z, image)
             better = ~done & ((residual < best) | (sweeps == 0))
-            found = torch.where(_columns(better, z), image, found)
+            found = torch.where(unsqueeze_like(better, z), image, found)
             best = torch.where(better, residual, best)
             residuals.append(residual.masked_fill(done, torch.nan))
             sweeps += ~done
             done = done | (residual <= self.tolerance)
             if not done.all() and len(residuals) < self.max_sweeps:
-                z = torch.where(_columns(done, z), found, propose(z, image))
+                z = torch.where(unsqueeze_like(done, z), found, propose(z, image))
         return FixedPoint(found, torch.stack(residuals), sweeps, best <= self.tolerance)
 
 
@@ -148,10 +148,11 @@ class Anderson(Solver):
             if len(iterates) > self.memory:
                 del iterates[0], images[0]
             products = _with_newest(products, iterates, images, blocks=self.mixing != "sample")
-            weights = mixing_weights(
-                _of_rows_before(products) if self.mixing == "triangular" else products,
-                self.regularisation,
-            )
+            sums = products
+            if self.mixing == "triangular":  # over all rows before each row
+                before = products.cumsum(1)[:, :-1]
+                sums = torch.cat([torch.zeros_like(products[:, :1]), before], dim=1)
+            weights = mixing_weights(sums, self.regularisation)
             return _mixed(weights, iterates, images, self.damping)
 
         return propose
@@ -209,19 +210,13 @@ def _with_newest(
     return grown
 
 
-def _of_rows_before(products: Tensor) -> Tensor:
-    """Inner products over all rows before each row, `(B, N, m, m)`."""
-    return torch.cat([torch.zeros_like(products[:, :1]), products.cumsum(1)[:, :-1]], dim=1)
-
-
 def _mixed(
     weights: Tensor, iterates: list[Tensor], images: list[Tensor], damping: float
 ) -> Tensor:
     """The sum of `w_i ((1 - beta) z_i + beta f(z_i))`, in the iterates' dtype."""
     mixed = torch.zeros_like(iterates[0])
-    shape = (*weights.shape[:2], *(1,) * (mixed.ndim - 2))
     for i, (z, image) in enumerate(zip(iterates, images, strict=True)):
-        weight = weights[..., i].to(mixed).reshape(shape)
+        weight = expand_like(weights[..., i], mixed)
         # Iterates of weight 0 may be infinite, and with a full step all iterates.
         value = image if damping == 1 else torch.lerp(z, image, damping)
         mixed += torch.where(weight == 0, 0, weight * value)
@@ -230,12 +225,6 @@ def _mixed(
 
 def _relative_residual(z: Tensor, image: Tensor) -> Tensor:
     """`||f(z) - z|| / ||f(z)||` of each sample, `(B,)` float64 on the CPU; NaN becomes inf."""
-    norm = (image - z).flatten(1).norm(dim=1).cpu().double()
-    size = image.flatten(1).norm(dim=1).cpu().double()
+    norm, size = (each.flatten(1).norm(dim=1).cpu().double() for each in (image - z, image))
     residual = torch.where(norm == 0, torch.zeros_like(norm), norm / size)
     return residual.nan_to_num(nan=torch.inf, posinf=torch.inf)
-
-
-def _columns(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask `(B,)` that selects whole samples of `(B, ...)`."""
-    return mask.to(like.device).reshape(-1, *(1,) * (like.ndim - 1))

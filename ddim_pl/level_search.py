@@ -7,7 +7,6 @@ of costs, found by dynamic programming ([GITS], section 4; [Watson] has the same
 of the variational bound).
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -27,8 +26,7 @@ def candidate_levels(schedule: NoiseSchedule, count: int = 200) -> Tensor:
     They are integers for a discrete schedule, and all but the last are at least 1.
     """
     check_at_least(1, count=count)
-    root = torch.linspace(schedule.num_levels**0.5, 1, count, dtype=torch.float64)
-    levels = root**2
+    levels = torch.linspace(schedule.num_levels**0.5, 1, count, dtype=torch.float64) ** 2
     levels[0] = schedule.num_levels
     if isinstance(schedule, DiscreteSchedule):
         levels = levels.round()
@@ -125,15 +123,6 @@ def cheapest_levels(costs: Tensor, levels: Tensor, num_steps: int) -> Tensor:
     for origin in reversed(origins):
         chosen.append(int(origin[chosen[-1]]))
     return levels[chosen[::-1]]
-
-
-def adaptive_levels(
-    denoiser: Denoiser, z: Tensor, num_steps: Sequence[int], *, progress: bool = False
-) -> list[Tensor]:
-    """Levels for each number of steps, from one measurement on start states `z` `(B, ...)`."""
-    levels = candidate_levels(denoiser.schedule)
-    costs = one_step_errors(denoiser, z, levels, progress=progress).costs()
-    return [cheapest_levels(costs, levels, each) for each in num_steps]
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from lightning.pytorch.utilities.parsing import collect_init_args
 
 
 def constructor_arguments(base: type[Any]) -> dict[str, Any]:
-    """Arguments that the constructor of an object was given, asked for by that of its base.
+    """Arguments given to the constructor of an object, for a call in the constructor of `base`.
 
-    Lightning's `save_hyperparameters` looks at the same frames, but stores what is not plain data.
-    Those of the last class only: what it passes on to its bases, it will pass on again.
+    Only those of the object's own class, which passes the others to its bases again. Lightning's
+    `save_hyperparameters` reads the same frames, but also stores what is not plain data.
     """
     frame = cast(FrameType, cast(FrameType, inspect.currentframe()).f_back)
     return collect_init_args(frame, [], classes=(base,))[-1]

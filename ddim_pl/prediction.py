@@ -143,11 +143,7 @@ def output_error_weight(
     """
     if kind in ("x", "residual"):  # the output has the error of x
         return x_error_weight(weight, scales, gamma=gamma)
-    if (kind, weight) in {
-        ("eps", "snr"),
-        ("v", "snr_plus_one"),
-        ("both", "snr_plus_one"),
-    }:
+    if (kind, weight) in {("eps", "snr"), ("v", "snr_plus_one"), ("both", "snr_plus_one")}:
         return torch.ones_like(scales.alpha)
     a, b = coefficients(kind, scales)
     factor = (scales.sigma / (scales.alpha * b - scales.sigma * a)) ** 2

@@ -12,7 +12,7 @@ RENAMED = {
 
 
 class _OldModule(ModuleType):
-    """A module that is no more: it hands out what took the place of its names."""
+    """A removed module; its attributes are what took the place of its names."""
 
     def __getattr__(self, name: str) -> Any:
         return successor(self.__name__, name)
@@ -32,7 +32,7 @@ def successor(module: str, name: str) -> Any:
 
 
 def register_old_modules() -> None:
-    """Make the modules that are no more importable; nothing else is imported for it."""
+    """Make removed modules importable, without importing anything now."""
     for path in RENAMED:
         module = path.rpartition(".")[0]
         if module not in ("ddim_pl.samplers",):

@@ -102,10 +102,11 @@ def randn(shape: Sequence[int], generator: Generators | None, like: Tensor) -> T
     return noise.to(like)
 
 
-def uniform(shape: Sequence[int], generator: Generators, like: Tensor) -> Tensor:
+def uniform(shape: Sequence[int], generator: Generators | None, like: Tensor) -> Tensor:
     """Uniform numbers in [0, 1), `(B, ...)`; arguments and errors as for `randn`."""
-    if isinstance(generator, torch.Generator):
-        return torch.rand(tuple(shape), generator=generator, device=generator.device).to(like)
+    if generator is None or isinstance(generator, torch.Generator):
+        device = like.device if generator is None else generator.device
+        return torch.rand(tuple(shape), generator=generator, device=device).to(like)
     _check_count(generator, shape)
     rows = [torch.rand(tuple(shape[1:]), generator=g, device=g.device) for g in generator]
     return torch.stack(rows).to(like)

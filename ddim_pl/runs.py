@@ -1,4 +1,4 @@
-"""Run folders `<save_dir>/<name>/version_N`, and the checkpoints that lie in them."""
+"""Run folders `<save_dir>/<name>/version_N`, their checkpoints, and which of them is `last`."""
 
 import glob
 import pickle

@@ -23,14 +23,17 @@ class Scales(NamedTuple):
 
 
 def expand_like(coefficient: Tensor, like: Tensor) -> Tensor:
-    """Broadcast a float64 coefficient of shape `()` or `(B,)` to a batch `(B, ...)`.
+    """Broadcast a float64 coefficient of shape `()`, `(B,)` or `(B, S)` to a batch `(B, ...)`.
 
-    A scalar is returned unchanged: in PyTorch it multiplies a tensor of any dtype and device. One
-    value per sample is cast to the batch's dtype and device, with trailing axes of length 1.
+    A scalar is returned unchanged: in PyTorch it multiplies a tensor of any dtype and device.
+    Other values are cast to the batch's dtype and device, see `unsqueeze_like`.
     """
-    if coefficient.ndim == 0:
-        return coefficient
-    return to_device(coefficient.to(like.dtype), like).reshape(-1, *(1,) * (like.ndim - 1))
+    return unsqueeze_like(coefficient.to(like.dtype), like) if coefficient.ndim else coefficient
+
+
+def unsqueeze_like(values: Tensor, like: Tensor) -> Tensor:
+    """Move values to the device of `like` and add trailing axes of length 1, as many as it has."""
+    return to_device(values, like).reshape(*values.shape, *(1,) * (like.ndim - values.ndim))
 
 
 def to_device(values: Tensor, like: Tensor) -> Tensor:

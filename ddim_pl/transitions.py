@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddim_pl.prediction import Prediction
-from ddim_pl.scales import Scales, expand_like, float64, to_device
+from ddim_pl.scales import Scales, expand_like, float64
 
 Variance = Literal["small", "large"]
 
@@ -103,12 +103,12 @@ def ddim_chain(z: Tensor, x: Tensor, scales: Scales) -> Tensor:
     noisy = sigma > 0
     rho = alpha / torch.where(noisy, sigma, 1)
     gain = torch.where(noisy[:, 1:], rho[:, 1:] - rho[:, :-1], 0)
-    scaled = _rows(1 / sigma[:, :1], x) * z[:, None] + (_rows(gain, x) * x).cumsum(1)
-    states = _rows(sigma[:, 1:], x) * scaled
+    scaled = expand_like(1 / sigma[:, :1], x) * z[:, None] + (expand_like(gain, x) * x).cumsum(1)
+    states = expand_like(sigma[:, 1:], x) * scaled
     if noisy.all():
         return states
     # At sigma = 0 the state is alpha x of the last estimate.
-    return states + _rows(torch.where(noisy, 0, alpha)[:, 1:], x) * x
+    return states + expand_like(torch.where(noisy, 0, alpha)[:, 1:], x) * x
 
 
 def implied_x(z: Tensor, z_s: Tensor, t: Scales, s: Scales) -> Tensor:
@@ -121,12 +121,6 @@ def implied_x(z: Tensor, z_s: Tensor, t: Scales, s: Scales) -> Tensor:
     wide, wide_s = float64(z), float64(z_s)
     numerator = wide_s - expand_like(ratio, wide) * wide
     return (numerator / expand_like(s.alpha - ratio * t.alpha, numerator)).to(z)
-
-
-def _rows(coefficient: Tensor, like: Tensor) -> Tensor:
-    """Broadcast float64 coefficients `(1 or B, S)` to `(B, S, ...)`."""
-    there = to_device(coefficient.to(like.dtype), like)
-    return there.reshape(*there.shape, *(1,) * (like.ndim - 2))
 
 
 def ddim_forward(

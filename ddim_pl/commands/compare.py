@@ -1,29 +1,20 @@
-"""`main.py compare`: students beside their teacher, by distance and by eye."""
+"""`main.py compare`: students and their teacher, by distance and by their images."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 from torch import nn
 
 from ddim_pl.checks import check_at_least
-from ddim_pl.data.base import ImageDataModule
-from ddim_pl.evaluation.cells import (
-    Cell,
-    CellSettings,
-    cell_settings,
-    found_or_measured,
-    shown_images,
-)
-from ddim_pl.evaluation.plots import label_rows, plot_distances
-from ddim_pl.evaluation.tables import markdown, write_csv, write_text
+from ddim_pl.evaluation.cells import Cell, Entry, cell_settings, report
 from ddim_pl.evaluation.worker import Worker, check_images, on_every_worker
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.timesteps import linear
 from ddim_pl.training import DiffusionModule
-from ddim_pl.training.checkpoints import load
 from ddim_pl.training.fingerprint import fingerprint, fingerprint_of_file
+from ddim_pl.training.loading import load
 
 
 def compare(
@@ -48,8 +39,9 @@ def compare(
     A teacher of Gamma noise is measured with the deterministic sampler of that noise.
 
     Writes `distillation.csv`, `distillation.md`, the plot `distillation.png` of the distance
-    against steps, and `grids.png`, in which each row is one student and each column one latent. A
-    comparison that was stopped resumes when the command is given again.
+    against steps, and `grids.png`, in which each row is one student and each column one latent.
+    They grow with each student; a comparison that was stopped resumes when the command is given
+    again.
 
     Args:
         trainer: Gives the devices.
@@ -86,52 +78,13 @@ def compare(
     def work(worker: Worker) -> None:
         folder = worker.folder(output, name)
         data = worker.images(datamodule)
-        rows: list[CompareRow] = []
-        for entry in _entries(worker, teacher, steps, files):
-            text = f"{len(rows) + 1}/{len(steps) + len(files)}: {entry.title}"
-            rows.append(CompareRow(entry, *entry.measure(settings, folder, data, text)))
-        if worker.is_first:
-            _write(folder, rows, settings, ckpt_path)
+        entries = _entries(worker, teacher, steps, files)
+        head = f"`{ckpt_path}` and its students, " if ckpt_path else ""
+        intro = f"{head}{settings.measure.num_samples} images each"
+        total = len(steps) + len(files)
+        report("distillation", intro, entries, total, settings, folder, data)
 
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
-
-
-class Entry(NamedTuple):
-    """A model with its steps, to be measured.
-
-    Attributes:
-        name: The teacher with its sampler, or the student's experiment.
-        worker: Holds the model.
-        cell: Sampler and levels.
-        fingerprint: Of the model.
-    """
-
-    name: str
-    worker: Worker
-    cell: Cell
-    fingerprint: str
-
-    @property
-    def title(self) -> str:
-        """Label in pages and progress bars."""
-        count = len(self.cell.levels) - 1
-        return f"{self.name}, {count} step{'s' if count > 1 else ''}"
-
-    def measure(
-        self, settings: CellSettings, folder: Path, data: ImageDataModule, text: str
-    ) -> tuple[str, dict[str, float]]:
-        """The name of its cell's files and what was found, see `found_or_measured`."""
-        return found_or_measured(
-            self.worker, settings, self.cell, folder, self.fingerprint, data, text
-        )
-
-
-class CompareRow(NamedTuple):
-    """An entry, the name of its cell's files, and what was found."""
-
-    entry: Entry
-    key: str
-    found: dict[str, float]
 
 
 def _entries(
@@ -142,37 +95,24 @@ def _entries(
     sampler = default_sampler(model.noise)
     for count in steps:
         cell = Cell(sampler, "linear", linear(model.schedule.num_levels, count))
-        yield Entry(f"teacher, {type(sampler).__name__}", worker, cell, teacher)
+        yield _entry(f"teacher, {type(sampler).__name__}", worker, cell, teacher)
     for file in files:
         student = load(file, name="students").to(model.device)
         cell = Cell(student.sampler, "own", student.levels)
-        yield Entry(_series(file), worker.with_model(student), cell, fingerprint(student))
+        yield _entry(_series(file), worker.with_model(student), cell, fingerprint(student))
 
 
-def _write(
-    folder: Path, done: Sequence[CompareRow], settings: CellSettings, ckpt_path: str | None
-) -> None:
-    """Write table, plot and page of images."""
-    rows = []
-    for entry, _, found in done:
-        cell = entry.cell
-        row: dict[str, Any] = {"model": entry.name, "steps": len(cell.levels) - 1}
-        row["network evaluations"] = cell.sampler.num_evaluations(cell.levels)
-        rows.append({**row, **found})
-    write_csv(folder / "distillation.csv", rows)
-    head = f"`{ckpt_path}` and its students, " if ckpt_path else ""
-    count = settings.measure.num_samples
-    text = f"{head}{count} images each, seed {settings.seed}.\n\n{markdown(rows)}"
-    write_text(folder / "distillation.md", text)
-    distance = settings.measure.quality.keys[0]
-    plot_distances(folder / "distillation.png", rows, distance, [row.entry.name for row in done])
-    images = [shown_images(folder, row.key, settings.num_shown) for row in done]
-    label_rows(folder / "grids.png", [row.entry.title for row in done], images)
-    print(f"\n{text}\nThe table, a plot and the images are in {folder}")
+def _entry(name: str, worker: Worker, cell: Cell, checkpoint: str) -> Entry:
+    """A model with its steps, under the teacher's sampler or the student's experiment."""
+    steps = len(cell.levels) - 1
+    columns: dict[str, Any] = {"model": name, "steps": steps}
+    columns["network evaluations"] = cell.sampler.num_evaluations(cell.levels)
+    title = f"{name}, {steps} step{'s' if steps > 1 else ''}"
+    return Entry(worker, cell, checkpoint, title, name, columns)
 
 
 def _student_files(students: Sequence[str]) -> list[str]:
-    """The checkpoints, those of a folder from many steps to few."""
+    """The checkpoints; those of a folder from many steps to few."""
     files: list[str] = []
     for each in students:
         if not Path(each).is_dir():
@@ -200,7 +140,7 @@ def _read_steps(file: str, teacher: DiffusionModule) -> int:
 
 
 def _series(file: str) -> str:
-    """A name for a student's kind: that of its experiment, if it lies in a run."""
+    """Name of a student's line in the plot: its experiment, if the file lies in a run."""
     folders = Path(file).absolute().parents
     run = folders[1].name if len(folders) > 2 else ""
     return folders[2].name if run.startswith("version_") else Path(file).stem

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import lightning as L
 import torch
@@ -89,7 +88,7 @@ def invert(
     given = None if start in ("encoding", "noise") else _read_latents(start, model)
     source = image_source(model, datamodule, images, label, num_images)
     method = method or Implicit()
-    first = FirstLatents(start, model.seed if seed is None else seed, levels, given)
+    first = partial(_first_latents, start, model.seed if seed is None else seed, given)
     optimise = partial(
         find_latents, method=method, num_updates=num_updates, lr=lr, max_seconds=max_seconds
     )
@@ -97,8 +96,8 @@ def invert(
     def work(worker: Worker) -> None:
         folder = worker.folder(output, "invert")
         real = source(worker)
-        first.check(len(real.images))
-        found, curve = _invert_all(worker, real, first, optimise, batch_size)
+        _check_count(start, given, len(real.images))
+        found, curve = _invert_all(worker, real, levels, first, optimise, batch_size)
         if worker.is_first:
             text = f"{len(levels) - 1} {timesteps} steps from {start}, {method}, Adam {lr:g}"
             _write(folder, real, found, curve, text)
@@ -116,46 +115,35 @@ def _check(model: DiffusionModule, lr: float) -> None:
         )
 
 
-class FirstLatents(NamedTuple):
-    """The latents that the updates begin with.
+def _check_count(start: str, given: Tensor | None, count: int) -> None:
+    if given is not None and len(given) < count:
+        raise ValueError(
+            f"start must hold a latent for each of {count} images, got {start!r} with {len(given)}"
+        )
 
-    Attributes:
-        start: "encoding", "noise", or the file that they were read from.
-        seed: Seed of the noise.
-        levels: Levels of the chain, `(S + 1,)`.
-        given: What was read from the file.
-    """
 
-    start: str
-    seed: int
-    levels: Tensor
-    given: Tensor | None
-
-    def check(self, count: int) -> None:
-        """Check that there are enough.
-
-        Raises:
-            ValueError: If a file holds fewer latents than there are images.
-        """
-        if self.given is not None and len(self.given) < count:
-            raise ValueError(
-                f"start must hold a latent for each of {count} images, got {self.start!r} with "
-                f"{len(self.given)}"
-            )
-
-    def of(self, denoiser: NetworkDenoiser, x: Tensor, indices: Sequence[int]) -> Tensor:
-        """The latents of the images `x` of these indices, `(B, ...)`."""
-        if self.given is not None:
-            return self.given[list(indices)].to(x)
-        if self.start == "encoding":
-            return encode(denoiser, x, self.levels)
-        return latents(self.seed, indices, x.shape[1:])[0].to(x)
+def _first_latents(
+    start: str,
+    seed: int,
+    given: Tensor | None,
+    denoiser: NetworkDenoiser,
+    x: Tensor,
+    levels: Tensor,
+    indices: Sequence[int],
+) -> Tensor:
+    """The latents `(B, ...)` that the updates begin with, of images `x` of these indices."""
+    if given is not None:
+        return given[list(indices)].to(x)
+    if start == "encoding":
+        return encode(denoiser, x, levels)
+    return latents(seed, indices, x.shape[1:])[0].to(x)
 
 
 def _invert_all(
     worker: Worker,
     real: RealImages,
-    first: FirstLatents,
+    levels: Tensor,
+    first: Callable[..., Tensor],
     optimise: Callable[..., Inversion],
     batch_size: int,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
@@ -169,21 +157,18 @@ def _invert_all(
         denoiser = unclipped(model, None if real.label is None else real.label[batch])
         x = real.images[batch].to(model.device)
         with worker.precision():
-            z = first.of(denoiser, x, batch)
-            found["first"][batch] = DDIM()(denoiser, z, first.levels).float().cpu()
+            z = first(denoiser, x, levels, batch)
+            found["first"][batch] = DDIM()(denoiser, z, levels).float().cpu()
             # Lightning predicts in inference mode, in which there are no gradients.
             with torch.inference_mode(False), torch.enable_grad():
+                images, start = x.clone(), z.clone()
                 inversion = optimise(
-                    denoiser,
-                    x.clone(),
-                    first.levels.clone(),
-                    z.clone(),
-                    progress=worker.shows_progress,
+                    denoiser, images, levels.clone(), start, progress=worker.shows_progress
                 )
         found["latents"][batch] = inversion.latents.float().cpu()
         found["images"][batch] = inversion.images.float().cpu()
         curves.append((len(batch), inversion))
-    curve = _mean_curve(worker, curves)
+    curve = _mean_curve(worker, curves, len(real.images))
     return {name: worker.all_reduce(values) for name, values in found.items()}, curve
 
 
@@ -207,8 +192,10 @@ def _read_latents(start: str, model: DiffusionModule) -> Tensor:
     return z
 
 
-def _mean_curve(worker: Worker, curves: Sequence[tuple[int, Inversion]]) -> list[dict[str, float]]:
-    """The curves of all batches on all devices as one, as far as all of them go.
+def _mean_curve(
+    worker: Worker, curves: Sequence[tuple[int, Inversion]], num_images: int
+) -> list[dict[str, float]]:
+    """The mean of the curves of all batches on all devices, up to the end of the shortest.
 
     Losses and evaluations are means over the images; the time is that of all batches of a worker,
     one after the other, on the slowest worker.
@@ -221,8 +208,7 @@ def _mean_curve(worker: Worker, curves: Sequence[tuple[int, Inversion]]) -> list
         rows = torch.tensor([point[1:] for point in each.curve[:points]], dtype=torch.float64)
         sums += rows * torch.tensor([1, *[count] * (len(COLUMNS) - 1)])
     every = worker.gather(sums)
-    images = float(worker.gather(torch.tensor(float(sum(count for count, _ in curves)))).sum())
-    means = every.sum(0) / images
+    means = every.sum(0) / num_images
     means[:, 0] = every[..., 0].max(0).values
     return [
         {"update": update, **dict(zip(COLUMNS, row, strict=True))}

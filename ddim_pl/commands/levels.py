@@ -12,7 +12,7 @@ from ddim_pl.level_search import StepErrors, candidate_levels, cheapest_levels, 
 from ddim_pl.timesteps import save_levels
 from ddim_pl.training import DiffusionModule
 
-# Latents of other seeds than those of evaluation.
+# Added to the model's seed: the latents are not those of the evaluation.
 SEARCH_SEED = 1_000_003
 
 
@@ -75,14 +75,11 @@ def check_steps(model: DiffusionModule, num_steps: Sequence[int]) -> None:
 def search_levels(
     worker: Worker, num_steps: Sequence[int], num_images: int, batch_size: int
 ) -> list[Tensor]:
-    """The levels, alike on every device; each measures on its share of the trajectories."""
+    """The levels, the same on every device; each measures its share of the trajectories."""
     model = worker.model
-    mine = worker.share(range(num_images))
     candidates = candidate_levels(model.schedule)
     errors = StepErrors.none(len(candidates))
-    starts = range(0, len(mine), batch_size)
-    for start in worker.progress(starts, len(starts), "searching levels"):
-        batch = mine[start : start + batch_size]
+    for batch in worker.batches(range(num_images), batch_size, "searching levels"):
         z, _ = model.latents(batch, candidates[0], seed=SEARCH_SEED + model.seed)
         denoiser = model.conditioned(model.label_of(batch))
         with worker.precision():

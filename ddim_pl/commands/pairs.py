@@ -8,7 +8,7 @@ from ddim_pl.checks import check_at_least
 from ddim_pl.data.teacher_pairs import PAIR_SEED, PairStore
 from ddim_pl.evaluation.worker import Worker, on_every_worker
 from ddim_pl.training import DiffusionModule
-from ddim_pl.training.pairs import check_teacher_sampler, make_pairs, recipe_of
+from ddim_pl.training.pairs import check_teacher_sampler, make_pairs_on_all, recipe_of
 
 
 def pairs(
@@ -51,22 +51,15 @@ def pairs(
         recipe = recipe_of(model, model.sampler, model.levels, precision=precision)
         recipe["seed"] = pair_seed
         store = PairStore(Path(folder), recipe, num_pairs=num_pairs, shard_size=shard_size)
-        worker.barrier()  # all have read the manifest before one writes it
-        if worker.is_first:
-            store.begin()
-        worker.barrier()  # the manifest is there before a shard is
-        with worker.precision():
-            made = make_pairs(
-                store,
-                model,
-                model.sampler,
-                model.levels,
-                rank=worker.rank,
-                world_size=worker.world_size,
-                batch_size=batch_size,
-                progress=worker.shows_progress,
-            )
-        worker.barrier()
+        made = make_pairs_on_all(
+            worker.trainer,
+            store,
+            model,
+            model.sampler,
+            model.levels,
+            batch_size=batch_size,
+            progress=worker.shows_progress,
+        )
         if worker.is_first:
             print(f"{num_pairs} pairs are in {folder}; {made} shards were made now")
 

@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 
 from ddim_pl.checks import check_at_least
-from ddim_pl.commands.sources import (
-    RealImages,
-    check_deterministic,
-    image_source,
-    unclipped,
-)
+from ddim_pl.commands.sources import RealImages, check_deterministic, image_source, unclipped
 from ddim_pl.evaluation.plots import label_rows
 from ddim_pl.evaluation.tables import markdown, scatter, write_csv, write_text
 from ddim_pl.evaluation.worker import Worker, on_every_worker
 from ddim_pl.images import to_uint8
-from ddim_pl.inversion import encode
+from ddim_pl.inversion import reconstruct as encode_and_sample
 from ddim_pl.timesteps import has_own_length, make_levels
 from ddim_pl.training import DiffusionModule
 
@@ -117,6 +112,6 @@ def _there_and_back(
         denoiser = unclipped(model, None if real.label is None else real.label[batch])
         with worker.precision():
             x = real.images[batch].to(model.device)
-            z = encode(denoiser, x, levels, sampler=model.sampler)
-            back[batch] = model.sampler(denoiser, z, levels).float().cpu()
+            found = encode_and_sample(denoiser, x, levels, sampler=model.sampler)
+        back[batch] = found.float().cpu()
     return worker.all_reduce(back)

@@ -46,9 +46,7 @@ def read_images(model: DiffusionModule, files: Sequence[str], label: int | None)
 
 
 def validation_images(
-    worker: Worker,
-    datamodule: L.LightningDataModule | None,
-    choose: Callable[[Tensor], Tensor],
+    worker: Worker, datamodule: L.LightningDataModule | None, choose: Callable[[Tensor], Tensor]
 ) -> RealImages:
     """Some images of the validation set; `choose` says which, given all classes `(N,)`.
 
@@ -77,11 +75,9 @@ def image_source(
         given = read_images(model, files, label)
         return lambda worker: given
     check_images(datamodule)
-
-    def choose(labels: Tensor) -> Tensor:
-        return torch.arange(min(num_images, len(labels)))
-
-    return lambda worker: validation_images(worker, datamodule, choose)
+    return lambda worker: validation_images(
+        worker, datamodule, lambda labels: torch.arange(min(num_images, len(labels)))
+    )
 
 
 def unclipped(model: DiffusionModule, label: Tensor | None) -> NetworkDenoiser:

@@ -1,8 +1,7 @@
 """`main.py sweep`: many ways of sampling one checkpoint, measured and shown side by side.
 
-A cell is a sampler with its levels. What a finished cell has found is kept in a file of its own,
-named by all that it depends on, so that a sweep that was stopped resumes, and one
-that was made larger measures the new cells only.
+A cell is a sampler with its levels. Finished cells are kept, see `ddim_pl.evaluation.cells`: a
+sweep that was stopped resumes, and one that was made larger measures the new cells only.
 """
 
 import warnings
@@ -15,16 +14,7 @@ from torch import Tensor, nn
 
 from ddim_pl.checks import check_at_least
 from ddim_pl.commands.levels import check_steps, search_levels
-from ddim_pl.data.base import ImageDataModule
-from ddim_pl.evaluation.cells import (
-    Cell,
-    CellSettings,
-    cell_settings,
-    found_or_measured,
-    shown_images,
-)
-from ddim_pl.evaluation.plots import label_rows, plot_distances
-from ddim_pl.evaluation.tables import markdown, write_csv, write_text
+from ddim_pl.evaluation.cells import Cell, Entry, cell_settings, report
 from ddim_pl.evaluation.worker import Worker, check_images, on_every_worker
 from ddim_pl.level_search import candidate_levels
 from ddim_pl.samplers import Sampler
@@ -103,32 +93,13 @@ def sweep(
         adaptive = None
         if ADAPTIVE in strategies:
             adaptive = _adaptive_file(worker, folder, checkpoint, num_steps)
-        cells = list(_cells(model, ways, strategies, num_steps, adaptive))
-        _measure_all(worker, settings, cells, folder, checkpoint, data, ckpt_path)
+        cells = _cells(model, ways, strategies, num_steps, adaptive)
+        entries = [Entry(worker, c, checkpoint, c.name, c.series, c.row()) for c in cells]
+        head = f"`{ckpt_path}`: " if ckpt_path else ""
+        intro = f"{head}{settings.measure.num_samples} images in each cell"
+        report("sweep", intro, entries, len(entries), settings, folder, data)
 
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
-
-
-def _measure_all(
-    worker: Worker,
-    settings: CellSettings,
-    cells: Sequence[Cell],
-    folder: Path,
-    checkpoint: str,
-    data: ImageDataModule,
-    ckpt_path: str | None,
-) -> None:
-    """Measure the cells that are not kept yet, and write the results after each."""
-    done: list[tuple[Cell, str, dict[str, float]]] = []
-    for cell in cells:
-        text = f"{len(done) + 1}/{len(cells)}: {cell.name}"
-        key, found = found_or_measured(worker, settings, cell, folder, checkpoint, data, text)
-        done.append((cell, key, found))
-        if worker.is_first:
-            _write_report(folder, done, settings, ckpt_path)
-    if worker.is_first:
-        print("\n" + (folder / "sweep.md").read_text())
-        print(f"The table, a plot and the images are in {folder}")
 
 
 def _with_etas(samplers: Sequence[Sampler], etas: Sequence[float] | None) -> list[Sampler]:
@@ -211,22 +182,3 @@ def _adaptive_file(
             save_levels(file, worker.model.schedule, list(levels.values()))
     worker.barrier()
     return file
-
-
-def _write_report(
-    folder: Path,
-    done: Sequence[tuple[Cell, str, dict[str, float]]],
-    settings: CellSettings,
-    ckpt_path: str | None,
-) -> None:
-    """Write table, plot and page of images of the cells so far."""
-    rows = [{**cell.row(), **found} for cell, _, found in done]
-    write_csv(folder / "sweep.csv", rows)
-    head = f"`{ckpt_path}`: " if ckpt_path else ""
-    count = settings.measure.num_samples
-    text = f"{head}{count} images in each cell, seed {settings.seed}.\n\n{markdown(rows)}"
-    write_text(folder / "sweep.md", text)
-    series = [f"{cell.sampler}, {cell.timesteps}" for cell, _, _ in done]
-    plot_distances(folder / "sweep.png", rows, settings.measure.quality.keys[0], series)
-    images = [shown_images(folder, key, settings.num_shown) for _, key, _ in done]
-    label_rows(folder / "grids.png", [cell.name for cell, _, _ in done], images)

@@ -7,8 +7,9 @@ with the batch that an uninterrupted run would have seen. A dataset is a subclas
 """
 
 from abc import ABC, abstractmethod
+from collections import UserList
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,23 +23,34 @@ from ddim_pl.images import from_uint8
 from ddim_pl.lightning_internals import batches_consumed
 
 
-class ImageSet(Protocol):
-    """Labelled images of one shape, by index."""
+class ImageSet(ABC):
+    """Labelled images of one shape, by index.
 
-    shape: tuple[int, int, int]
-    num_classes: int
+    Args:
+        labels: Classes, int64 (N,).
+        num_classes: Number of classes.
+        shape: (C, H, W) of an image.
+    """
+
+    def __init__(self, labels: Tensor, num_classes: int, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+        self.num_classes = num_classes
+        self._labels = labels
 
     def __len__(self) -> int:
         """Return the number of images."""
+        return len(self._labels)
 
+    @abstractmethod
     def images(self, indices: Tensor) -> Tensor:
         """Return the uint8 images (B, C, H, W) at int64 indices (B,)."""
 
     def labels(self, indices: Tensor) -> Tensor:
         """Return the int64 labels (B,) at int64 indices (B,)."""
+        return self._labels[indices]
 
 
-class TensorImages:
+class TensorImages(ImageSet):
     """An image set held in memory: uint8 images (N, C, H, W) and int64 labels (N,)."""
 
     def __init__(self, images: Tensor, labels: Tensor, num_classes: int) -> None:
@@ -47,22 +59,12 @@ class TensorImages:
         assert labels.dtype == torch.int64
         assert labels.shape == images.shape[:1]
         channels, height, width = images.shape[1:]
-        self.shape = (channels, height, width)
-        self.num_classes = num_classes
+        super().__init__(labels, num_classes, (channels, height, width))
         self._images = images
-        self._labels = labels
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self._images)
 
     def images(self, indices: Tensor) -> Tensor:
         """Return the uint8 images (B, C, H, W) at int64 indices (B,)."""
         return self._images[indices]
-
-    def labels(self, indices: Tensor) -> Tensor:
-        """Return the int64 labels (B,) at int64 indices (B,)."""
-        return self._labels[indices]
 
 
 class BatchIndices(NamedTuple):
@@ -171,9 +173,8 @@ class BatchOrder(DistributedSampler[BatchIndices]):
 
     def __iter__(self) -> Iterator[BatchIndices]:
         """Yield `len(self)` batches, beginning with batch number `position()`."""
-        # This holds also when a run resumes within an epoch: Lightning counts the batches and
-        # stops at the epoch's end. The rest of the epoch cannot be computed from the position once
-        # `limit_train_batches` shortens epochs.
+        # `len(self)` also when a run resumes within an epoch: Lightning stops at the epoch's end,
+        # which `limit_train_batches` may move.
         start = self.position()
         return (self.batch(number) for number in range(start, start + len(self)))
 
@@ -239,22 +240,11 @@ class ResumableLoader(DataLoader[Batch]):
         """Accept the empty state."""
 
 
-class IndexBatches:
-    """The index tensors to predict on.
+class IndexBatches(UserList[Tensor]):
+    """The int64 index tensors (B,) to predict on.
 
     Lightning would take a plain list of tensors for a list of dataloaders.
     """
-
-    def __init__(self, batches: list[Tensor]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        """Return the number of batches."""
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield int64 index tensors (B,)."""
-        return iter(self.batches)
 
 
 class ImageDataModule(LightningDataModule, ABC):

@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import get_worker_info
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from ddim_pl.checks import check_at_least, check_one_of
 from ddim_pl.data.base import ImageDataModule, ImageSet, TensorImages
@@ -22,6 +23,7 @@ EXTENSIONS = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif",
 # Sets up to this many bytes as uint8 are decoded once and kept in memory, in every process.
 MEMORY_LIMIT = 4 * 2**30
 PROGRESS_BAR_FROM = 1000
+NUM_THREADS = min(16, os.cpu_count() or 1)
 
 Item = TypeVar("Item")
 Channels = Literal[1, 3]
@@ -78,12 +80,8 @@ def decode(
         ValueError: If the file cannot be decoded, has more than 8 bits per channel, does not hold
             the `box`, or, without `resize`, has another size.
     """
-    try:
-        with Image.open(path) as file:
-            image = _with_channels(ImageOps.exif_transpose(file), channels)
-    # Decoders raise OSError, SyntaxError, struct.error and more on broken bytes.
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read ({error}): replace or remove it") from error
+    with _opened(path) as file:
+        image = _with_channels(ImageOps.exif_transpose(file), channels)
     _check_size(path, image.size, image_size, resize, box)
     if box is not None:
         image = image.crop(box)
@@ -99,17 +97,13 @@ def check_header(path: Path, image_size: int, resize: bool, *, box: Box | None =
     Raises:
         ValueError: As in `decode`, as far as the header shows it.
     """
-    try:
-        with Image.open(path) as file:
-            size = file.size
-            _check_depth(file.mode)
-            file.verify()
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read ({error}): replace or remove it") from error
+    with _opened(path) as file:
+        size = file.size
+        file.verify()
     _check_size(path, size, image_size, resize, box)
 
 
-class FileImages:
+class FileImages(ImageSet):
     """An image set too large for memory, decoded on demand.
 
     A broken file stops training with an error that names it.
@@ -123,15 +117,9 @@ class FileImages:
         shape: tuple[int, int, int],
         decode_file: Callable[[Path], Tensor],
     ) -> None:
-        self.shape = shape
-        self.num_classes = num_classes
+        super().__init__(labels, num_classes, shape)
         self._paths = paths
-        self._labels = labels
         self._decode = decode_file
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self._paths)
 
     def images(self, indices: Tensor) -> Tensor:
         """Return the uint8 images (B, C, H, W) at int64 indices (B,)."""
@@ -139,12 +127,8 @@ class FileImages:
         if get_worker_info() is not None:
             # The workers already use the processors in parallel.
             return torch.stack([self._decode(path) for path in paths])
-        with ThreadPoolExecutor(_num_threads()) as pool:
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
             return torch.stack(list(pool.map(self._decode, paths)))
-
-    def labels(self, indices: Tensor) -> Tensor:
-        """Return the int64 labels (B,) at int64 indices (B,)."""
-        return self._labels[indices]
 
 
 def image_set(
@@ -178,27 +162,28 @@ def image_set(
     """
     shape = (channels, image_size, image_size)
     decode_file = partial(
-        decode,
-        image_size=image_size,
-        channels=channels,
-        resize=resize,
-        box=box,
-        resample=resample,
+        decode, image_size=image_size, channels=channels, resize=resize, box=box, resample=resample
     )
     if len(paths) * channels * image_size**2 > MEMORY_LIMIT:
         check = partial(check_header, image_size=image_size, resize=resize, box=box)
         _for_each(check, paths, "Checking")
         return FileImages(paths, labels, num_classes, shape, decode_file)
-    return TensorImages(_decode_all(paths, shape, decode_file), labels, num_classes)
+    images = torch.empty((len(paths), *shape), dtype=torch.uint8)
+
+    def place(index: int) -> None:
+        images[index] = decode_file(paths[index])
+
+    _for_each(place, range(len(paths)), "Decoding")
+    return TensorImages(images, labels, num_classes)
 
 
 class ImageFolderDataModule(ImageDataModule):
     """A folder of images, as uint8 images (`channels`, `image_size`, `image_size`).
 
     The classes are the first-level subfolders, in alphabetical order, if every image lies in one;
-    otherwise all images have class 0. A set of up to 4 GiB is decoded once in each process and
-    kept in memory, which finds broken files before training. In a larger set only the headers are
-    checked before training, and images are decoded on demand: set `num_workers` then.
+    otherwise all images have class 0. A set of up to 4 GiB is decoded once in each process, which
+    finds broken files before training. Of a larger set only the headers are checked, and images
+    are decoded on demand: set `num_workers` then.
 
     Args:
         root: The folder of training images; subfolders are searched.
@@ -254,19 +239,27 @@ class ImageFolderDataModule(ImageDataModule):
         )
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open an image file; whatever is wrong with it becomes an error that names it."""
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):  # PIL would clip such values to 255 silently
+                raise ValueError(
+                    f"mode {file.mode} has more than 8 bits per channel: convert it to 8"
+                )
+            yield file
+    # Decoders raise OSError, SyntaxError, struct.error and more on broken bytes.
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({error}): replace or remove it") from error
+
+
 def _with_channels(image: Image.Image, channels: int) -> Image.Image:
     """Return an image as RGB or gray, on white where it is transparent."""
-    _check_depth(image.mode)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB" if channels == 3 else "L")
-
-
-def _check_depth(mode: str) -> None:
-    # PIL would clip such values to 255 silently.
-    if mode.startswith(("I", "F")):
-        raise ValueError(f"mode {mode} has more than 8 bits per channel: convert it to 8")
 
 
 def _labels(root: Path, paths: list[Path], names: list[str]) -> Tensor:
@@ -286,27 +279,11 @@ def _labels(root: Path, paths: list[Path], names: list[str]) -> Tensor:
     return torch.tensor(labels)
 
 
-def _decode_all(
-    paths: list[Path], shape: tuple[int, int, int], decode_file: Callable[[Path], Tensor]
-) -> Tensor:
-    """Return all images as uint8 (N, C, H, W)."""
-    images = torch.empty((len(paths), *shape), dtype=torch.uint8)
-
-    def place(index: int) -> None:
-        images[index] = decode_file(paths[index])
-
-    _for_each(place, range(len(paths)), "Decoding")
-    return images
-
-
 def _for_each(function: Callable[[Item], None], items: Sequence[Item], verb: str) -> None:
     """Call the function on every item in threads, and raise the first error in order."""
     hidden = len(items) <= PROGRESS_BAR_FROM or not sys.stderr.isatty()
     # PIL releases the interpreter lock while it decodes.
-    with ThreadPoolExecutor(_num_threads()) as pool:
-        done = pool.map(function, items)
-        for _ in tqdm(done, desc=f"{verb} images", total=len(items), disable=hidden):
-            pass
+    thread_map(function, items, max_workers=NUM_THREADS, desc=f"{verb} images", disable=hidden)
 
 
 def _check_size(
@@ -327,7 +304,3 @@ def _check_size(
             f"{path} must have {image_size}x{image_size} pixels, got {width}x{height}: set "
             "`resize: true`, or resize all images to that size"
         )
-
-
-def _num_threads() -> int:
-    return min(16, os.cpu_count() or 1)

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,9 +87,7 @@ class PairStore:
         digest = path.with_suffix(".sha256")
         if not (path.is_file() and digest.is_file()):
             return False
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != digest.read_text().strip():
+        if _digest(path) != digest.read_text().strip():
             rank_zero_warn(f"{path} does not match its checksum and is generated again")
             return False
         return len(load_file(path)["images"]) >= len(self.indices(shard))
@@ -111,8 +110,7 @@ class PairStore:
         try:
             with replacing(path) as part:
                 save_file({"images": images.contiguous()}, part)
-                with part.open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                found = _digest(part)
                 digest.unlink(missing_ok=True)
             with replacing(digest) as part:
                 part.write_text(found)
@@ -161,16 +159,19 @@ class PairStore:
                 )
 
 
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(eq=False)
 class IndexedPairs(Dataset[PairBatch]):
     """A torch dataset from `BatchIndices`, counted from `first`, to a whole `PairBatch`."""
 
-    def __init__(
-        self, store: PairStore, first: int, count: int, make_latents: Latents = gaussian_latents
-    ) -> None:
-        self.store = store
-        self.make_latents = make_latents
-        self.first = first
-        self.count = count
+    store: PairStore
+    first: int
+    count: int
+    make_latents: Latents
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -297,8 +298,3 @@ class TeacherPairsDataModule(ImageDataModule):
 
     def _pair_loader(self, first: int, count: int, order: Any) -> DataLoader[Any]:
         return self._loader(IndexedPairs(self.store, first, count, self._latents), order)
-
-
-def shards_of(store: PairStore, rank: int, world_size: int) -> Iterable[int]:
-    """Return the shards that a rank generates."""
-    return range(rank, store.num_shards, world_size)

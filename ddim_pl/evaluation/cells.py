@@ -1,12 +1,12 @@
-"""Cells: ways of sampling a model, measured once and kept.
+"""Cells: ways of sampling a model, measured once and kept; and reports on many of them.
 
-What a finished cell has found lies in files of its own, named by all that it depends on, so that
-work that was stopped resumes.
+The numbers of a finished cell are kept in files of its own, named by all that they depend on, so
+that work that was stopped resumes.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ddim_pl.checks import check_at_least
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.evaluation.measure import MeasureSettings, measure, settings_of
-from ddim_pl.evaluation.tables import write_text
+from ddim_pl.evaluation.plots import label_rows, plot_distances
+from ddim_pl.evaluation.tables import markdown, write_csv, write_text
 from ddim_pl.evaluation.worker import Worker
 from ddim_pl.images import read_png, write_png
 from ddim_pl.samplers import Sampler
@@ -38,7 +39,12 @@ class Cell:
     @property
     def name(self) -> str:
         """Label in tables and progress bars."""
-        return f"{self.sampler}, {self.timesteps}, {len(self.levels) - 1} steps"
+        return f"{self.series}, {len(self.levels) - 1} steps"
+
+    @property
+    def series(self) -> str:
+        """Name of its line in a plot."""
+        return f"{self.sampler}, {self.timesteps}"
 
     def row(self) -> dict[str, Any]:
         """What the cell is, as the first columns of the table."""
@@ -110,38 +116,98 @@ def cell_settings(
     return settings
 
 
-def found_or_measured(
-    worker: Worker,
-    settings: CellSettings,
-    cell: Cell,
-    folder: Path,
-    checkpoint: str,
-    data: ImageDataModule,
-    text: str,
-) -> tuple[str, dict[str, float]]:
-    """The name of a cell's files and what it found, now or in an earlier run; on all workers.
+@dataclass(frozen=True)
+class Entry:
+    """A cell of a report, to be measured.
 
     Args:
         worker: Its model generates the images.
-        settings: How they are measured.
-        cell: What to measure.
-        folder: Finished cells are kept in `cells` below it.
+        cell: How.
         checkpoint: Fingerprint of the model.
-        data: The real images.
-        text: For the progress bar.
+        title: Label of its row of images, also in progress bars.
+        series: Name of its line in the plot.
+        columns: What it is, as the first columns of the table.
     """
-    key = settings.key(checkpoint, identity_of(data), str(worker.trainer.precision), cell)
-    found = worker.broadcast(_read(folder, key) if worker.is_first else None)
+
+    worker: Worker
+    cell: Cell
+    checkpoint: str
+    title: str
+    series: str
+    columns: dict[str, Any]
+
+
+def report(
+    name: str,
+    intro: str,
+    entries: Iterable[Entry],
+    total: int,
+    settings: CellSettings,
+    folder: Path,
+    data: ImageDataModule,
+) -> None:
+    """Measure the entries that are not kept yet, and write the results after each.
+
+    Args:
+        name: The files are `<name>.csv`, `<name>.md` and the plot `<name>.png`, beside a page of
+            images `grids.png`.
+        intro: First words of the Markdown file; the seed follows.
+        entries: What to measure.
+        total: Number of entries.
+        settings: How they are measured.
+        folder: Where to write; finished cells are kept in `cells` below it.
+        data: The real images.
+    """
+    rows: list[dict[str, Any]] = []
+    titles: list[str] = []
+    series: list[str] = []
+    images: list[Tensor] = []
+    page = ""
+    for number, entry in enumerate(entries, 1):
+        text = f"{number}/{total}: {entry.title}"
+        path, found = _found_or_measured(entry, settings, folder, data, text)
+        if entry.worker.is_first:
+            rows.append({**entry.columns, **found})
+            titles.append(entry.title)
+            series.append(entry.series)
+            images.append(torch.stack(read_png(path).chunk(settings.num_shown, -1)))
+            page = f"{intro}, seed {settings.seed}.\n\n{markdown(rows)}"
+            write_csv(folder / f"{name}.csv", rows)
+            write_text(folder / f"{name}.md", page)
+            distance = settings.measure.quality.keys[0]
+            plot_distances(folder / f"{name}.png", rows, distance, series)
+            label_rows(folder / "grids.png", titles, images)
+    if page:
+        print(f"\n{page}\nThe table, a plot and the images are in {folder}")
+
+
+def _found_or_measured(
+    entry: Entry, settings: CellSettings, folder: Path, data: ImageDataModule, text: str
+) -> tuple[Path, dict[str, float]]:
+    """The file of a cell's images and its numbers, of now or an earlier run; on all workers."""
+    worker, cell = entry.worker, entry.cell
+    key = settings.key(entry.checkpoint, identity_of(data), str(worker.trainer.precision), cell)
+    path = folder / "cells" / f"{key}.png"
+    found = worker.broadcast(_read(path.with_suffix(".json")) if worker.is_first else None)
     if found is None:
-        _measure_cell(worker, settings, cell, folder / "cells" / key, text, data)
-        found = worker.broadcast(_read(folder, key) if worker.is_first else None)
-        assert found is not None
-    return key, found
-
-
-def shown_images(folder: Path, key: str, count: int) -> Tensor:
-    """The first images of a finished cell, uint8 `(count, C, H, W)`."""
-    return torch.stack(read_png(folder / "cells" / f"{key}.png").chunk(count, -1))
+        measured = measure(
+            worker,
+            settings.measure,
+            data,
+            text,
+            sampler=cell.sampler,
+            levels=cell.levels,
+            seed=settings.seed,
+            num_shown=settings.num_shown,
+        )
+        found = {name: float(value) for name, value in measured.values.items()}
+        if worker.is_first:
+            write_png(torch.cat(list(measured.first), -1), path)
+            content = {**cell.row(), "levels": cell.levels.tolist(), "values": found}
+            content["images per second"] = measured.images_per_second
+            write_text(path.with_suffix(".json"), json.dumps(content, indent=1))
+        worker.barrier()
+    return path, found
 
 
 def identity_of(data: ImageDataModule) -> str:
@@ -151,37 +217,8 @@ def identity_of(data: ImageDataModule) -> str:
     return f"{type(data).__name__} {count} {digest_of({'images': data.train_set.images(some)})}"
 
 
-def _measure_cell(
-    worker: Worker,
-    settings: CellSettings,
-    cell: Cell,
-    path: Path,
-    text: str,
-    data: ImageDataModule,
-) -> None:
-    """Measure, and write `<path>.png` and then `<path>.json`."""
-    found = measure(
-        worker,
-        settings.measure,
-        data,
-        text,
-        sampler=cell.sampler,
-        levels=cell.levels,
-        seed=settings.seed,
-        num_shown=settings.num_shown,
-    )
-    if worker.is_first:
-        write_png(torch.cat(list(found.first), -1), path.with_suffix(".png"))
-        values = {name: float(value) for name, value in found.values.items()}
-        content = {**cell.row(), "levels": cell.levels.tolist(), "values": values}
-        content["images per second"] = found.images_per_second
-        write_text(path.with_suffix(".json"), json.dumps(content, indent=1))
-    worker.barrier()
-
-
-def _read(folder: Path, key: str) -> dict[str, float] | None:
-    """What a finished cell has found."""
-    path = folder / "cells" / f"{key}.json"
+def _read(path: Path) -> dict[str, float] | None:
+    """The numbers of a finished cell, if it is one."""
     if not (path.is_file() and path.with_suffix(".png").is_file()):
         return None
     try:

@@ -101,8 +101,8 @@ def measure(
 ) -> Measured:
     """Generate images and measure them, on every worker.
 
-    The work is shared over the workers; exactly `num_samples` images are generated, the same ones
-    every time. The real side, all training images of the data module, is computed once.
+    The workers share the work. Exactly `num_samples` images are generated, the same ones every
+    time. The features of the real images, all training images, are computed once.
 
     Args:
         worker: Its model generates the images, with the averaged weights.
@@ -139,7 +139,7 @@ def measure(
 
 
 def _measure_real(worker: Worker, settings: MeasureSettings, data: ImageDataModule) -> None:
-    """Take in the real images, unless that is done."""
+    """Add the real images, once."""
     quality = settings.quality
     if not quality.needs_real or quality.num_real:
         return

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from ddim_pl.evaluation.tables import Row
 from ddim_pl.files import replacing
-from ddim_pl.images import write_png
 
 
 def plot_distances(path: Path, rows: Sequence[Row], key: str, series: Sequence[str]) -> None:
@@ -79,7 +79,7 @@ def _save_figure(figure: Any, path: Path) -> None:
 
 
 def label_rows(path: Path, names: Sequence[str], images: Sequence[Tensor], side: int = 48) -> None:
-    """Draw a page: in each row a name, and images of the same latents beside it.
+    """Draw a page of rows, each a name and images of the same latents.
 
     Args:
         path: PNG to write.
@@ -88,8 +88,6 @@ def label_rows(path: Path, names: Sequence[str], images: Sequence[Tensor], side:
         side: Width of an image on the page in pixels, at least; small ones are enlarged by a whole
             factor.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     factor = max(1, math.ceil(side / images[0].shape[-1]))
     height, width = (n * factor + 2 for n in images[0].shape[-2:])
     font = ImageFont.load_default(size=min(13, max(9, height // 3)))
@@ -99,11 +97,10 @@ def label_rows(path: Path, names: Sequence[str], images: Sequence[Tensor], side:
     for row, (name, batch) in enumerate(zip(names, images, strict=True)):
         draw.text((6, row * height + height // 2), name, fill="black", font=font, anchor="lm")
         for column, image in enumerate(batch):
-            large = image.expand(3, -1, -1).repeat_interleave(factor, -1)
-            pixels = large.repeat_interleave(factor, -2).permute(1, 2, 0).numpy()
-            page.paste(Image.fromarray(pixels), (left + column * width, row * height))
-    array = torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8)
-    write_png(array.reshape(page.height, page.width, 3).permute(2, 0, 1), path)
+            large = ImageOps.scale(to_pil_image(image), factor, Image.Resampling.NEAREST)
+            page.paste(large, (left + column * width, row * height))
+    with replacing(path) as part:
+        page.save(part, format="png")
 
 
 def _two_and_five(value: float, position: int | None = None) -> str:

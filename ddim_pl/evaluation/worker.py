@@ -52,7 +52,7 @@ class Worker:
 
     @property
     def is_first(self) -> bool:
-        """Whether this worker writes what all have made."""
+        """Whether this worker writes the results of all."""
         return self.rank == 0
 
     @property
@@ -85,7 +85,7 @@ class Worker:
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum of all workers' values, on the CPU."""
-        if self.world_size == 1:  # Apple's devices, of which there is one, have no float64
+        if self.world_size == 1:  # nothing to sum, and Apple's devices have no float64
             return values.cpu()
         there = values.to(self.model.device)
         return cast(Tensor, self.trainer.strategy.reduce(there, reduce_op="sum")).cpu()
@@ -158,18 +158,14 @@ class Worker:
 class _Job(L.LightningModule):
     """A function in the place of a prediction, which Lightning calls in every process.
 
-    It is called before the one step that predicts nothing, since a step runs in the trainer's
-    precision: feature extractors and metrics keep their own.
+    It is called before the one step, which predicts nothing: Lightning runs steps in the trainer's
+    precision, and feature extractors and metrics must keep their own.
     """
 
-    def __init__(
-        self, model: DiffusionModule, work: Callable[[Worker], None], run: str | None, bar: bool
-    ) -> None:
+    def __init__(self, model: DiffusionModule, work: Callable[[L.Trainer], None]) -> None:
         super().__init__()
         self.model = model
         self.work = work
-        self.run = run
-        self.bar = bar
 
     def setup(self, stage: str) -> None:
         """Set up the model, which Lightning does not see."""
@@ -177,7 +173,7 @@ class _Job(L.LightningModule):
 
     def on_predict_start(self) -> None:
         """Do all the work at once."""
-        self.work(Worker(self.trainer, self.model, run=self.run, progress=self.bar))
+        self.work(self.trainer)
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the batch, because Lightning warns about None."""
@@ -194,14 +190,13 @@ def on_every_worker(
     """Call `work` once in every process, without gradients, with the model on its device.
 
     Args:
-        trainer: Starts the processes; its callbacks and loggers, which are of fit and test, take
-            no part.
+        trainer: Starts the processes; its callbacks and loggers, for fit and test, are left out.
         model: The model.
         work: What to do in each process.
         ckpt_path: Checkpoint to load the weights from first.
     """
     bar = trainer.progress_bar_callback is not None
-    # Read here, because Lightning would begin a log in the run's folder.
+    # Read before the loggers are left out.
     run = cast(str | None, getattr(trainer.logger, "log_dir", None))
     if ckpt_path is not None:
         checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
@@ -209,7 +204,8 @@ def on_every_worker(
         run = str(run_of(Path(ckpt_path)))
     once_each = IndexBatches([torch.zeros(1, dtype=torch.long)])
     with without_callbacks_and_loggers(trainer):
-        trainer.predict(_Job(model, work, run, bar), once_each, return_predictions=False)
+        job = _Job(model, lambda trainer: work(Worker(trainer, model, run=run, progress=bar)))
+        trainer.predict(job, once_each, return_predictions=False)
 
 
 def check_images(datamodule: L.LightningDataModule | None) -> ImageDataModule:

@@ -25,7 +25,7 @@ from ddim_pl.fixed_point import Anderson
 from ddim_pl.prediction import Prediction
 from ddim_pl.samplers.ddim import DDIM
 from ddim_pl.samplers.deq import DEQ, Chain
-from ddim_pl.scales import Scales, expand_like
+from ddim_pl.scales import Scales, expand_like, unsqueeze_like
 from ddim_pl.transitions import ddim_step
 
 
@@ -186,16 +186,13 @@ def eps_chain(deq: DEQ, denoiser: Denoiser, y: Tensor, states: Tensor, levels: T
         levels: Falling levels, `(S + 1,)`.
     """
     scales = denoiser.schedule(levels[1:])
+    values = (*scales, scales.sigma / scales.alpha)
+    alpha, sigma, ratio = (expand_like(each[None], states) for each in values)
     inner = states[:, :-1]
-    alpha, ratio = scales.alpha.to(states), (scales.sigma / scales.alpha).to(states)
-    shape = (-1, *(1,) * (states.ndim - 2))
     x = deq.estimates(denoiser).of_chain(inner, levels[1:-1])
-    sigma = scales.sigma[:-1].to(states).reshape(shape)
-    eps = (inner - alpha[:-1].reshape(shape) * x) / sigma
-    sums = (ratio.diff().reshape(shape) * eps).cumsum(1)
-    return alpha.reshape(shape) * (
-        y[:, None] + torch.cat([torch.zeros_like(sums[:, :1]), sums], 1)
-    )
+    eps = (inner - alpha[:, :-1] * x) / sigma[:, :-1]
+    sums = (ratio.diff(dim=1) * eps).cumsum(1)
+    return alpha * (y[:, None] + torch.cat([torch.zeros_like(sums[:, :1]), sums], 1))
 
 
 def _response(scales: Scales, change: Tensor) -> Tensor:
@@ -205,8 +202,8 @@ def _response(scales: Scales, change: Tensor) -> Tensor:
     which keeps standardised states.
     """
     deviation = (scales.alpha**2 / 4 + scales.sigma**2).sqrt()
-    ratio = (deviation[1:] / deviation[0]).to(change)
-    return ratio.reshape(-1, *(1,) * (change.ndim - 1)) * change[:, None]
+    change = change[:, None]
+    return expand_like((deviation[1:] / deviation[0])[None], change) * change
 
 
 def _first_state(denoiser: Denoiser, first: Prediction, levels: Tensor) -> Tensor:
@@ -301,15 +298,15 @@ def invert(
         late = max_seconds is not None and time.perf_counter() - begin >= max_seconds
         last = update == num_updates or late
         if found.is_exact or last or update % judge_every == 0:
-            images, used = _exact_images(denoiser, latents.detach(), levels, found)
-            evaluations += used
-            best.update(latents.detach(), images, x)
+            now = latents.detach()
+            images = found.images.detach() if found.is_exact else DDIM()(denoiser, now, levels)
+            evaluations += 0 if found.is_exact else len(levels) - 1
+            best.update(now, images, x)
         curve.append(Progress(update, time.perf_counter() - begin, evaluations, loss, best.mean))
         bar.set_postfix(loss=loss, refresh=False)
         if last:
             break
-        optimizer.zero_grad()
-        losses.sum().backward()
+        (latents.grad,) = torch.autograd.grad(losses.sum(), latents)
         optimizer.step()
     return Inversion(best.latents, best.images, best.losses, curve)
 
@@ -324,15 +321,6 @@ def _check_arguments(
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr}: 5e-3 is usual")
     check_at_least(1, judge_every=judge_every)
-
-
-def _exact_images(
-    denoiser: Denoiser, z: Tensor, levels: Tensor, found: Generated
-) -> tuple[Tensor, int]:
-    """What `DDIM` generates from the latents, and the network evaluations this took."""
-    if found.is_exact:
-        return found.images.detach(), 0
-    return DDIM()(denoiser, z, levels), len(levels) - 1
 
 
 class _Best:
@@ -353,6 +341,6 @@ class _Best:
         losses = (images - x).square().flatten(1).sum(1).cpu().double()
         better = losses < self.losses
         self.losses = torch.where(better, losses, self.losses)
-        mask = better.to(x.device).reshape(-1, *(1,) * (x.ndim - 1))
+        mask = unsqueeze_like(better, x)
         self.latents = torch.where(mask, latents, self.latents)
         self.images = torch.where(mask, images, self.images)

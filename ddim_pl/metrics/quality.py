@@ -1,8 +1,9 @@
 """Several metrics of sample quality from one pass over the images."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol, Self, cast
 
 import torch
@@ -60,30 +61,28 @@ class ClassifyingExtractor(FeatureExtractor, Protocol):
 class SampleQuality:
     """Distances and other metrics of generated images, all from the same features.
 
-    The extractor sees each image once, for any number of metrics. The metrics are
+    The extractor sees each image once. The metrics are
 
     - "fd", the Fréchet distance ([FID]), from running sums;
-    - "kid", the unbiased squared MMD with the cubic kernel ([KID]), which may be
-      negative: mean and standard deviation over subsets of 1000 images, or of all if there are
-      fewer;
-    - "inception_score" ([IS]): mean and standard deviation over ten splits of the
-      generated images. It uses no real images and grows with the number of images;
+    - "kid", the unbiased squared MMD with the cubic kernel ([KID]), which may be negative: mean
+      and standard deviation over subsets of 1000 images, or of all if there are fewer;
+    - "inception_score" ([IS]): mean and standard deviation over ten splits of the generated
+      images. It uses no real images and grows with the number of images;
     - "precision_recall" ([PR]), with 3 neighbours;
     - "density_coverage" ([DC]), with 5 neighbours.
 
     With Inception features the numbers are called "fid", "kid", "inception_score", "precision",
-    "recall", "density" and "coverage". With any other extractor they are called "<name>_fd",
-    "<name>_kid", "<name>_score" and so on, since numbers of different extractors cannot be
-    compared. Standard deviations end in "_std".
+    "recall", "density" and "coverage". Numbers of different extractors cannot be compared, so with
+    another extractor they are called "<name>_fd", "<name>_kid", "<name>_score" and so on. Standard
+    deviations end in "_std".
 
     Memory: "fd" stores no features. "kid", "precision_recall" and "density_coverage" share the
     stored features of both sides, on each rank those of all ranks: 400 MB a side for 50,000 images
-    and Inception; computing "kid" takes 800 MB a side more. "inception_score" stores the logits of
-    the generated images.
+    and Inception; "kid" takes 800 MB a side more. "inception_score" stores logits.
 
     In a distributed run all ranks must call `compute`. The numbers are those of one process if
-    rank r of w has images r, r + w, ... Subsets and splits are random but depend on `seed` only;
-    the global random state is neither used nor changed.
+    rank r of w has images r, r + w, ... Subsets and splits depend on `seed` only; the global
+    random state is neither used nor changed.
 
     Args:
         extractor: A `FeatureExtractor`, and a `ClassifyingExtractor` for "inception_score".
@@ -110,13 +109,14 @@ class SampleQuality:
             )
         self._fd: FrechetInceptionDistance | None = None
         if "fd" in self.metrics:
-            self._fd = FrechetInceptionDistance(
-                _Given(self.extractor.num_features), reset_real_features=False, normalize=False
-            )
+            given = nn.Identity()  # `update` gets features
+            given.num_features = torch.tensor(self.extractor.num_features)
+            self._fd = FrechetInceptionDistance(given, reset_real_features=False)
         self._keeps = bool({"kid", "precision_recall", "density_coverage"} & set(self.metrics))
         self._real, self._fake, self._logits = _Rows(), _Rows(), _Rows()
         self._real_radii: dict[int, Tensor] = {}
-        self._num_real = 0
+        self.num_real = 0
+        """Number of real images that this process has seen."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -127,11 +127,6 @@ class SampleQuality:
     def needs_real(self) -> bool:
         """Whether any of the metrics uses real images."""
         return self.metrics != ("inception_score",)
-
-    @property
-    def num_real(self) -> int:
-        """Number of real images that this process has seen."""
-        return self._num_real
 
     def check_num_samples(self, num_samples: int) -> None:
         """Check the number of generated images over all ranks.
@@ -181,7 +176,7 @@ class SampleQuality:
             (self._real if real else self._fake).add(features)
         if real:
             self._real_radii = {}
-            self._num_real += len(images)
+            self.num_real += len(images)
 
     @torch.no_grad()
     def compute(self) -> dict[str, Tensor]:
@@ -191,12 +186,12 @@ class SampleQuality:
             RuntimeError: If a side that is needed has fewer than two images.
             ValueError: If there are too few images for one of the metrics.
         """
-        compute = {
+        compute: dict[str, Callable[[], tuple[Tensor, ...]]] = {
             "fd": self._frechet_distance,
             "kid": self._kid,
             "inception_score": self._inception_score,
-            "precision_recall": self._precision_recall,
-            "density_coverage": self._density_coverage,
+            "precision_recall": partial(self._with_radii, precision_recall, PRECISION_NEIGHBOURS),
+            "density_coverage": partial(self._with_radii, density_coverage, DENSITY_NEIGHBOURS),
         }
         values = [value for name in self.metrics for value in compute[name]()]
         return {key: value.float() for key, value in zip(self.keys, values, strict=True)}
@@ -237,18 +232,11 @@ class SampleQuality:
             score.update(logits)
             return score.compute()
 
-    def _precision_recall(self) -> tuple[Tensor, ...]:
-        real, fake, k = self._real.of_all_ranks(), self._fake.of_all_ranks(), PRECISION_NEIGHBOURS
-        return precision_recall(real, fake, k, real_radii=self._radii(k))
-
-    def _density_coverage(self) -> tuple[Tensor, ...]:
-        real, fake, k = self._real.of_all_ranks(), self._fake.of_all_ranks(), DENSITY_NEIGHBOURS
-        return density_coverage(real, fake, k, real_radii=self._radii(k))
-
-    def _radii(self, k: int) -> Tensor:
+    def _with_radii(self, metric: Callable[..., tuple[Tensor, ...]], k: int) -> tuple[Tensor, ...]:
+        real, fake = self._real.of_all_ranks(), self._fake.of_all_ranks()
         if k not in self._real_radii:
-            self._real_radii[k] = nearest_radii(self._real.of_all_ranks(), k)
-        return self._real_radii[k]
+            self._real_radii[k] = nearest_radii(real, k)
+        return metric(real, fake, k, real_radii=self._real_radii[k])
 
     @contextmanager
     def _random(self) -> Iterator[None]:
@@ -270,17 +258,6 @@ def check_metrics(metrics: Sequence[str]) -> None:
     if unknown or not metrics:
         got = ", ".join(map(repr, unknown)) or "none"
         raise ValueError(f"metrics must be one or more of {', '.join(NUMBERS)}, got {got}")
-
-
-class _Given(nn.Module):
-    """The identity, a feature extractor for features."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
 
 
 class _Rows:

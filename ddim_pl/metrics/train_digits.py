@@ -70,12 +70,6 @@ def train(seed: int = 0, num_steps: int = NUM_STEPS) -> DigitsClassifier:
     return network
 
 
-def save(network: DigitsClassifier, path: Path) -> None:
-    """Write the weights as safetensors, atomically."""
-    with replacing(path) as part:
-        save_file(network.state_dict(), part)
-
-
 def heldout_accuracy(extractor: DigitsFeatures) -> float:
     """Return the share of the held-out digits that the extractor classifies correctly."""
     images, labels = digits_arrays()
@@ -91,7 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=NUM_STEPS, help="batches to train on")
     options = parser.parse_args(arguments)
-    save(train(options.seed, options.steps), options.output)
+    network = train(options.seed, options.steps)
+    with replacing(options.output) as part:
+        save_file(network.state_dict(), part)
     accuracy = heldout_accuracy(DigitsFeatures(options.output))
     print(f"{options.output}: held-out accuracy {accuracy:.4f}")
 

@@ -125,10 +125,7 @@ class Noise(ABC):
 class GaussianNoise(Noise):
     """Standard normal noise at every level ([DDPM])."""
 
-    @property
-    def is_gaussian(self) -> bool:
-        """Always True."""
-        return True
+    is_gaussian = True
 
     def draw(
         self, shape: Sequence[int], scales: Scales, generator: Generators | None, like: Tensor

@@ -10,7 +10,7 @@ from torch import Tensor
 from ddim_pl.noise import gamma_quantiles
 from ddim_pl.noise.base import Noise
 from ddim_pl.rng import Generators, standard_gamma
-from ddim_pl.scales import Scales, float64
+from ddim_pl.scales import Scales, expand_like, float64, to_device
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class GammaNoise(Noise):
     def log_density(self, eps: Tensor, scales: Scales) -> Tensor:
         """See `gamma_quantiles.log_density`; -inf below `-sqrt(K_t)`, outside the support."""
         eps = float64(eps)
-        return gamma_quantiles.log_density(eps, _expand(self.concentration(scales), eps))
+        return gamma_quantiles.log_density(eps, self._concentration_like(eps, scales))
 
     def transport(self, eps: Tensor, t: Scales, s: Scales) -> Tensor:
         """`F_{K_s}^{-1}(F_{K_t}(eps))` by way of normal scores, in float64, then cast.
@@ -68,11 +68,14 @@ class GammaNoise(Noise):
         network's estimate of the noise.
         """
         wide = float64(eps)
-        k_t, k_s = (_expand(self.concentration(each), wide) for each in (t, s))
+        k_t, k_s = (self._concentration_like(wide, each) for each in (t, s))
         noisy = (k_t > 0) & (k_s > 0)
         k_t, k_s = (torch.where(noisy, k, 1.0) for k in (k_t, k_s))
         moved = gamma_quantiles.from_normal_score(gamma_quantiles.normal_score(wide, k_t), k_s)
         return torch.where(noisy, moved, wide).to(eps)
+
+    def _concentration_like(self, eps: Tensor, scales: Scales) -> Tensor:
+        return to_device(expand_like(self.concentration(scales), eps), eps)
 
 
 def standardised_gamma(
@@ -114,9 +117,3 @@ def standardised_beta(
     centred = (b * gamma_a - a * gamma_b) / ((a + b) * (gamma_a + gamma_b))
     deviation = (a / (a + b) * (b / (a + b)) / (a + b + 1)).sqrt()
     return torch.where(deviation > 0, centred / deviation, 0).to(like)
-
-
-def _expand(concentration: Tensor, like: Tensor) -> Tensor:
-    """Broadcast shapes K `()` or `(B,)` to a batch `(B, ...)`."""
-    k = concentration.to(like.device)
-    return k.reshape(-1, *(1,) * (like.ndim - 1)) if k.ndim else k

@@ -56,7 +56,7 @@ class Sampler(ABC):
     @property
     def encodes(self) -> bool:
         """Whether this sampler also takes rising levels, deterministically from data to noise."""
-        return self._may_rise(torch.tensor([0.0, 1.0]))
+        return False
 
     @final
     def trajectory(
@@ -121,7 +121,8 @@ class Sampler(ABC):
                 f"levels must be a vector of at least 2, got shape {tuple(levels.shape)}: see "
                 "ddim_pl.timesteps"
             )
-        if not (levels.diff() < 0).all() and not self._may_rise(levels):
+        rising = self.encodes and (levels.diff() > 0).all()
+        if not rising and not (levels.diff() < 0).all():
             raise ValueError(
                 f"levels must decrease strictly for {self}, got {levels.tolist()}: only a "
                 "deterministic sampler encodes"
@@ -131,7 +132,3 @@ class Sampler(ABC):
                 f"levels must lie in [0, {num_levels}], got [{levels.min():g}, {levels.max():g}]"
             )
         return levels
-
-    def _may_rise(self, levels: Tensor) -> bool:
-        """Whether this sampler takes these levels, which do not fall."""
-        return False

@@ -1,4 +1,4 @@
-"""Denoising diffusion implicit models ([DDIM])."""
+"""Denoising diffusion implicit models ([DDIM]); their step is `ddim_pl.transitions.ddim_step`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +30,11 @@ class DDIM(Sampler):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], got {self.eta}: 0 is DDIM, 1 is DDPM")
 
+    @property
+    def encodes(self) -> bool:
+        """With `eta = 0`."""
+        return self.eta == 0
+
     def steps(
         self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None
     ) -> Iterator[State]:
@@ -42,6 +47,3 @@ class DDIM(Sampler):
                 prediction, denoiser.schedule(t), denoiser.schedule(s), eta=self.eta, noise=noise
             )
             yield State(s, z, prediction.x)
-
-    def _may_rise(self, levels: Tensor) -> bool:
-        return self.eta == 0 and bool((levels.diff() > 0).all())

@@ -67,15 +67,11 @@ class DEQ(Sampler):
     first_guess: int = 0
     max_batch: int | None = None
     split_levels: bool = False
+    is_deterministic = True  # though it cannot encode
 
     def __post_init__(self) -> None:
         check_at_least(1, max_batch=self.max_batch)
         check_at_least(0, first_guess=self.first_guess)
-
-    @property
-    def is_deterministic(self) -> bool:
-        """Always True, though the sampler cannot encode."""
-        return True
 
     def num_evaluations(self, levels: Tensor) -> int:
         """The maximum; `solve` returns the number for each sample."""
@@ -133,13 +129,7 @@ class DEQ(Sampler):
             return ddim_chain(z, torch.cat([first, rest], 1), scales)
 
         found = self.solver(sweep, start)
-        return Chain(
-            found.z,
-            found.residuals,
-            found.sweeps,
-            found.converged,
-            evaluations + found.sweeps * (steps - 1),
-        )
+        return Chain(*found, evaluations + found.sweeps * (steps - 1))
 
     def _guess(
         self, denoiser: Denoiser, z: Tensor, levels: Tensor, first: Tensor

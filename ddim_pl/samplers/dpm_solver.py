@@ -40,6 +40,7 @@ class DPMSolverPP(Sampler):
     """
 
     order: Order = 2
+    encodes = True
 
     def __post_init__(self) -> None:
         check_one_of(Order, order=self.order)
@@ -62,6 +63,3 @@ class DPMSolverPP(Sampler):
             z = ddim_step(Prediction(mid, mid_eps), scales, denoiser.schedule(s))
             yield State(s, z, x)
             previous = x
-
-    def _may_rise(self, levels: Tensor) -> bool:
-        return bool((levels.diff() > 0).all())

@@ -163,14 +163,13 @@ class GammaQuantile(GammaSampler):
         ValueError: If `theta_0` is not positive.
     """
 
+    encodes = True
+
     def step(
         self, prediction: Prediction, t: Scales, s: Scales, generator: Generators | None
     ) -> Tensor:
         """`Noise.step`; the levels may rise (encoding)."""
         return self.noise.step(prediction, t, s)
-
-    def _may_rise(self, levels: Tensor) -> bool:
-        return bool((levels.diff() > 0).all())
 
 
 def default_sampler(noise: Noise) -> Sampler:

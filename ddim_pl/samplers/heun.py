@@ -38,6 +38,8 @@ class Heun(Sampler):
     `CosineLogSNRSchedule`, r = 22,000, take many steps of "uniform_log_snr" or start below it.
     """
 
+    encodes = True
+
     def steps(
         self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None
     ) -> Iterator[State]:
@@ -51,6 +53,3 @@ class Heun(Sampler):
     def num_evaluations(self, levels: Tensor) -> int:
         """Two per step, and one for the step to level 0."""
         return 2 * (len(levels) - 1) - int(levels[-1] == 0)
-
-    def _may_rise(self, levels: Tensor) -> bool:
-        return bool((levels.diff() > 0).all())

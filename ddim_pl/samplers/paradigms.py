@@ -11,6 +11,7 @@ from ddim_pl.denoiser import Denoiser
 from ddim_pl.rng import Generators
 from ddim_pl.samplers.base import Sampler, State
 from ddim_pl.samplers.parallel import Estimates, same_everywhere, trajectory_of
+from ddim_pl.scales import unsqueeze_like
 from ddim_pl.transitions import ddim_chain
 
 
@@ -37,15 +38,11 @@ class ParaDiGMS(Sampler):
     tolerance: float = 1e-3
     max_batch: int | None = None
     split_levels: bool = False
+    is_deterministic = True  # though it cannot encode
 
     def __post_init__(self) -> None:
         check_at_least(1, window=self.window, max_batch=self.max_batch)
         check_at_least(0, tolerance=self.tolerance)
-
-    @property
-    def is_deterministic(self) -> bool:
-        """Always True, though the sampler cannot encode."""
-        return True
 
     def num_evaluations(self, levels: Tensor) -> int:
         """The maximum; `solve` returns the number for each sample."""
@@ -107,6 +104,8 @@ def _sweep(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """New estimates and states of the windows, `(B, W, ...)`, and the states' relative changes.
 
+    These, `||after - before|| / ||after||`, are `(B, W)` on the CPU.
+
     Args:
         estimates: Estimates of the clean image.
         z: Start states of the windows, `(B, ...)`.
@@ -123,7 +122,8 @@ def _sweep(
     x = x.clone()
     x[sample, column] = estimates(inputs[sample, column], levels[place[sample, column]], sample)
     found = ddim_chain(z, x, scales)
-    return x, found, _relative_change(guess, found)
+    change, size = (each.flatten(2).norm(dim=2) for each in (found - guess, found))
+    return x, found, (change / size.clamp(min=1e-30)).cpu()
 
 
 def _slide(z: Tensor, x: Tensor, found: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,12 +131,5 @@ def _slide(z: Tensor, x: Tensor, found: Tensor, moved: Tensor) -> tuple[Tensor, 
     rows, window = torch.arange(len(z)), x.shape[1]
     # States that are new in the window get the estimate of the last one.
     ahead = (torch.arange(window) + moved[:, None]).clamp(max=window - 1)
-    mask = (moved > 0).to(z.device).reshape(-1, *(1,) * (z.ndim - 1))
-    z = torch.where(mask, found[rows, (moved - 1).clamp(min=0)], z)
+    z = torch.where(unsqueeze_like(moved > 0, z), found[rows, (moved - 1).clamp(min=0)], z)
     return z, x[rows[:, None], ahead]
-
-
-def _relative_change(before: Tensor, after: Tensor) -> Tensor:
-    """`||after - before|| / ||after||` of each state, `(B, W)` on the CPU."""
-    change = (after - before).flatten(2).norm(dim=2)
-    return (change / after.flatten(2).norm(dim=2).clamp(min=1e-30)).cpu()

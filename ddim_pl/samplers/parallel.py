@@ -90,7 +90,7 @@ class Estimates:
             size = min(self.max_batch or len(z), len(z))
             try:
                 pieces = [slice(start, start + size) for start in range(0, len(z), size)]
-                return torch.cat([self._evaluate(z[i], t[i], samples[i]) for i in pieces])
+                return torch.cat([self.denoiser.select(samples[i])(z[i], t[i]).x for i in pieces])
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
@@ -101,9 +101,6 @@ class Estimates:
                 f"continuing with max_batch={self.max_batch}; set it to avoid the attempt",
                 stacklevel=2,
             )
-
-    def _evaluate(self, z: Tensor, t: Tensor, samples: Tensor) -> Tensor:
-        return self.denoiser.select(samples)(z, t).x
 
 
 def trajectory_of(

@@ -53,6 +53,7 @@ class PNDM(Sampler):
     """
 
     warmup: Warmup = "plms"
+    encodes = True
 
     def __post_init__(self) -> None:
         check_one_of(Warmup, warmup=self.warmup)
@@ -82,9 +83,6 @@ class PNDM(Sampler):
     def _num_warm(self, levels: Tensor) -> int:
         """Number of warm-up steps, none of them to level 0."""
         return min(3 if self.warmup == "prk" else 1, len(levels) - 1 - int(levels[-1] == 0))
-
-    def _may_rise(self, levels: Tensor) -> bool:
-        return bool((levels.diff() > 0).all())
 
 
 def runge_kutta(denoiser: Denoiser, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class DiffusionModule(L.LightningModule, ABC):
             length of its own.
         optimizer: Makes the optimiser from the parameters; by default Adam with rate 2e-4. A
             `functools.partial` of a class is stored in checkpoints, a lambda is not.
-        lr_scheduler: Makes a learning-rate schedule, stepped once per update; stored alike.
+        lr_scheduler: Makes a learning-rate schedule, stepped once per update; stored likewise.
         warmup_steps: Updates over which the rate grows linearly from 0; multiplies `lr_scheduler`.
         ema_decay: Decay of the weights' average, see `exponential_average`.
         compile: Compile the network with `torch.compile`.
@@ -118,7 +118,14 @@ class DiffusionModule(L.LightningModule, ABC):
         self._warned_of: set[Sampler] = set()
         self.check_noise(self.sampler)
         _ = self.levels
-        _check_channels(self.network, self.image_shape[0], self.prediction)
+        channels = self.image_shape[0] * (2 if self.prediction == "both" else 1)
+        found = getattr(self.network, "out_channels", channels)
+        if found != channels:
+            raise ValueError(
+                f"prediction={self.prediction!r} reads {channels} channels but the network has "
+                f"out_channels={found}: 'both' takes twice the channels of an image, every other "
+                "as many"
+            )
         _ = self.denoiser
 
     distilled_steps: int | None = None
@@ -272,8 +279,7 @@ class DiffusionModule(L.LightningModule, ABC):
         """Mean loss of the batch."""
         # With accumulated gradients several batches share one global step.
         part = batch_idx % self.trainer.accumulate_grad_batches
-        words = (self.seed, self.global_step, part, self.global_rank)
-        seed = derive_seed(*words)
+        seed = derive_seed(self.seed, self.global_step, part, self.global_rank)
         # Dropout draws from the global generator; seeding it makes a resumed run exact.
         torch.manual_seed(seed)
         loss = self._mean_loss(self.network, batch, seed)
@@ -372,14 +378,3 @@ def _image_shape(network: nn.Module, shape: Iterable[int] | None) -> tuple[int, 
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"image_shape must be (channels, height, width), got {shape}")
     return shape
-
-
-def _check_channels(network: nn.Module, channels: int, prediction: PredictionType) -> None:
-    """Check the output channels of a network that has such an attribute."""
-    wanted = 2 * channels if prediction == "both" else channels
-    found = getattr(network, "out_channels", wanted)
-    if found != wanted:
-        raise ValueError(
-            f"prediction={prediction!r} reads {wanted} channels but the network has out_channels="
-            f"{found}: 'both' takes twice the channels of an image, every other as many"
-        )

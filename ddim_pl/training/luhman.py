@@ -23,7 +23,7 @@ from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.timesteps import make_levels
 from ddim_pl.training.base import Batch, DiffusionModule, LossKind
 from ddim_pl.training.distillation import Distillation
-from ddim_pl.training.pairs import check_teacher_sampler, make_pairs, recipe_of
+from ddim_pl.training.pairs import check_teacher_sampler, make_pairs_on_all, recipe_of
 
 NUM_EVALUATED = 50_000
 """Images of the module's own seed that no pair may share a latent with."""
@@ -32,11 +32,11 @@ NUM_EVALUATED = 50_000
 class LuhmanDistillation(Distillation):
     """Train a student that samples in one network evaluation.
 
-    The student begins with the teacher's weights and sees the last level only. `fit` makes the
-    pairs first, as far as they are missing; its data module is `TeacherPairsDataModule`.
+    The student begins with the teacher's weights and sees the last level only. `fit` first makes
+    the pairs that are missing; its data module is `TeacherPairsDataModule`.
 
     Args:
-        network: By default a copy of the teacher's; a checkpoint of this module holds it here.
+        network: By default a copy of the teacher's; given when this module is loaded.
         schedule: By default the teacher's.
         loss: "l2", half the squared error ([KD], eq. 8), or "l1", the absolute
             one, as in their CIFAR-10 experiment.
@@ -172,22 +172,15 @@ class LuhmanDistillation(Distillation):
         teacher.to(self.device)
         if self.compile_network:  # in place, after the digest of its weights is taken
             teacher.average.module.compile()
-        trainer.strategy.barrier("manifest read")  # by all, before one writes it
-        if trainer.is_global_zero:
-            store.begin()
-        trainer.strategy.barrier("manifest written")  # before a shard is
-        with trainer.precision_plugin.forward_context():
-            make_pairs(
-                store,
-                teacher,
-                self.teacher_sampler,
-                self.teacher_levels,
-                rank=trainer.global_rank,
-                world_size=trainer.world_size,
-                batch_size=self.pair_batch_size,
-                progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
-            )
-        trainer.strategy.barrier("pairs made")
+        make_pairs_on_all(
+            trainer,
+            store,
+            teacher,
+            self.teacher_sampler,
+            self.teacher_levels,
+            batch_size=self.pair_batch_size,
+            progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+        )
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Leave out the loss, which is one of pairs: a test has real images."""
+        """Log no loss: it needs pairs, and a test has real images."""

@@ -1,14 +1,14 @@
 """Making pairs (latent, teacher's image) for single-step distillation."""
 
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddim_pl.data.teacher_pairs import PairStore, shards_of
+from ddim_pl.data.teacher_pairs import PairStore
 from ddim_pl.samplers import Sampler
 from ddim_pl.training.base import DiffusionModule
 from ddim_pl.training.fingerprint import fingerprint
@@ -70,7 +70,8 @@ def make_pairs(
     Raises:
         OSError: If the disk is full; the shards before are kept.
     """
-    missing = [shard for shard in shards_of(store, rank, world_size) if not store.is_whole(shard)]
+    shards = range(rank, store.num_shards, world_size)
+    missing = [shard for shard in shards if not store.is_whole(shard)]
     total = sum(len(store.indices(shard)) for shard in missing)
     with (
         ThreadPoolExecutor(1) as writer,
@@ -79,7 +80,9 @@ def make_pairs(
         writing: Future[None] | None = None
         for shard in missing:
             parts = []
-            for batch in _batches(store.indices(shard), batch_size):
+            indices = store.indices(shard)
+            for start in range(0, len(indices), batch_size):
+                batch = indices[start : start + batch_size]
                 images = teacher.sample(
                     batch, sampler=sampler, levels=levels, seed=store.recipe["seed"]
                 )
@@ -93,5 +96,31 @@ def make_pairs(
     return len(missing)
 
 
-def _batches(indices: range, size: int) -> Iterable[range]:
-    return (indices[start : start + size] for start in range(0, len(indices), size))
+def make_pairs_on_all(
+    trainer: L.Trainer,
+    store: PairStore,
+    teacher: DiffusionModule,
+    sampler: Sampler,
+    levels: Tensor,
+    *,
+    batch_size: int,
+    progress: bool,
+) -> int:
+    """Write the manifest, and call `make_pairs` in every process of a trainer."""
+    trainer.strategy.barrier("manifest read")  # by all, before one writes it
+    if trainer.is_global_zero:
+        store.begin()
+    trainer.strategy.barrier("manifest written")  # before a shard is
+    with trainer.precision_plugin.forward_context():
+        made = make_pairs(
+            store,
+            teacher,
+            sampler,
+            levels,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    trainer.strategy.barrier("pairs made")
+    return made

@@ -2,13 +2,15 @@
 
 A student of N steps learns to do in one DDIM step what its teacher does in two. Levels are `t = i
 T / N` with `i` uniform in 1..N; the teacher steps `t -> t - T / 2N -> t - T / N`, and the target
-is the x with which one step lands there too, `two_step_target`. Then the student, by its averaged
-weights, becomes the teacher of a student with N / 2 steps. The whole ladder is one `fit`: which
-round it is follows from the number of updates made.
+is the x for which one step leads to the same state: `ddim_pl.transitions.two_step_target`. Then
+the student, by its averaged weights, becomes the teacher of a student with N / 2 steps. All
+rounds are one `fit`: the round follows from the number of updates made.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import pairwise
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -52,7 +54,7 @@ class ProgressiveDistillation(Distillation):
     Sampling and evaluation use the student of the present round with its own number of steps.
 
     Args:
-        network: By default a copy of the teacher's; a checkpoint of this module holds it here.
+        network: By default a copy of the teacher's; given when this module is loaded.
         schedule: By default the teacher's.
         rounds: The ladder, `(student steps, updates)` each: the teacher's number of steps is twice
             that of the first student, and each student has half the steps of the one before.
@@ -63,7 +65,7 @@ class ProgressiveDistillation(Distillation):
         loss_weight: Weight on the squared error of x: "truncated_snr" or "snr_plus_one" (the
             paper's two), or any other of `ddim_pl.prediction.LossWeight`.
         clip_teacher: Clip the teacher's estimates to [-1, 1]; the paper does not.
-        teacher_prediction: What the first teacher predicts; read from it.
+        teacher_prediction: What the first teacher predicts; needed only if `network` is given.
         warmup_steps: Updates of each round over which the rate grows linearly.
         **kwargs: Arguments of `Distillation`. Each round begins a new average; the paper has no
             dropout.
@@ -93,6 +95,8 @@ class ProgressiveDistillation(Distillation):
         check_loss_weight(prediction, loss_weight)
         check_at_least(0, conversion_updates=conversion_updates, warmup_steps=warmup_steps)
         self.rounds = _check_rounds(rounds)
+        # Updates before each round; the last number is the sum of all.
+        self._starts = [*accumulate((r.updates for r in self.rounds), initial=conversion_updates)]
         self.given_teacher_prediction = teacher_prediction
         super().__init__(
             network,
@@ -111,6 +115,7 @@ class ProgressiveDistillation(Distillation):
         self.loss_weight = loss_weight
         self.clip_teacher = clip_teacher
         self.round_warmup = warmup_steps
+        self.lr_scheduler = partial(LambdaLR, lr_lambda=self._rate)
         self.round_index = self.round_at(0)
 
     # ---- the ladder ---------------------------------------------------------------------------
@@ -118,50 +123,41 @@ class ProgressiveDistillation(Distillation):
     @property
     def num_updates(self) -> int:
         """Updates of the whole ladder."""
-        return self.conversion_updates + sum(each.updates for each in self.rounds)
+        return self._starts[-1]
 
     def round_at(self, update: int) -> int:
         """Index in `rounds` of the round that this update belongs to; -1 is the conversion."""
-        end = self.conversion_updates
-        if update < end:
-            return -1
-        for index, each in enumerate(self.rounds):
-            end += each.updates
-            if update < end:
-                return index
-        return len(self.rounds) - 1
+        return min(bisect_right(self._starts, update), len(self.rounds)) - 1
 
     def start_of(self, index: int) -> int:
         """Updates before this round."""
-        if index < 0:
-            return 0
-        return self.conversion_updates + sum(each.updates for each in self.rounds[:index])
+        return 0 if index < 0 else self._starts[index]
 
     @property
     def student_steps(self) -> int:
-        """Steps of the student in training, or when it is only converted, of its teacher."""
+        """Steps of the student in training; while it is converted, those of its teacher."""
         return self.teacher_steps if self.round_index < 0 else self.rounds[self.round_index].steps
 
     @property
     def round_updates(self) -> int:
         """Updates of the present round."""
-        return self._updates_of(self.round_index)
+        return self._starts[self.round_index + 1] - self.start_of(self.round_index)
 
     @property
     def round_is_over(self) -> bool:
         """Whether all updates of the present round are made."""
-        return self.global_step >= self.start_of(self.round_index) + self.round_updates
+        return self.global_step >= self._starts[self.round_index + 1]
 
     @property
     def levels(self) -> Tensor:
         """Levels of the present student, `(N + 1,)`."""
-        # A teacher that is being converted may have more steps than there are whole levels.
+        # While it is converted these are the teacher's steps, which may exceed `num_levels`.
         most = self.schedule.num_levels if self.round_index < 0 else self.student_steps
         return linear(self.schedule.num_levels, min(self.student_steps, most))
 
     @property
     def distilled_steps(self) -> int | None:  # type: ignore[override]
-        """Steps of the present student, the only ones it knows."""
+        """Steps that the present student is trained for; None while it is converted."""
         return None if self.round_index < 0 else self.student_steps
 
     @property
@@ -205,21 +201,10 @@ class ProgressiveDistillation(Distillation):
         weights = self.average.module.state_dict()
         state = {f"network.{name}": value for name, value in weights.items()}
         state |= {f"average.module.{name}": value for name, value in weights.items()}
-        arguments = {
-            "network": describe(self.network),
-            "schedule": describe(self.schedule),
-            "noise": describe(self.noise),
-            "loss_weight": self.loss_weight,
-            "prediction": self.prediction,
-            "time_input": self.time_input,
-            "image_shape": list(self.image_shape),
-            "clip": self.clip,
-            "sampler": describe(self.sampler),
-            "timesteps": "linear",
-            "num_steps": self.student_steps,
-            "distilled_steps": self.student_steps,
-            "seed": self.seed,
-        }
+        names = ["network", "schedule", "noise", "loss_weight", "prediction", "time_input"]
+        names += ["image_shape", "clip", "sampler", "timesteps", "seed"]
+        arguments = {name: describe(getattr(self, name)) for name in names}
+        arguments |= {"num_steps": self.student_steps, "distilled_steps": self.student_steps}
         return {
             "pytorch-lightning_version": L.__version__,
             "epoch": self.current_epoch,
@@ -233,11 +218,11 @@ class ProgressiveDistillation(Distillation):
         }
 
     def get_extra_state(self) -> dict[str, int]:
-        """The round, so that the weights of a checkpoint say whose they are."""
+        """The round that a checkpoint's weights belong to."""
         return {"round": self.round_index}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Go on in that round."""
+        """Continue in that round."""
         self.round_index = state["round"]
 
     # ---- what the method is -------------------------------------------------------------------
@@ -261,7 +246,7 @@ class ProgressiveDistillation(Distillation):
         if self.round_index < 0:
             t = (1 - u) * self.schedule.num_levels
         else:
-            # In this order the last level is T exactly, not a rounding above.
+            # Multiply first: the last level is T exactly, and not rounded above it.
             t = ((u * steps).floor() + 1) * self.schedule.num_levels / steps
         scales = self.schedule(t)
         z = q_sample(x, self.noise.draw(x.shape, scales, generators.device, x), scales)
@@ -299,10 +284,8 @@ class ProgressiveDistillation(Distillation):
             self.read_teacher()
 
     def on_fit_start(self) -> None:
-        """Begin with the teacher's weights, unless a run resumes, whose checkpoint holds all.
-
-        A config from a checkpoint names both a network and a teacher.
-        """
+        """Begin with the teacher's weights, unless a run resumes from a checkpoint."""
+        # Also if a network is given: a config from a checkpoint names both.
         if self.teacher_path is not None and self.trainer.ckpt_path is None:
             self.load_weights_from(self.read_teacher())
 
@@ -313,24 +296,12 @@ class ProgressiveDistillation(Distillation):
             for optimizer in self.trainer.optimizers:
                 optimizer.state.clear()
 
-    def configure_optimizers(self) -> Any:
-        """Adam or what was given, with a rate that falls to 0 in each round."""
-        configured = super().configure_optimizers()
-        optimizer = configured["optimizer"]
-        schedule = LambdaLR(optimizer, self._rate)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
-
     def _rate(self, update: int) -> float:
+        """Factor of the learning rate, which grows in the warm-up and falls to 0 in each round."""
         index = self.round_at(update)
         made = update - self.start_of(index)
         warm = min(1.0, (made + 1) / (self.round_warmup + 1))
-        return warm * max(0.0, 1 - made / self._updates_of(index))
-
-    def _updates_of(self, index: int) -> int:
-        return self.conversion_updates if index < 0 else self.rounds[index].updates
+        return warm * max(0.0, 1 - made / (self._starts[index + 1] - self.start_of(index)))
 
 
 def _check_prediction(prediction: PredictionType) -> None:
@@ -342,7 +313,7 @@ def _check_prediction(prediction: PredictionType) -> None:
 
 
 def _check_rounds(rounds: Sequence[Sequence[int]]) -> tuple[Round, ...]:
-    """The ladder, checked to halve."""
+    """The rounds, after checking that each has half the steps of the one before."""
     ladder = []
     for each in rounds:
         if len(each) != 2 or min(each) < 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ddim_pl.cli import main
-from ddim_pl.training.checkpoints import load as load_teacher
+from ddim_pl.training.loading import load as load_teacher
 from golden import record
 
 CHECKPOINTS = Path(__file__).with_name("checkpoints.tar.xz")

@@ -6,7 +6,7 @@ from ladders import clone, fit, ladder, same, save
 from tiny import tiny_ddpm, tiny_unet
 
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
-from ddim_pl.training.checkpoints import load as load_teacher
+from ddim_pl.training.loading import load as load_teacher
 
 
 def test_a_v_teacher_gives_all_that_is_not_said(teacher):

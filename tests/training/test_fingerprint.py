@@ -8,8 +8,8 @@ from tiny import some_ddpm, tiny_unet
 
 from ddim_pl.noise import GammaNoise, GaussianNoise
 from ddim_pl.samplers import DDIM
-from ddim_pl.training.checkpoints import load
 from ddim_pl.training.fingerprint import fingerprint, fingerprint_of_file
+from ddim_pl.training.loading import load
 
 # As version 0.1.0 computed them: pairs and finished cells of before are found by these.
 RECORDED = {

@@ -121,13 +121,13 @@ def test_the_teacher_that_draws_the_pairs_is_compiled_too(
 ):
     compiled, drawing = [], []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
-    original = luhman.make_pairs
+    original = luhman.make_pairs_on_all
 
-    def make(store, teacher, *arguments, **more):
+    def make(trainer, store, teacher, *arguments, **more):
         drawing.append(teacher.average.module)
-        return original(store, teacher, *arguments, **more)
+        return original(trainer, store, teacher, *arguments, **more)
 
-    monkeypatch.setattr(luhman, "make_pairs", make)
+    monkeypatch.setattr(luhman, "make_pairs_on_all", make)
     module = student(teacher_file, compile=compiles)
     trainer(tmp_path, max_steps=1).fit(module, pairs(tmp_path))
     assert [id(network) for network in compiled] == [

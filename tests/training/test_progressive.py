@@ -22,7 +22,7 @@ from ddim_pl.scales import expand_like
 from ddim_pl.schedules import CosineLogSNRSchedule, ImprovedCosineSchedule, LinearSchedule
 from ddim_pl.timesteps import linear
 from ddim_pl.training import DDPM, ProgressiveDistillation
-from ddim_pl.training.checkpoints import load as load_teacher
+from ddim_pl.training.loading import load as load_teacher
 from ddim_pl.transitions import ddim_step, two_step_target
 
 SCHEDULES = [LinearSchedule, ImprovedCosineSchedule, CosineLogSNRSchedule]
