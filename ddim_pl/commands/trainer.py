@@ -3,6 +3,7 @@
 import lightning as L
 
 from ddim_pl.commands.compare import compare
+from ddim_pl.commands.export import export
 from ddim_pl.commands.interpolate import interpolate
 from ddim_pl.commands.invert import invert
 from ddim_pl.commands.levels import levels
@@ -23,6 +24,7 @@ class Trainer(L.Trainer):
     pairs = pairs
     sweep = sweep
     compare = compare
+    export = export
 
 
 COMMANDS = tuple(name for name in vars(Trainer) if not name.startswith("_"))

@@ -8,6 +8,7 @@ et al. 2021.
 
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from ddim_pl.prediction import LossWeight, check_loss_weight, output_error_weigh
 from ddim_pl.rng import StepGenerators
 from ddim_pl.schedules import DiscreteSchedule, NoiseSchedule
 from ddim_pl.training.base import Batch, DiffusionModule, LossKind
+from ddim_pl.training.hyperparameters import INSTANTIATOR, describe, import_path
 from ddim_pl.transitions import q_sample
 
 LevelSampling = Literal["uniform", "antithetic"]
@@ -137,3 +139,31 @@ class DDPM(DiffusionModule):
             gamma=self.min_snr_gamma,
             loss=self.loss_kind,
         )
+
+
+def averaged_checkpoint(module: DiffusionModule, **changes: Any) -> dict[str, Any]:
+    """The averaged weights of any module, as a checkpoint of a plain `DDPM`.
+
+    Args:
+        module: The module.
+        **changes: Arguments of the `DDPM` that are not the module's.
+    """
+    weights = module.average.module.state_dict()
+    state = {f"network.{name}": value for name, value in weights.items()}
+    # The same tensors: a file holds them once.
+    state |= {f"average.module.{name}": value for name, value in weights.items()}
+    names = ["network", "schedule", "noise", "prediction", "time_input", "image_shape", "clip"]
+    names += ["sampler", "timesteps", "num_steps", "seed", "distilled_steps"]
+    names += [name for name in ("loss_weight",) if hasattr(module, name)]
+    arguments = {name: describe(getattr(module, name)) for name in names} | changes
+    return {
+        "pytorch-lightning_version": L.__version__,
+        "epoch": module.current_epoch,
+        "global_step": module.global_step,
+        "state_dict": state | {"average.n_averaged": module.average.n_averaged},
+        "hyper_parameters": {
+            **arguments,
+            "_class_path": import_path(DDPM),
+            "_instantiator": INSTANTIATOR,
+        },
+    }

@@ -33,9 +33,8 @@ from ddim_pl.rng import StepGenerators
 from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.timesteps import linear
 from ddim_pl.training.base import Batch, DiffusionModule
-from ddim_pl.training.ddpm import DDPM
+from ddim_pl.training.ddpm import averaged_checkpoint
 from ddim_pl.training.distillation import Distillation, copy_weights, student_network
-from ddim_pl.training.hyperparameters import INSTANTIATOR, describe, import_path
 from ddim_pl.transitions import q_sample
 
 
@@ -198,24 +197,8 @@ class ProgressiveDistillation(Distillation):
 
         It knows its levels, and needs neither this class nor the teacher.
         """
-        weights = self.average.module.state_dict()
-        state = {f"network.{name}": value for name, value in weights.items()}
-        state |= {f"average.module.{name}": value for name, value in weights.items()}
-        names = ["network", "schedule", "noise", "loss_weight", "prediction", "time_input"]
-        names += ["image_shape", "clip", "sampler", "timesteps", "seed"]
-        arguments = {name: describe(getattr(self, name)) for name in names}
-        arguments |= {"num_steps": self.student_steps, "distilled_steps": self.student_steps}
-        return {
-            "pytorch-lightning_version": L.__version__,
-            "epoch": self.current_epoch,
-            "global_step": self.global_step,
-            "state_dict": state | {"average.n_averaged": self.average.n_averaged},
-            "hyper_parameters": {
-                **arguments,
-                "_class_path": import_path(DDPM),
-                "_instantiator": INSTANTIATOR,
-            },
-        }
+        steps = self.student_steps
+        return averaged_checkpoint(self, num_steps=steps, distilled_steps=steps)
 
     def get_extra_state(self) -> dict[str, int]:
         """The round that a checkpoint's weights belong to."""
