@@ -1,9 +1,9 @@
-# make demo, make test, make test-slow, make lint, make bench. Each makes .venv and installs what is missing.
+# make demo, make test, make test-slow, make lint, make bench, make faults. Each makes .venv and installs what is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench faults clean
 
 # Two minutes or so: PyTorch comes with its CUDA libraries. The versions are those of requirements.lock.
 $(INSTALLED): pyproject.toml requirements.lock
@@ -39,6 +39,11 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/sampling_speed.py
 	$(BIN)/python benchmarks/training_speed.py
+
+# Runs killed and resumed: an hour or two; it can be stopped and called again.
+faults: export OMP_NUM_THREADS ?= 1
+faults: $(INSTALLED)
+	$(BIN)/python benchmarks/faults.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
