@@ -99,7 +99,7 @@ def small(method: str) -> dict[str, Any]:
         model = {"rounds": [[4, EPOCH], [2, EPOCH], [1, EPOCH]]}
     else:
         trainer["max_epochs"] = 3
-        model |= {"teacher_num_steps": 2, "warmup_steps": 10}
+        model = {"teacher_num_steps": 2, "warmup_steps": 10}
         model["lr_scheduler"] = {"init_args": {"total_iters": 3 * EPOCH}}
         data |= {"num_pairs": 480, "num_validation": 32, "shard_size": 64, "folder": "runs/pairs"}
     return {"model": {"init_args": model}, "data": {"init_args": data}, "trainer": trainer}
