@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import ddim_pl.data
 import ddim_pl.metrics
 import ddim_pl.networks
-from ddim_pl.cli_configs import DEFAULTS, CommandParser, Given, count_listed, read_config
+from ddim_pl.cli_configs import DEFAULTS, CommandParser, Given, callback_lists, read_config
 from ddim_pl.cli_errors import run_message
 from ddim_pl.commands import COMMANDS
 from ddim_pl.commands import Trainer as TrainerWithCommands
@@ -120,13 +120,14 @@ class DiffusionCLI(LightningCLI):
         if given.command in COMMANDS and given.checkpoint is None and not given.shows_only:
             raise ValueError(_needs_checkpoint(given.command))
         alone = given.command in COMMANDS or not given.names_model
+        base: dict[str, Any] = {}
         if given.command and given.checkpoint and alone:
             args = self._lay_on_checkpoint(given, args)
         elif given.command not in COMMANDS:
-            given.configs.insert(0, read_config(DEFAULTS))
+            base = read_config(DEFAULTS)
         set_import_policy(given.named_paths, strict=self._read is not None)
         for command in self.subcommands():
-            self._command_parser(command).listed_callbacks = count_listed(given.configs, args)
+            self._command_parser(command).callback_lists = callback_lists(base, args)
         self.config = parser.parse_args(args)
         self._resolve_checkpoint(self.config[self.config.subcommand])
 
@@ -142,7 +143,6 @@ class DiffusionCLI(LightningCLI):
         path = newest_checkpoint(Path("runs")) if last else Path(given.checkpoint)
         self._read = str(path)
         config = checkpoint_config(path, given.command)
-        given.configs.insert(0, config)
         self._command_parser(given.command).default_config_files = []
         below = ["--config", yaml.safe_dump(config)]
         return [given.command, *below, *args[1:], "--ckpt_path", str(path)]

@@ -23,8 +23,8 @@ DEFAULTS = Path(__file__).parents[1] / "configs" / "default.yaml"
 class CommandParser(LightningArgumentParser):
     """Reports an error in one line, and prints a config as it will be used."""
 
-    listed_callbacks = 0
-    """How many callbacks come from one `callbacks:` list, see `merge_repeated`."""
+    callback_lists: Sequence[int] = ()
+    """Lengths of the lists that the callbacks come from, see `merge_repeated`."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit with status 2; a nested parser raises, as in jsonargparse."""
@@ -36,8 +36,10 @@ class CommandParser(LightningArgumentParser):
         """Merge repeated callbacks before jsonargparse fills in their default arguments."""
         # internal: jsonargparse 4 has no public hook before it fills in defaults.
         callbacks = cfg.get("trainer.callbacks")
-        if isinstance(callbacks, list):
-            cfg["trainer.callbacks"] = merge_repeated(callbacks, self.listed_callbacks)
+        # A part of them, or what is merged already, has another length.
+        if isinstance(callbacks, list) and len(callbacks) == sum(self.callback_lists):
+            cfg["trainer.callbacks"] = merge_repeated(callbacks, self.callback_lists)
+            self.callback_lists = ()
         return super()._parse_common(cfg, *args, **kwargs)
 
 
@@ -105,40 +107,62 @@ def dotted_paths(value: Any) -> set[str]:
     return {value} if named else set()
 
 
-def count_listed(configs: Sequence[dict[str, Any]], args: Sequence[str]) -> int:
-    """Length of the last list of callbacks that a config gives as a whole, by `callbacks:`.
+def callback_lists(base: dict[str, Any], args: Sequence[str]) -> list[int]:
+    """Lengths of the lists of callbacks that a command line joins, in their order.
 
-    0 if `--trainer.callbacks` is on the command line: then every callback may be merged.
+    `callbacks:` begins anew, `callbacks+:` adds a list; the same of arguments.
+
+    Args:
+        base: The config below those of the command line; empty if there is none.
+        args: The arguments.
     """
-    if any(name == "--trainer.callbacks" for name, _ in _options(args)):
-        return 0
-    for config in reversed(configs):
+    found: list[int] = []
+    given = [base]
+    for name, value in _options(args):
+        if name in ("-c", "--config"):
+            given.append(read_config(value))
+        elif name in ("--trainer.callbacks", "--trainer.callbacks+"):
+            key = name.removeprefix("--trainer.")
+            given.append(read_config(f"trainer: {{{key}: {value}}}"))
+    for config in given:
         trainer = config.get("trainer")
-        if isinstance(trainer, dict) and "callbacks" in trainer:
-            callbacks = trainer["callbacks"]
-            return len(callbacks) if isinstance(callbacks, list) else int(callbacks is not None)
-    return 0
+        for key, value in (trainer if isinstance(trainer, dict) else {}).items():
+            if key in ("callbacks", "callbacks+") and value is not None:
+                length = len(value) if isinstance(value, list) else 1
+                found = [*(found if key.endswith("+") else ()), length]
+    return found
 
 
-def merge_repeated(callbacks: Sequence[Any], listed: int) -> list[Any]:
-    """Merge callbacks of one class: a later one overrides arguments of the one before it.
+def merge_repeated(callbacks: Sequence[Any], lists: Sequence[int]) -> list[Any]:
+    """Merge callbacks of one class: a later list overrides arguments of what stands before it.
+
+    Callbacks of one list are not merged with each other: a class may stand in it twice.
 
     Args:
         callbacks: Callbacks as given, without their default arguments.
-        listed: How many of them, from the first on, come from one list, which may repeat a class.
-            The rest were added with `callbacks+`.
+        lists: Lengths of the lists that they come from, one after the other.
     """
-    merged: list[Any] = []
-    for number, callback in enumerate(callbacks):
-        same = [i for i, other in enumerate(merged) if _kind(other) == _kind(callback)]
-        if number < listed or not same:
-            merged.append(callback)
-            continue
-        changed = merged[same[-1]].clone()
-        for name, value in vars(callback.get("init_args", Namespace())).items():
-            changed[f"init_args.{name}"] = value
-        merged[same[-1]] = changed
+    rest, merged = list(callbacks), []
+    for length in lists:
+        added, rest = rest[:length], rest[length:]
+        free = list(range(len(merged)))
+        for callback in added:
+            same = [i for i in free if _kind(merged[i]) == _kind(callback)]
+            if not same:
+                merged.append(callback)
+                continue
+            free.remove(same[0])
+            merged[same[0]] = _changed(merged[same[0]], callback)
     return merged
+
+
+def _changed(callback: Any, by: Any) -> Any:
+    """A callback with the arguments that another one has."""
+    changed = callback.clone()
+    for place in ("init_args", "dict_kwargs"):
+        for name, value in vars(by.get(place) or Namespace()).items():
+            changed[f"{place}.{name}"] = value
+    return changed
 
 
 def _kind(callback: Any) -> Any:

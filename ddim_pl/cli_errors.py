@@ -12,6 +12,8 @@ from typing import Any, get_type_hints
 
 from torch import nn
 
+from ddim_pl.renamed import RENAMED
+
 OURS = ("ddim_pl.", "callbacks.")
 MOST_NAMES = 12
 """Names that a message lists at most."""
@@ -20,6 +22,7 @@ LISTS = "--help and --print_config list what there is"
 KEY, OWNER = r'Parser key "([\w.]+)":', r"Problem with given class_path '([\w.]+)':"
 WRONG_CLASS = (
     r"Expected a dot import path string: (\S+)|module '?[\w.]+'? has no attribute '(\w+)'"
+    r"|No module named '[\w.]+'"
 )
 
 
@@ -120,6 +123,10 @@ def _wrong_class(message: str, wrong: re.Match[str]) -> str | None:
     if key is None or base is None:
         return None
     known = [kind.__name__ for kind in known_classes(base)]
+    names = {old.rpartition(".")[2]: _import(new) for old, new in RENAMED.items()}
+    now = names.get(given)
+    if now is not None and issubclass(now, base):
+        return f"{key} cannot be {given}: it is called {now.__name__} now"
     close = difflib.get_close_matches(given.rpartition(".")[2], known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
     return (
@@ -142,6 +149,7 @@ def _base_of(before: str, key: str | None) -> type[Any] | None:
 
 
 def _hint(name: str, names: Sequence[str]) -> str:
+    names = [each for each in names if each != name]  # a base has it, this class fixes it
     close = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {close[0]}?" if close else f"it has {_some(names) or 'none'}"
 

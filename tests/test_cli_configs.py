@@ -80,6 +80,32 @@ def test_a_callback_changed_on_the_command_line_keeps_the_features_of_its_config
     assert distance["features"]["class_path"] == "ddim_pl.metrics.digits.DigitsFeatures"
 
 
+def saves(folder):
+    kind = "lightning.pytorch.callbacks.ModelCheckpoint"
+    return [{"class_path": kind, "init_args": {"monitor": name}} for name in ("one", "two")]
+
+
+def monitors(config):
+    callbacks = config["trainer"]["callbacks"]
+    return [
+        each["init_args"].get("monitor") for each in callbacks if "Model" in each["class_path"]
+    ]
+
+
+@pytest.mark.parametrize("option", ["--trainer.callbacks", "--trainer.callbacks+"])
+def test_callbacks_of_one_list_are_not_merged_with_each_other(tmp_path, capsys, option):
+    key = option.removeprefix("--trainer.")
+    text = yaml.safe_dump(saves(tmp_path), default_flow_style=True, width=10000).strip()
+    base = ["fit", "--config", short_config(tmp_path)]
+    assert monitors(resolved([*base, f"{option}={text}"], capsys)) == ["one", "two"]
+    over = write_config({"trainer": {key: saves(tmp_path)}}, tmp_path / "over.yaml")
+    config = resolved([*base, "--config", over], capsys)
+    assert monitors(config) == ["one", "two"]
+    again = resolved([*base, "--config", over, f"{option}={text}"], capsys)
+    assert monitors(again) == ["one", "two"]
+    assert len(again["trainer"]["callbacks"]) == len(config["trainer"]["callbacks"])
+
+
 def test_a_callback_twice_in_a_whole_list_stays_twice(tmp_path, capsys):
     config = tiny_config(tmp_path)
     saved = [

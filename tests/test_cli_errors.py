@@ -28,6 +28,12 @@ BEGIN = ["fit", "--config", str(ROOT / "configs/digits/ddpm.yaml")]
         (["--model.num_step", "3"], "num_step is no argument of DDPM: did you mean num_steps?"),
         (["--model.network.chanels", "3"], "no argument of UNet: did you mean channels?"),
         (["--data.batch_sise", "3"], "no argument of DigitsDataModule: did you mean batch_size?"),
+        (["--model.sampler", "DDPM"], "sampler cannot be DDPM: it is called Ancestral now"),
+        (
+            ["--trainer.callbacks+=no.such.Thing"],
+            "cannot be no.such.Thing: known are",
+        ),
+        (["--data.flip", "true"], "flip is no argument of DigitsDataModule: it has batch_size"),
         (["--nonsense", "1"], "unrecognized arguments: --nonsense 1"),
     ],
 )

@@ -71,14 +71,13 @@ def reconstruct(
     def work(worker: Worker) -> None:
         folder = worker.folder(output, "reconstruct")
         real = source(worker)
-        shown = {"images": real.images}
+        shown = [("images", real.images)]
         rows = []
         for i, levels in enumerate(all_levels):
             count = len(levels) - 1
             text = f"{count} steps ({i + 1} of {len(all_levels)})"
-            back = shown[f"{count} steps"] = _there_and_back(
-                worker, real, levels, batch_size, text
-            )
+            back = _there_and_back(worker, real, levels, batch_size, text)
+            shown.append((f"{count} steps", back))
             error = ((back - real.images).double() / 2).square().flatten(1).mean(1)
             evaluations = 2 * model.sampler.num_evaluations(levels)
             row = {"steps": count, "network evaluations": evaluations}
@@ -89,13 +88,15 @@ def reconstruct(
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
 
 
-def _write(folder: Path, shown: dict[str, Tensor], rows: list[dict[str, Any]], text: str) -> None:
+def _write(
+    folder: Path, shown: list[tuple[str, Tensor]], rows: list[dict[str, Any]], text: str
+) -> None:
     """Write the table and the page of images."""
-    few = [to_uint8(images[:GRID_IMAGES]) for images in shown.values()]
-    label_rows(folder / "grid.png", list(shown), few)
+    few = [to_uint8(images[:GRID_IMAGES]) for _, images in shown]
+    label_rows(folder / "grid.png", [name for name, _ in shown], few)
     write_csv(folder / "reconstruct.csv", rows)
     text = (
-        f"Mean squared error per dimension, [0, 1], of {len(shown['images'])} images; {text}.\n\n"
+        f"Mean squared error per dimension, [0, 1], of {len(shown[0][1])} images; {text}.\n\n"
         f"{markdown(rows)}"
     )
     write_text(folder / "reconstruct.md", text)

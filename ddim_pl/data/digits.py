@@ -38,14 +38,15 @@ class DigitsDataModule(ImageDataModule):
     """Digits as uint8 images (1, 8, 8) of 10 classes, never mirrored.
 
     Args:
+        batch_size: Images per device and step, at least 1.
         holdout: False trains and validates on all 1,797 images, as is usual where a Fréchet
             distance is measured against the training images. True trains on the 1,437 training
             images of `digits_split` and validates on the 360 others.
         **kwargs: Arguments of `ImageDataModule`, without `flip`.
     """
 
-    def __init__(self, *, holdout: bool = False, **kwargs: Any) -> None:
-        super().__init__(flip=False, **kwargs)
+    def __init__(self, batch_size: int = 128, *, holdout: bool = False, **kwargs: Any) -> None:
+        super().__init__(batch_size, flip=False, **kwargs)
         self.holdout = holdout
 
     def load(self, train: bool) -> TensorImages:

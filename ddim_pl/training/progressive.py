@@ -167,7 +167,7 @@ class ProgressiveDistillation(Distillation):
     @property
     def first_prediction(self) -> PredictionType:
         """What the first teacher predicts."""
-        return self.read_prediction or self.given_teacher_prediction or self.prediction
+        return self.given_teacher_prediction or self.read_prediction or self.prediction
 
     def load_weights_from(self, teacher: DiffusionModule) -> None:
         """Begin the ladder with a teacher's weights, in the student and in its first teacher."""
@@ -182,7 +182,7 @@ class ProgressiveDistillation(Distillation):
         if teacher.prediction != self.first_prediction:
             raise ValueError(
                 f"teacher {self.teacher_path!r} predicts {teacher.prediction!r}, but is read as "
-                f"{self.first_prediction!r}: set teacher_prediction, or leave network out"
+                f"{self.first_prediction!r}: set teacher_prediction to the former"
             )
 
     def promote(self) -> None:

@@ -82,6 +82,20 @@ def test_a_config_comes_to_what_it_did_when_it_was_written_out(config, capsys) -
     assert_same(resolved(config, capsys), recorded)
 
 
+class _Strict(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which PyYAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        names = [self.construct_object(name) for name, _ in node.value]
+        assert len(names) == len(set(names)), f"{names}: {node.start_mark}"
+        return super().construct_mapping(node, deep)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, FOLDER / "default.yaml"], ids=name_of)
+def test_no_key_stands_twice(config: Path) -> None:
+    assert yaml.load(config.read_text(), _Strict)
+
+
 def test_the_default_holds_nothing_that_changes_the_numbers_of_a_training() -> None:
     """Complete configs of users were written without it."""
     default = read(FOLDER / "default.yaml")

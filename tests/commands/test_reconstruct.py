@@ -52,3 +52,13 @@ def test_steps_by_default_end_at_the_schedule(tmp_path):
     trainer(tmp_path).reconstruct(model, DigitsDataModule(), num_images=1)
     rows = table(tmp_path / "reconstruct" / "reconstruct.csv")
     assert [row["steps"] for row in rows] == ["10", "20"]
+
+
+def test_numbers_of_steps_that_round_to_one_count_have_a_row_each(tmp_path):
+    model = some_ddpm(timesteps="quadratic")
+    trainer(tmp_path).reconstruct(
+        model, DigitsDataModule(), num_images=1, timesteps="quadratic", num_steps=[5, 29, 30]
+    )
+    folder = tmp_path / "reconstruct"
+    assert [row["steps"] for row in table(folder / "reconstruct.csv")] == ["5", "29", "29"]
+    assert read_png(folder / "grid.png").shape[1] == 4 * 50

@@ -29,6 +29,12 @@ def test_another_network_does_not_change_how_the_teacher_is_read(eps_teacher, tm
     assert told.teacher_denoiser.prediction == "eps"
 
 
+def test_a_teacher_is_not_read_as_what_it_does_not_predict(teacher):
+    """A resumed run reads no teacher: it must go on as it began."""
+    with pytest.raises(ValueError, match="predicts 'v', but is read as 'eps': set teacher_pred"):
+        ladder(teacher, teacher_prediction="eps")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -111,7 +117,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path, content):
 def test_a_checkpoint_of_an_unknown_class_is_refused_by_name(tmp_path):
     path = tmp_path / "other.ckpt"
     torch.save({"hyper_parameters": {"_class_path": "os.system"}}, path)
-    with pytest.raises(ValueError, match=r"os.system is no DiffusionModule"):
+    with pytest.raises(ValueError, match=r"names .os.system., which is refused"):
         ladder(str(path))
 
 
