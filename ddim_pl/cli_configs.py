@@ -142,7 +142,7 @@ def merge_repeated(callbacks: Sequence[Any], lists: Sequence[int]) -> list[Any]:
         callbacks: Callbacks as given, without their default arguments.
         lists: Lengths of the lists that they come from, one after the other.
     """
-    rest, merged = list(callbacks), []
+    rest, merged = list(callbacks), list[Any]()
     for length in lists:
         added, rest = rest[:length], rest[length:]
         free = list(range(len(merged)))

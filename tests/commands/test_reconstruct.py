@@ -54,6 +54,7 @@ def test_steps_by_default_end_at_the_schedule(tmp_path):
     assert [row["steps"] for row in rows] == ["10", "20"]
 
 
+@pytest.mark.filterwarnings("ignore:.*distinct levels")
 def test_numbers_of_steps_that_round_to_one_count_have_a_row_each(tmp_path):
     model = some_ddpm(timesteps="quadratic")
     trainer(tmp_path).reconstruct(
