@@ -60,13 +60,12 @@ class FrechetDistance(L.Callback):
         measure.
 
         Raises:
-            ValueError: If the extractor's weights are missing, it does not fit the metrics, or the
-                data module has no images.
+            ValueError: If the extractor's weights are missing, it does not fit the metrics or the
+                images, or the data module, which must be set up, has no images or too few.
         """
         if stage == "predict" or (stage == "fit" and not self.every_n_validations):
             return
-        check_images(datamodule)
-        _ = self.settings.quality
+        self.settings.check(check_images(datamodule))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Load the extractor where it will be used."""

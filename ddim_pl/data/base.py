@@ -8,7 +8,7 @@ with the batch that an uninterrupted run would have seen. A dataset is a subclas
 
 from abc import ABC, abstractmethod
 from collections import UserList
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,9 +101,11 @@ class IndexedImages(Dataset[Batch]):
         return Batch(images, self.source.labels(index.indices))
 
 
-def count_images(batch: Batch | Tensor) -> int:
+def count_images(batch: Any) -> int:
     """Return the number of images, or of indices, in a batch, for a ThroughputMonitor."""
-    return len(batch) if isinstance(batch, Tensor) else len(batch.images)
+    if isinstance(batch, Tensor):
+        return len(batch)
+    return len(next(iter(batch.values() if isinstance(batch, Mapping) else batch)))
 
 
 def shared_batches(num_items: int, batch_size: int, rank: int, world_size: int) -> list[Tensor]:

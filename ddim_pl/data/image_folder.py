@@ -18,8 +18,8 @@ from tqdm.contrib.concurrent import thread_map
 
 from ddim_pl.checks import check_at_least, check_one_of
 from ddim_pl.data.base import ImageDataModule, ImageSet, TensorImages
+from ddim_pl.data.folders import class_names, find_images, labels_of
 
-EXTENSIONS = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 # Sets up to this many bytes as uint8 are decoded once and kept in memory, in every process.
 MEMORY_LIMIT = 4 * 2**30
 PROGRESS_BAR_FROM = 1000
@@ -29,36 +29,6 @@ Item = TypeVar("Item")
 Channels = Literal[1, 3]
 # The part of an image from (left, upper), inclusive, to (right, lower), exclusive, in pixels.
 Box = tuple[int, int, int, int]
-
-
-def find_images(root: Path) -> list[Path]:
-    """Return the image files below `root`, sorted; hidden files and folders are left out.
-
-    Raises:
-        ValueError: If `root` is not a folder or holds no image.
-    """
-    if not root.is_dir():
-        raise ValueError(f"root must be a folder of images, got {str(root)!r}")
-    found = []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [
-            Path(folder, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS
-        ]
-    if not found:
-        raise ValueError(
-            f"root must hold images, got {str(root)!r} without any: put files ending in "
-            f"{', '.join(sorted(EXTENSIONS))} there, or give another folder"
-        )
-    return sorted(found)
-
-
-def class_names(root: Path, paths: list[Path]) -> list[str]:
-    """Return the first-level subfolders, sorted, or [] if an image lies in `root` itself."""
-    parents = [path.relative_to(root).parts[:-1] for path in paths]
-    return sorted({parts[0] for parts in parents}) if all(parents) else []
 
 
 def decode(
@@ -77,8 +47,8 @@ def decode(
     resizes it by the filter `resample`, antialiased.
 
     Raises:
-        ValueError: If the file cannot be decoded, has more than 8 bits per channel, does not hold
-            the `box`, or, without `resize`, has another size.
+        ValueError: If the file cannot be decoded, has more than 8 bits per channel, is animated,
+            does not hold the `box`, or, without `resize`, has another size.
     """
     with _opened(path) as file:
         image = _with_channels(ImageOps.exif_transpose(file), channels)
@@ -180,10 +150,10 @@ def image_set(
 class ImageFolderDataModule(ImageDataModule):
     """A folder of images, as uint8 images (`channels`, `image_size`, `image_size`).
 
-    The classes are the first-level subfolders, in alphabetical order, if every image lies in one;
-    otherwise all images have class 0. A set of up to 4 GiB is decoded once in each process, which
-    finds broken files before training. Of a larger set only the headers are checked, and images
-    are decoded on demand: set `num_workers` then.
+    The classes are the first-level subfolders, in alphabetical order; images that lie in `root`
+    itself all have class 0. A folder that mixes the two is refused. A set of up to 4 GiB is
+    decoded once in each process, which finds broken files before training. Of a larger set only
+    the headers are checked, and images are decoded on demand: set `num_workers` then.
 
     Args:
         root: The folder of training images; subfolders are searched.
@@ -195,8 +165,9 @@ class ImageFolderDataModule(ImageDataModule):
         **kwargs: Arguments of `ImageDataModule`.
 
     Raises:
-        ValueError: If a number is out of range; at `setup`, if a folder is missing or empty, or a
-            file is broken or of the wrong size.
+        ValueError: If a number is out of range; at `setup`, if a folder is missing or empty or its
+            layout ambiguous, see `find_images` and `class_names`, or a file is broken or of the
+            wrong size.
     """
 
     def __init__(
@@ -231,7 +202,7 @@ class ImageFolderDataModule(ImageDataModule):
             paths = find_images(root)
         return image_set(
             paths,
-            _labels(root, paths, names),
+            labels_of(root, paths, names),
             max(1, len(names)),
             image_size=self.image_size,
             channels=self.channels,
@@ -248,6 +219,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                 raise ValueError(
                     f"mode {file.mode} has more than 8 bits per channel: convert it to 8"
                 )
+            # Not the preview that a telephone puts into a JPEG (MPO).
+            if getattr(file, "is_animated", False) and file.format != "MPO":
+                raise ValueError("it holds several images: write each to a file of its own")
             yield file
     # Decoders raise OSError, SyntaxError, struct.error and more on broken bytes.
     except Exception as error:
@@ -260,23 +234,6 @@ def _with_channels(image: Image.Image, channels: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB" if channels == 3 else "L")
-
-
-def _labels(root: Path, paths: list[Path], names: list[str]) -> Tensor:
-    """Return the int64 index in `names` of each path's first-level subfolder, or zeros."""
-    if not names:
-        return torch.zeros(len(paths), dtype=torch.int64)
-    numbers = {name: number for number, name in enumerate(names)}
-    labels = []
-    for path in paths:
-        first, *rest = path.relative_to(root).parts
-        if not rest or first not in numbers:
-            raise ValueError(
-                f"{path} must lie in a subfolder named like a training class: move it to one of "
-                f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} in {root}"
-            )
-        labels.append(numbers[first])
-    return torch.tensor(labels)
 
 
 def _for_each(function: Callable[[Item], None], items: Sequence[Item], verb: str) -> None:

@@ -157,7 +157,11 @@ def report(
         settings: How they are measured.
         folder: Where to write; finished cells are kept in `cells` below it.
         data: The real images.
+
+    Raises:
+        ValueError: If the images cannot be measured.
     """
+    settings.measure.check(data)
     rows: list[dict[str, Any]] = []
     titles: list[str] = []
     series: list[str] = []

@@ -52,6 +52,15 @@ class MeasureSettings:
         quality.check_num_samples(self.num_samples)
         return quality
 
+    def check(self, data: ImageDataModule) -> None:
+        """Check that the images of a data module, which is set up, can be measured.
+
+        Raises:
+            ValueError: If not; see `SampleQuality`.
+        """
+        self.quality.check_num_real(data.num_reference)
+        self.quality.check_shape(data.shape)
+
     @cached_property
     def extractor(self) -> str:
         """A name for the feature extractor and its weights."""

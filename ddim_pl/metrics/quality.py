@@ -90,13 +90,15 @@ class SampleQuality:
         seed: Seed of subsets and splits.
 
     Raises:
-        ValueError: If a metric is unknown, there is none, or the extractor has no logits.
+        ValueError: If a metric is unknown, there is none, the extractor is none, or it has no
+            logits.
     """
 
     def __init__(
         self, extractor: nn.Module, metrics: Sequence[str] = ("fd",), *, seed: int = 0
     ) -> None:
         check_metrics(metrics)
+        _check_extractor(extractor)
         self.metrics = tuple(dict.fromkeys(metrics))
         self.seed = seed
         self.device = torch.device("cpu")
@@ -142,10 +144,61 @@ class SampleQuality:
                 f"{self.extractor.num_features} features: take the distance as a rough guide"
             )
         least = PRECISION_NEIGHBOURS + 1 if "precision_recall" in self.metrics else 2
+        if "inception_score" in self.metrics:  # a split of one image always has score 1
+            least = max(least, 2 * SCORE_SPLITS)
         if num_samples < least:
             raise ValueError(
                 f"num_samples must be at least {least} for {', '.join(self.metrics)}, got "
                 f"{num_samples}"
+            )
+
+    def check_num_real(self, num_real: int) -> None:
+        """Check the number of real images over all ranks.
+
+        Warns if "fd" has no more images than features.
+
+        Raises:
+            ValueError: If the number is too small for a metric.
+        """
+        needed = {"precision_recall": PRECISION_NEIGHBOURS, "density_coverage": DENSITY_NEIGHBOURS}
+        least = 1 + max(needed.get(name, 1) for name in self.metrics)
+        if self.needs_real and num_real < least:
+            raise ValueError(
+                f"the number of real images must be at least {least} for "
+                f"{', '.join(self.metrics)}, got {num_real}: give more training images, or leave "
+                "metrics out"
+            )
+        if "fd" in self.metrics and num_real <= self.extractor.num_features:
+            rank_zero_warn(
+                f"{num_real} real images give a singular covariance of "
+                f"{self.extractor.num_features} features: take the distance as a rough guide"
+            )
+
+    @torch.no_grad()
+    def check_shape(self, shape: tuple[int, int, int]) -> None:
+        """Try the extractor on two black images `(C, H, W)`.
+
+        Raises:
+            ValueError: If it does not take such images, or does not give what it says.
+        """
+        black = torch.zeros(2, *shape, dtype=torch.uint8, device=self.device)
+        try:
+            if "inception_score" in self.metrics:
+                features, _ = self.extractor.features_and_logits(black)
+            else:
+                features = self.extractor(black)
+            found = tuple(features.shape)
+        except Exception as error:  # whatever the user's extractor raises
+            raise ValueError(
+                f"features must take uint8 images (B, {', '.join(map(str, shape))}) of the data, "
+                f"got the extractor {self.extractor.name!r} that fails on them "
+                f"({type(error).__name__}: {error}): give another"
+            ) from error
+        if found != (2, self.extractor.num_features):
+            raise ValueError(
+                f"features must have shape (B, num_features), here (2, "
+                f"{self.extractor.num_features}), got {found} from the extractor "
+                f"{self.extractor.name!r}: correct its num_features or its output"
             )
 
     def to(self, device: torch.device | str) -> Self:
@@ -258,6 +311,16 @@ def check_metrics(metrics: Sequence[str]) -> None:
     if unknown or not metrics:
         got = ", ".join(map(repr, unknown)) or "none"
         raise ValueError(f"metrics must be one or more of {', '.join(NUMBERS)}, got {got}")
+
+
+def _check_extractor(extractor: nn.Module) -> None:
+    name, width = (getattr(extractor, each, None) for each in ("name", "num_features"))
+    if not (isinstance(name, str) and isinstance(width, int) and width > 0):
+        raise ValueError(
+            "features must make a feature extractor with a text `name` and a whole number "
+            f"`num_features`, got {type(extractor).__name__} with {name!r} and {width!r}: add "
+            "them, see ddim_pl.metrics.quality.FeatureExtractor"
+        )
 
 
 class _Rows:

@@ -3,6 +3,7 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any, Literal, Self, cast
 
 import lightning as L
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ddim_pl.checks import check_at_least
+from ddim_pl.data.batches import BatchReader
 from ddim_pl.denoiser import NetworkDenoiser, TimeInput
 from ddim_pl.lightning_internals import constructor_arguments
 from ddim_pl.noise import GaussianNoise, Noise, latents
@@ -168,6 +170,11 @@ class DiffusionModule(L.LightningModule, ABC):
             ValueError: If it is not.
         """
 
+    @cached_property
+    def read_batch(self) -> BatchReader:
+        """Brings the batches of any loader into the form that `loss` takes."""
+        return BatchReader(self.image_shape, self.num_classes)
+
     # ---- how to sample it ---------------------------------------------------------------------
 
     @property
@@ -275,14 +282,14 @@ class DiffusionModule(L.LightningModule, ABC):
             self.network.compile()
             self.average.module.compile()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Mean loss of the batch."""
         # With accumulated gradients several batches share one global step.
         part = batch_idx % self.trainer.accumulate_grad_batches
         seed = derive_seed(self.seed, self.global_step, part, self.global_rank)
         # Dropout draws from the global generator; seeding it makes a resumed run exact.
         torch.manual_seed(seed)
-        loss = self._mean_loss(self.network, batch, seed)
+        loss = self._mean_loss(self.network, self.read_batch(batch), seed)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -291,11 +298,11 @@ class DiffusionModule(L.LightningModule, ABC):
         super().optimizer_step(*args, **kwargs)
         self.average.update_parameters(self.network)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the averaged network's loss, with the same noise every time."""
         self._log_loss("val/loss", batch, batch_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log the averaged network's loss, with the same noise every time."""
         self._log_loss("test/loss", batch, batch_idx)
 
@@ -336,7 +343,8 @@ class DiffusionModule(L.LightningModule, ABC):
             denoiser = denoiser.condition(batch[1])
         return self.loss(denoiser, batch, step_generators(seed, batch[0].device)).mean()
 
-    def _log_loss(self, name: str, batch: Batch, batch_idx: int) -> None:
+    def _log_loss(self, name: str, batch: Any, batch_idx: int) -> None:
+        batch = self.read_batch(batch)
         seed = derive_seed(self.seed, batch_idx, self.global_rank)
         loss = self._mean_loss(self.average.module, batch, seed)
         self.log(name, loss, sync_dist=True, batch_size=len(batch[0]), prog_bar=True)

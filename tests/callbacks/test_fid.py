@@ -3,11 +3,12 @@ import pytest
 import scipy.linalg
 import torch
 import yaml
-from tiny import tiny_config, tiny_ddpm, write_config
+from tiny import tiny_config, tiny_ddpm, tiny_unet, write_config
 from torch.utils.data import DataLoader
 
 from callbacks import FrechetDistance, SampleGrid
 from ddim_pl.cli import main
+from ddim_pl.data.base import TensorImages
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.images import grid, read_png, to_uint8
 from ddim_pl.metrics.digits import DigitsFeatures
@@ -53,6 +54,9 @@ def test_distance_is_that_of_scipy_on_exactly_the_images_asked_for(tmp_path, bat
     )
 
 
+PROBE = 2  # black images, before a run begins
+
+
 class CountingFeatures(DigitsFeatures):
     seen = 0
 
@@ -68,7 +72,7 @@ def test_real_images_are_read_once_per_run_and_every_n_validations_holds(tmp_pat
     )
     data = DigitsDataModule(batch_size=4, steps_per_epoch=1)
     trainer(tmp_path, callback, max_epochs=5).fit(tiny_ddpm(num_steps=1), data)
-    assert CountingFeatures.seen == 1797 + 2 * 40
+    assert CountingFeatures.seen == PROBE + 1797 + 2 * 40
 
 
 def test_only_the_distance_is_logged_unless_more_is_asked_for(tmp_path):
@@ -81,7 +85,7 @@ def test_only_the_distance_is_logged_unless_more_is_asked_for(tmp_path):
         )
         t = trainer(tmp_path, callback)
         t.validate(module, data, verbose=False)
-        assert CountingFeatures.seen == 1797 + 50
+        assert CountingFeatures.seen == PROBE + 1797 + 50
         assert list(t.progress_bar_metrics) == ["val/loss", "val/digits_fd"]
         logged[len(metrics)] = t.callback_metrics
     assert set(logged[1]) == {"val/loss", "val/digits_fd", "val/images_per_second"}
@@ -114,7 +118,7 @@ def test_the_score_alone_reads_no_real_images(tmp_path):
     callback = FrechetDistance(CountingFeatures, metrics=["inception_score"], num_samples=40)
     t = trainer(tmp_path, callback)
     t.test(tiny_ddpm(num_steps=1), DigitsDataModule(), verbose=False)
-    assert CountingFeatures.seen == 40
+    assert CountingFeatures.seen == PROBE + 40
     assert 1 <= t.callback_metrics["test/digits_score"] <= 10
 
 
@@ -135,10 +139,16 @@ def test_metrics_are_read_from_a_config(tmp_path):
     assert "\n" not in message
 
 
+def digits():
+    data = DigitsDataModule()
+    data.setup()
+    return data
+
+
 def test_fewer_samples_than_features_is_a_warning(tmp_path):
     callback = FrechetDistance(DigitsFeatures, num_samples=20)
     with pytest.warns(UserWarning, match="singular covariance"):
-        callback.check(DigitsDataModule(), "test")
+        callback.check(digits(), "test")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +169,32 @@ def test_wrong_arguments_are_refused(arguments, message):
 def test_too_few_samples_for_a_metric_are_refused_before_the_run():
     callback = FrechetDistance(DigitsFeatures, metrics=["precision_recall"], num_samples=3)
     with pytest.raises(ValueError, match=r"num_samples must be at least 4 .*, got 3"):
-        callback.check(DigitsDataModule(), "test")
+        callback.check(digits(), "test")
+
+
+class ColourDigits(DigitsDataModule):
+    def load(self, train):
+        found = super().load(train)
+        return TensorImages(
+            found.images(torch.arange(8)).expand(-1, 3, -1, -1), torch.arange(8), 8
+        )
+
+
+@pytest.mark.filterwarnings("ignore:8 real images give a singular covariance")
+def test_features_of_grey_images_are_refused_on_colours_before_training(tmp_path):
+    callback = FrechetDistance(DigitsFeatures, num_samples=40)
+    model = tiny_ddpm(network=tiny_unet(in_channels=3))
+    with pytest.raises(ValueError, match=r"must take uint8 images \(B, 3, 8, 8\)"):
+        trainer(tmp_path, callback, max_steps=1).fit(model, ColourDigits(batch_size=4))
+    assert model.global_step == 0
+
+
+def test_fewer_real_images_than_features_are_a_warning_before_training():
+    data = ColourDigits()
+    data.load = lambda train: TensorImages(torch.zeros(8, 1, 8, 8).byte(), torch.arange(8), 8)
+    data.setup()
+    with pytest.warns(UserWarning, match="8 real images give a singular covariance of 32"):
+        FrechetDistance(DigitsFeatures, num_samples=40).check(data, "fit")
 
 
 def test_a_plain_dataloader_is_refused(tmp_path):

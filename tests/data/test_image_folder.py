@@ -57,15 +57,6 @@ def test_first_level_subfolders_are_classes(tmp_path: Path, resize: bool) -> Non
 
 
 @pytest.mark.usefixtures("memory")
-def test_an_image_beside_the_subfolders_makes_a_single_class(tmp_path: Path) -> None:
-    write(tmp_path / "cat" / "1.png")
-    write(tmp_path / "0.png")
-    data = folder(tmp_path)
-    assert data.num_classes == 1
-    assert data.train_set.labels(torch.arange(2)).tolist() == [0, 0]
-
-
-@pytest.mark.usefixtures("memory")
 def test_gray_and_colour_become_what_channels_asks_for(tmp_path: Path) -> None:
     gray = write(tmp_path / "0.png", "L")
     write(tmp_path / "1.png", "RGB")

@@ -439,6 +439,54 @@ def test_too_few_samples_are_a_warning_or_an_error():
         SampleQuality(DigitsFeatures(), ["kid"]).check_num_samples(1)
 
 
+def test_a_score_of_single_images_is_refused():
+    quality = SampleQuality(DigitsFeatures(), ["inception_score"])
+    quality.check_num_samples(20)
+    with pytest.raises(ValueError, match=r"at least 20 for inception_score, got 19"):
+        quality.check_num_samples(19)
+
+
+@pytest.mark.parametrize(("name", "least"), [("kid", 2), ("precision_recall", 4), (ALL[-1], 6)])
+def test_too_few_real_images_are_refused(name, least):
+    quality = SampleQuality(DigitsFeatures(), [name])
+    quality.check_num_real(least)
+    with pytest.raises(ValueError, match=rf"real images must be at least {least} for {name}, got"):
+        quality.check_num_real(least - 1)
+    SampleQuality(DigitsFeatures(), ["inception_score"]).check_num_real(1)  # which uses none
+
+
+def test_no_more_real_images_than_features_are_a_warning():
+    quality = SampleQuality(DigitsFeatures())
+    quality.check_num_real(33)
+    with pytest.warns(UserWarning, match="8 real images give a singular covariance of 32 feat"):
+        quality.check_num_real(8)
+
+
+class Flat(DigitsFeatures):
+    """An extractor that gives more than it says."""
+
+    def forward(self, images):
+        return super().forward(images).repeat(1, 2)
+
+
+@pytest.mark.parametrize("metric", ["fd", "inception_score"])
+def test_images_that_the_extractor_does_not_take_are_refused(metric):
+    quality = SampleQuality(DigitsFeatures(), [metric])
+    quality.check_shape((1, 8, 8))
+    with pytest.raises(ValueError, match=r"uint8 images \(B, 3, 8, 8\) .* 'digits' that fails"):
+        quality.check_shape((3, 8, 8))
+
+
+def test_features_of_another_width_than_said_are_refused():
+    with pytest.raises(ValueError, match=r"here \(2, 32\), got \(2, 64\) from .* 'digits'"):
+        SampleQuality(Flat()).check_shape((1, 8, 8))
+
+
+def test_what_is_no_extractor_is_refused():
+    with pytest.raises(ValueError, match=r"got Identity with None and None: add them"):
+        SampleQuality(nn.Identity())
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_nothing_to_compute_is_an_error(name, real):
     quality = SampleQuality(DigitsFeatures(), [name])

@@ -1,0 +1,142 @@
+"""Which images a folder holds, and what their labels are. What is left out is said."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from PIL import Image
+from torch import Tensor
+
+JPEG = (".jfif", ".jpe", ".jpeg", ".jpg")
+EXTENSIONS = frozenset((*JPEG, ".bmp", ".gif", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+SPLITS = frozenset(("test", "train", "training", "val", "valid", "validation"))
+MOST_SHOWN = 12
+"""Classes, or endings, that a message lists at most."""
+
+
+def find_images(root: Path) -> list[Path]:
+    """Return the image files below `root`, sorted; hidden files and folders are left out.
+
+    Says how many there are, and how many files of which ending are skipped.
+
+    Raises:
+        ValueError: If `root` is not a folder or holds no image, a folder cannot be read, or links
+            lead to a folder twice, whose images would count twice.
+    """
+    if not root.is_dir():
+        raise ValueError(f"root must be a folder of images, got {str(root)!r}")
+    found: list[Path] = []
+    skipped: Counter[str] = Counter()
+    seen: dict[str, str] = {}
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse):
+        _check_once(folder, seen, root)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            ending = Path(name).suffix.lower()
+            if not name.startswith(".") and ending in EXTENSIONS:
+                found.append(Path(folder, name))
+            else:
+                skipped["hidden" if name.startswith(".") else ending or "no ending"] += 1
+    if not found:
+        raise ValueError(
+            f"root must hold images, got {str(root)!r} without any: put files ending in "
+            f"{', '.join(sorted(EXTENSIONS))} there, or give another folder"
+        )
+    _report(root, len(found), skipped)
+    return sorted(found)
+
+
+def class_names(root: Path, paths: list[Path]) -> list[str]:
+    """Return the first-level subfolders, sorted, or [] if all images lie in `root` itself.
+
+    Says how many images each class has.
+
+    Raises:
+        ValueError: If some images lie in subfolders and some do not, a subfolder holds none, or
+            the subfolders are no classes but splits: what labels mean would depend on it.
+    """
+    parts = [path.relative_to(root).parts for path in paths]
+    counts = Counter(first for first, *rest in parts if rest)
+    if not counts:
+        return []
+    beside = [path for path, (_, *rest) in zip(paths, parts, strict=True) if not rest]
+    if beside:
+        raise ValueError(
+            f"{root} must hold its images in subfolders, which are classes, or none there, got "
+            f"{len(beside)} beside them, {beside[0].name} first: move all into subfolders, into "
+            "a single one for a single class"
+        )
+    folders = {each.name for each in root.iterdir() if each.is_dir()}
+    empty = sorted(name for name in folders - set(counts) if not name.startswith("."))
+    if empty:
+        raise ValueError(
+            f"{root / empty[0]} must hold images, as the subfolders of {root} are classes and "
+            "their order gives the labels, got none: remove the folder or fill it"
+        )
+    if len(counts) > 1 and {name.lower() for name in counts} <= SPLITS:
+        raise ValueError(
+            f"root must hold one split, its subfolders classes, got {str(root)!r} with "
+            f"{', '.join(sorted(counts))}: give the folder of one split, and another as val_root"
+        )
+    shown = _some({name: counts[name] for name in sorted(counts)})
+    rank_zero_info(f"{root}: {len(counts)} classes, numbered in this order: {shown}")
+    return sorted(counts)
+
+
+def labels_of(root: Path, paths: list[Path], names: list[str]) -> Tensor:
+    """Return the int64 index in `names` of each path's first-level subfolder, or zeros.
+
+    Raises:
+        ValueError: If there are names and an image lies in no subfolder of such a name.
+    """
+    if not names:
+        return torch.zeros(len(paths), dtype=torch.int64)
+    numbers = {name: number for number, name in enumerate(names)}
+    labels = []
+    for path in paths:
+        first, *rest = path.relative_to(root).parts
+        if not rest or first not in numbers:
+            raise ValueError(
+                f"{path} must lie in a subfolder named like a training class: move it to one of "
+                f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} in {root}"
+            )
+        labels.append(numbers[first])
+    return torch.tensor(labels)
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(
+        f"{error.filename} cannot be read ({error.strerror}): change its permissions, or remove it"
+    ) from error
+
+
+def _check_once(folder: str, seen: dict[str, str], root: Path) -> None:
+    """Check that a folder is read for the first time, and is not above `root`."""
+    real = os.path.realpath(folder)
+    above = Path(folder) != root and root.resolve().is_relative_to(real)
+    if above or real in seen:
+        raise ValueError(
+            f"{folder} must not lead to a folder that is read anyway, {seen.get(real, real)}, as "
+            "its images would count twice: remove the link"
+        )
+    seen[real] = folder
+
+
+def _report(root: Path, count: int, skipped: Counter[str]) -> None:
+    """Say how many images there are, and what was skipped."""
+    rest = f", {skipped.total()} other files skipped: {_some(skipped)}" if skipped else ""
+    rank_zero_info(f"{root}: {count} images{rest}")
+    Image.init()
+    readable = {ending: skipped[ending] for ending in skipped if ending in Image.EXTENSION}
+    if readable:
+        rank_zero_warn(
+            f"{root} holds files that may be images but are skipped for their ending: "
+            f"{_some(readable)}; convert them to PNG, or remove them"
+        )
+
+
+def _some(counts: dict[str, int]) -> str:
+    shown = [f"{name} ({count})" for name, count in counts.items()][:MOST_SHOWN]
+    return ", ".join([*shown, *(["..."] if len(counts) > MOST_SHOWN else [])])
