@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.core import saving
+from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.parsing import collect_init_args
 
@@ -49,6 +50,38 @@ def batches_consumed(trainer: L.Trainer) -> int:
     that were trained on; `ready` would also count one that an exception broke off.
     """
     return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+
+
+def finish_batch(trainer: L.Trainer) -> None:
+    """End the batch within which the checkpoint of a resumed run was saved.
+
+    Lightning saves by `every_n_train_steps` before it counts the batch as completed and before the
+    validation that may follow. Resumed, its loop leaves that validation out; and where the batch
+    was the last of an epoch it begins the next one without counting it, so that a second resumed
+    run trains too long. Here the validation is made up for, and the epoch is counted.
+
+    For a call in `on_train_start`, when the loops have read their progress.
+    """
+    fit = trainer.fit_loop
+    loop = fit.epoch_loop
+    if not loop.restarted_on_train_batch_end:
+        return
+    ends_epoch = fit.restarted_mid_epoch and loop.batch_progress.is_last_batch
+    epochs = (fit.epoch_progress.total, fit.epoch_progress.current)
+    if ends_epoch:  # by now Lightning has counted it; which validation follows depends on that
+        for count in epochs:
+            count.processed -= 1  # type: ignore[attr-defined]
+            count.completed -= 1
+    if loop._should_check_val_fx(cast(Any, fit._data_fetcher)):
+        loop.batch_progress.increment_completed()
+        loop._restart_stage = training_epoch_loop.RestartStage.RESTARTED_ON_LAST
+        loop.val_loop._restart_stage = evaluation_loop.RestartStage.RESTARTED_MID_EVALUATION
+        loop.val_loop.restarting = False  # it begins with its first batch
+    elif ends_epoch:
+        for count in epochs:
+            count.processed += 1  # type: ignore[attr-defined]
+            count.completed += 1
+        fit.reset_restart_stage()
 
 
 def add_callback_states(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
