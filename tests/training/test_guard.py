@@ -13,6 +13,7 @@ from tiny import some_ddpm, tiny_ddpm, tiny_unet
 
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.schedules import CosineLogSNRSchedule
+from ddim_pl.training.guard import RunGuard
 
 EPOCH, SAVE, LAST = 4, 4, 28
 
@@ -50,7 +51,32 @@ class KillAt(Callback):
 
     def kill(self, trainer, *arguments):
         if trainer.global_step == self.step:
+            for callback in trainer.callbacks:
+                if isinstance(callback, RunGuard):
+                    callback._whole = False
             raise InterruptedError
+
+
+class FailAt(Callback):
+    """An error of this hook."""
+
+    def __init__(self, step, hook):
+        self.step = step
+        setattr(self, hook, self.fail)
+
+    def fail(self, trainer, *arguments):
+        if trainer.global_step == self.step:
+            raise InterruptedError
+
+
+class EndAt(Callback):
+    """End a fit as a `Timer` does, or early stopping."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *arguments):
+        trainer.should_stop = trainer.global_step == self.step
 
 
 def teacher_of(folder):
@@ -146,3 +172,48 @@ def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(tmp_path, kind, sett
 
 def of_kind(kind, pages):
     return [page for page in pages if page[0] == kind]
+
+
+ENDS = {
+    "by max_steps": ([], {"max_steps": 11}, 11),
+    "by max_steps at an epoch's end": ([], {"max_steps": 12}, 12),
+    "by max_epochs": ([], {"max_epochs": 3}, 12),
+    "as by max_time": ([EndAt(10)], {}, 10),
+    "by an error between updates": ([FailAt(9, "on_train_batch_start")], {}, 9),
+    "by an error at an epoch's start": ([FailAt(12, "on_train_epoch_start")], {}, 12),
+    "by an error before the first batch": ([FailAt(12, "on_train_batch_start")], {}, 12),
+    "by an error in a validation": ([FailAt(12, "on_validation_batch_end")], {}, 12),
+    "by an error at a validation's end": ([FailAt(12, "on_validation_end")], {}, 12),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory")
+@pytest.mark.parametrize(("callbacks", "arguments", "step"), ENDS.values(), ids=ENDS)
+def test_the_last_update_is_kept_however_a_fit_ends(tmp_path, callbacks, arguments, step):
+    expected_pages, pages, every = [], [], 1000
+    expected = run("ddpm", tmp_path / "whole", expected_pages, every=every)
+    folder = tmp_path / "part"
+    run("ddpm", folder, pages, *callbacks, every=every, **arguments)
+    last = folder / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == step
+    assert [file.name for file in folder.glob("*.ckpt")] == ["last.ckpt"]
+    pages[:] = [page for page in pages if page[2] < step]
+    found = run("ddpm", folder, pages, resume=last, every=every)
+    assert [file.name for file in folder.glob("*.ckpt")] == ["last.ckpt"]
+    assert_equal_states(found, expected)
+    assert [p for p in of_kind("validation", pages) if p[2] > step] == [
+        p for p in of_kind("validation", expected_pages) if p[2] > step
+    ]
+
+
+def test_an_error_within_an_update_leaves_the_files_as_they_are(tmp_path):
+    assert run("ddpm", tmp_path, [], FailAt(6, "on_after_backward")) is None
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_the_end_is_saved_beside_what_a_users_settings_save(tmp_path):
+    files = ModelCheckpoint(tmp_path, every_n_epochs=1, save_last=True, filename="{step}")
+    t = trainer(tmp_path, callbacks=[files], max_steps=6)
+    t.fit(tiny_ddpm(), DigitsDataModule(batch_size=4, steps_per_epoch=EPOCH))
+    names = sorted(file.name for file in tmp_path.glob("*.ckpt"))
+    assert names == ["last.ckpt", "step=6.ckpt"]
