@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import ddim_pl.data
 import ddim_pl.metrics
 import ddim_pl.networks
+from ddim_pl import signals
 from ddim_pl.cli_configs import DEFAULTS, CommandParser, Given, callback_lists, read_config
 from ddim_pl.cli_errors import run_message
 from ddim_pl.commands import COMMANDS
@@ -292,7 +293,8 @@ IGNORED = (
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; an error that a user can correct is one line, with exit status 1.
 
-    Set the environment variable DDIM_PL_TRACEBACK=1 to see where an error was raised.
+    A signal that ends it gives the exit status 128 + its number, see `ddim_pl.signals`. Set the
+    environment variable DDIM_PL_TRACEBACK=1 to see where an error was raised.
     """
     # Lightning advertises a logger in a log message.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -307,7 +309,7 @@ def main(args: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore", ".*distinct levels")
     trusted = ["*"] if "--trust" in args else []
     try:
-        with trusting(*trusted):
+        with trusting(*trusted), signals.handled():
             DiffusionCLI([arg for arg in args if arg != "--trust"])
     except (ValueError, OSError, MisconfigurationException, RuntimeError) as error:
         message = run_message(error)

@@ -4,13 +4,15 @@ Lightning has no public way to do these things. A new version of Lightning is ch
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, cast
 
 import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core import saving
+from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.parsing import collect_init_args
 
@@ -49,6 +51,97 @@ def batches_consumed(trainer: L.Trainer) -> int:
     that were trained on; `ready` would also count one that an exception broke off.
     """
     return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+
+
+def finish_batch(trainer: L.Trainer) -> None:
+    """End the batch within which the checkpoint of a resumed run was saved.
+
+    Lightning saves by `every_n_train_steps` before it counts the batch as completed and before the
+    validation that may follow. Resumed, its loop leaves that validation out; and where the batch
+    was the last of an epoch it begins the next one without counting it, so that a second resumed
+    run trains too long. Here the validation is made up for, and the epoch is counted.
+
+    For a call in `on_train_start`, when the loops have read their progress.
+    """
+    fit = trainer.fit_loop
+    loop = fit.epoch_loop
+    batches = loop.batch_progress
+    if fit.restarted_on_epoch_start:
+        # `on_train_epoch_start` broke off an epoch: it begins once more, with batches of its own.
+        fit.epoch_progress.total.ready -= 1
+        fit.reset_restart_stage()
+        loop.restarting = False
+    if batches.total.ready > batches.total.processed:  # type: ignore[attr-defined]
+        # One that was only begun: `on_train_batch_start` broke it off.
+        batches.total.ready -= 1
+        batches.current.ready -= 1
+        batches.is_last_batch = False
+        loop._restart_stage = training_epoch_loop.RestartStage.RESTARTED_ON_LAST
+        # Lightning will skip a validation that was made, and count the update once more.
+        loop._batches_that_stepped -= loop._should_check_val_fx(cast(Any, fit._data_fetcher))
+    if not loop.restarted_on_train_batch_end:
+        return
+    ends_epoch = fit.restarted_mid_epoch and batches.is_last_batch
+    epochs = (fit.epoch_progress.total, fit.epoch_progress.current)
+    if ends_epoch:  # by now Lightning has counted it; which validation follows depends on that
+        for count in epochs:
+            count.processed -= 1  # type: ignore[attr-defined]
+            count.completed -= 1
+    if loop._should_check_val_fx(cast(Any, fit._data_fetcher)):
+        batches.increment_completed()
+        loop._restart_stage = training_epoch_loop.RestartStage.RESTARTED_ON_LAST
+        loop.val_loop._restart_stage = evaluation_loop.RestartStage.RESTARTED_MID_EVALUATION
+        loop.val_loop.restarting = False  # it begins with its first batch
+    elif ends_epoch:
+        for count in epochs:
+            count.processed += 1  # type: ignore[attr-defined]
+            count.completed += 1
+        fit.reset_restart_stage()
+
+
+def unfinish_batch(checkpoint: dict[str, Any]) -> None:
+    """Make of a checkpoint that was saved within a validation one of before it.
+
+    It says that its batch is not completed, so that a resumed run validates.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for count in (progress["total"], progress["current"]):
+        count["completed"] -= 1
+
+
+def ends_with_this_batch(trainer: L.Trainer) -> bool:
+    """Whether a fit ends with the present batch though its epochs do not."""
+    loop = trainer.fit_loop
+    ended = 0 <= loop.max_steps <= trainer.global_step
+    return ended or (trainer.should_stop and loop._can_stop_early)
+
+
+def accumulates(trainer: L.Trainer) -> bool:
+    """Whether the present batch belongs to an update that is not made yet."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def save_last(trainer: L.Trainer) -> list[str]:
+    """Write `last.ckpt` of each `ModelCheckpoint` that keeps one; return their paths.
+
+    One that has written at this update is left as it is.
+    """
+    paths = []
+    for files in trainer.checkpoint_callbacks:
+        if not isinstance(files, ModelCheckpoint) or not files.save_last:
+            continue
+        before = files._last_global_step_saved
+        if before != trainer.global_step:
+            files._save_last_checkpoint(trainer, files._monitor_candidates(trainer))
+            # It may still save by its own settings at this update.
+            files._last_global_step_saved = before
+        paths.append(files.last_model_path)
+    return paths
+
+
+def forwarder(trainer: L.Trainer) -> Callable[[int], Any] | None:
+    """What sends a signal to the other processes that the trainer started, if it did."""
+    return getattr(trainer.strategy.launcher, "kill", None)
 
 
 def add_callback_states(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:

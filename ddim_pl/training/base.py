@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ddim_pl.checks import check_at_least
 from ddim_pl.data.batches import BatchReader
 from ddim_pl.denoiser import NetworkDenoiser, TimeInput
-from ddim_pl.lightning_internals import constructor_arguments
+from ddim_pl.lightning_internals import callbacks_of, constructor_arguments
 from ddim_pl.noise import GaussianNoise, Noise, latents
 from ddim_pl.prediction import PredictionType
 from ddim_pl.rng import StepGenerators, derive_seed, step_generators
@@ -26,6 +26,7 @@ from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.schedules import LinearSchedule, NoiseSchedule
 from ddim_pl.timesteps import make_levels
 from ddim_pl.training.ema import exponential_average
+from ddim_pl.training.guard import RunGuard
 from ddim_pl.training.hyperparameters import (
     BUILDER,
     INSTANTIATOR,
@@ -275,6 +276,11 @@ class DiffusionModule(L.LightningModule, ABC):
         super().train(mode)
         self.average.eval()
         return self
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What guards a fit, once."""
+        has_one = any(isinstance(callback, RunGuard) for callback in callbacks_of(self.trainer))
+        return [] if has_one else [RunGuard()]
 
     def setup(self, stage: str) -> None:
         """Compile the networks in place, so that checkpoints keep their names."""

@@ -1,0 +1,219 @@
+"""A run that is stopped loses nothing: it ends as one that never was."""
+
+import functools
+
+import pytest
+import torch
+from ladders import ladder, same
+from ladders import save as save_module
+from lightning import seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from small_trainer import trainer
+from tiny import some_ddpm, tiny_ddpm, tiny_unet
+
+from ddim_pl.data.digits import DigitsDataModule
+from ddim_pl.schedules import CosineLogSNRSchedule
+from ddim_pl.training.guard import RunGuard
+
+EPOCH, SAVE, LAST = 4, 4, 28
+
+
+class Diary(Callback):
+    """What ran when; kept over the parts of a run, counted in checkpoints like a measurement."""
+
+    def __init__(self, pages):
+        self.pages = pages
+        self.validations = 0
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.pages.append(("epoch", trainer.current_epoch, trainer.global_step))
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.pages.append(("epoch's end", trainer.current_epoch, trainer.global_step))
+
+    def on_validation_end(self, trainer, pl_module):
+        self.validations += 1
+        self.pages.append(("validation", self.validations, trainer.global_step))
+
+    def state_dict(self):
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict):
+        self.validations = state_dict["validations"]
+
+
+class KillAt(Callback):
+    """Stop as a killed process would: nothing is written any more."""
+
+    def __init__(self, step, hook):
+        self.step = step
+        setattr(self, hook, self.kill)
+
+    def kill(self, trainer, *arguments):
+        if trainer.global_step == self.step:
+            for callback in trainer.callbacks:
+                if isinstance(callback, RunGuard):
+                    callback._whole = False
+            raise InterruptedError
+
+
+class FailAt(Callback):
+    """An error of this hook."""
+
+    def __init__(self, step, hook):
+        self.step = step
+        setattr(self, hook, self.fail)
+
+    def fail(self, trainer, *arguments):
+        if trainer.global_step == self.step:
+            raise InterruptedError
+
+
+class EndAt(Callback):
+    """End a fit as a `Timer` does, or early stopping."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *arguments):
+        trainer.should_stop = trainer.global_step == self.step
+
+
+def teacher_of(folder):
+    module = some_ddpm(
+        network=tiny_unet(dropout=0.0),
+        schedule=CosineLogSNRSchedule(),
+        prediction="v",
+        loss_weight="snr_plus_one",
+        time_input="log_snr",
+    )
+    return save_module(module, folder / "teacher.ckpt")
+
+
+def module_of(kind, folder):
+    if kind == "ladder":
+        path = folder / "teacher.ckpt"
+        rounds = [(4, 8), (2, 8), (1, LAST - 16)]
+        return ladder(
+            str(path) if path.exists() else teacher_of(folder), rounds=rounds, conversion_updates=0
+        )
+    return tiny_ddpm(lr_scheduler=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=9))
+
+
+def run(kind, folder, pages, *callbacks, resume=None, every=SAVE, **arguments):
+    """A run, or one part of it; the end is that of the epochs, or that of the ladder."""
+    folder.mkdir(exist_ok=True)
+    seed_everything(0 if resume is None else 99, verbose=False)
+    module = module_of(kind, folder)
+    files = ModelCheckpoint(
+        folder, every_n_train_steps=every, save_last=True, save_top_k=-1, filename="{step}"
+    )
+    epochs = -1 if kind == "ladder" else LAST // EPOCH
+    t = trainer(
+        folder,
+        callbacks=[Diary(pages), *callbacks, files],
+        **{"max_epochs": epochs, "limit_val_batches": 2, **arguments},
+    )
+    data = DigitsDataModule(batch_size=4, steps_per_epoch=EPOCH)
+    try:
+        t.fit(module, data, ckpt_path=resume, weights_only=True if resume else None)
+    except InterruptedError:
+        return None
+    return torch.load(folder / "last.ckpt", weights_only=True)
+
+
+def assert_equal_states(found, expected):
+    assert found["global_step"] == expected["global_step"]
+    assert same(without_round(found), without_round(expected))
+    state, wanted = (each["optimizer_states"][0]["state"] for each in (found, expected))
+    assert state.keys() == wanted.keys()
+    for key, values in wanted.items():
+        assert all(torch.equal(state[key][name], value) for name, value in values.items())
+    assert found["lr_schedulers"] == expected["lr_schedulers"]
+    assert found["callbacks"]["Diary"] == expected["callbacks"]["Diary"]
+    assert found["loops"]["fit_loop"] == expected["loops"]["fit_loop"]
+
+
+def without_round(checkpoint):
+    state = checkpoint["state_dict"]
+    return {name: value for name, value in state.items() if name != "_extra_state"}
+
+
+SETTINGS = {
+    "validation at each epoch's end": {},
+    "no validation": {"limit_val_batches": 0},
+    "validation at each second epoch": {"check_val_every_n_epoch": 2},
+    "validation twice an epoch": {"val_check_interval": 2, "every": 2},
+    "validation by updates": {"val_check_interval": 3, "check_val_every_n_epoch": None},
+    "accumulated": {"accumulate_grad_batches": 2, "every": 2},
+}
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory")
+@pytest.mark.parametrize("kind", ["ddpm", "ladder"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(tmp_path, kind, settings):
+    expected_pages, pages = [], []
+    expected = run(kind, tmp_path / "whole", expected_pages, **settings)
+    if kind == "ddpm" and "accumulate_grad_batches" not in settings:
+        assert expected["global_step"] == LAST
+    folder, last = tmp_path / "part", tmp_path / "part" / "last.ckpt"
+    assert run(kind, folder, pages, KillAt(9, "on_train_batch_start"), **settings) is None
+    kept = [page for page in pages if page[2] < 8]
+    pages[:] = kept
+    killed = KillAt(13, "on_train_batch_start")
+    assert run(kind, folder, pages, killed, resume=last, **settings) is None
+    pages[:] = [page for page in pages if page[2] < 12]
+    found = run(kind, folder, pages, resume=last, **settings)
+    assert_equal_states(found, expected)
+    assert of_kind("validation", pages) == of_kind("validation", expected_pages)
+    assert of_kind("epoch", pages) == of_kind("epoch", expected_pages)
+
+
+def of_kind(kind, pages):
+    return [page for page in pages if page[0] == kind]
+
+
+ENDS = {
+    "by max_steps": ([], {"max_steps": 11}, 11),
+    "by max_steps at an epoch's end": ([], {"max_steps": 12}, 12),
+    "by max_epochs": ([], {"max_epochs": 3}, 12),
+    "as by max_time": ([EndAt(10)], {}, 10),
+    "by an error between updates": ([FailAt(9, "on_train_batch_start")], {}, 9),
+    "by an error at an epoch's start": ([FailAt(12, "on_train_epoch_start")], {}, 12),
+    "by an error before the first batch": ([FailAt(12, "on_train_batch_start")], {}, 12),
+    "by an error in a validation": ([FailAt(12, "on_validation_batch_end")], {}, 12),
+    "by an error at a validation's end": ([FailAt(12, "on_validation_end")], {}, 12),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory")
+@pytest.mark.parametrize(("callbacks", "arguments", "step"), ENDS.values(), ids=ENDS)
+def test_the_last_update_is_kept_however_a_fit_ends(tmp_path, callbacks, arguments, step):
+    expected_pages, pages, every = [], [], 1000
+    expected = run("ddpm", tmp_path / "whole", expected_pages, every=every)
+    folder = tmp_path / "part"
+    run("ddpm", folder, pages, *callbacks, every=every, **arguments)
+    last = folder / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == step
+    assert [file.name for file in folder.glob("*.ckpt")] == ["last.ckpt"]
+    pages[:] = [page for page in pages if page[2] < step]
+    found = run("ddpm", folder, pages, resume=last, every=every)
+    assert [file.name for file in folder.glob("*.ckpt")] == ["last.ckpt"]
+    assert_equal_states(found, expected)
+    assert [p for p in of_kind("validation", pages) if p[2] > step] == [
+        p for p in of_kind("validation", expected_pages) if p[2] > step
+    ]
+
+
+def test_an_error_within_an_update_leaves_the_files_as_they_are(tmp_path):
+    assert run("ddpm", tmp_path, [], FailAt(6, "on_after_backward")) is None
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_the_end_is_saved_beside_what_a_users_settings_save(tmp_path):
+    files = ModelCheckpoint(tmp_path, every_n_epochs=1, save_last=True, filename="{step}")
+    t = trainer(tmp_path, callbacks=[files], max_steps=6)
+    t.fit(tiny_ddpm(), DigitsDataModule(batch_size=4, steps_per_epoch=EPOCH))
+    names = sorted(file.name for file in tmp_path.glob("*.ckpt"))
+    assert names == ["last.ckpt", "step=6.ckpt"]
