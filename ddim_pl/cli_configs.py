@@ -64,7 +64,7 @@ class Given:
         """Read what these arguments give."""
         command = args[0] if args and args[0] in commands else None
         given = cls(command, [], None, any(map(_shows_only, args)), set())
-        for name, value in _options(args):
+        for name, value in options(args):
             if name != "--ckpt_path":
                 given.named_paths |= dotted_paths([value, read_config(value)])
             if name in ("-c", "--config"):
@@ -110,7 +110,7 @@ def count_listed(configs: Sequence[dict[str, Any]], args: Sequence[str]) -> int:
 
     0 if `--trainer.callbacks` is on the command line: then every callback may be merged.
     """
-    if any(name == "--trainer.callbacks" for name, _ in _options(args)):
+    if any(name == "--trainer.callbacks" for name, _ in options(args)):
         return 0
     for config in reversed(configs):
         trainer = config.get("trainer")
@@ -147,7 +147,7 @@ def _kind(callback: Any) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _options(args: Sequence[str]) -> list[tuple[str, str]]:
+def options(args: Sequence[str]) -> list[tuple[str, str]]:
     """Names and values of arguments, `--name=value` and `--name value`."""
     pairs = []
     for place, arg in enumerate(args):
