@@ -23,13 +23,13 @@ class ImageWriter(L.Callback):
         columns: Images in a row; by default the grid is about square.
 
     Raises:
-        ValueError: If `grid_images` is less than 1.
+        ValueError: If `grid_images` or `columns` is less than 1.
     """
 
     def __init__(
         self, folder: str | None = None, *, grid_images: int = 64, columns: int | None = None
     ) -> None:
-        check_at_least(1, grid_images=grid_images)
+        check_at_least(1, grid_images=grid_images, columns=columns)
         self.folder = folder
         self.grid_images = grid_images
         self.columns = columns

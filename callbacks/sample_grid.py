@@ -23,13 +23,13 @@ class SampleGrid(L.Callback):
         min_side: Small images are enlarged until the picture is about this wide, in pixels.
 
     Raises:
-        ValueError: If `num_images` is less than 1.
+        ValueError: If `num_images` or `columns` is less than 1.
     """
 
     def __init__(
         self, num_images: int = 64, *, columns: int | None = None, min_side: int = 512
     ) -> None:
-        check_at_least(1, num_images=num_images)
+        check_at_least(1, num_images=num_images, columns=columns)
         self.num_images = num_images
         self.columns = columns
         self.min_side = min_side

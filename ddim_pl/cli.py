@@ -21,13 +21,20 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import ddim_pl.data
 import ddim_pl.metrics
 import ddim_pl.networks
 from ddim_pl import signals
-from ddim_pl.cli_configs import DEFAULTS, CommandParser, Given, callback_lists, read_config
+from ddim_pl.cli_checks import check_config, check_module, naming_trainer
+from ddim_pl.cli_configs import (
+    DEFAULTS,
+    CommandParser,
+    Given,
+    callback_lists,
+    options,
+    read_config,
+)
 from ddim_pl.cli_errors import run_message
 from ddim_pl.commands import COMMANDS
 from ddim_pl.commands import Trainer as TrainerWithCommands
@@ -130,6 +137,7 @@ class DiffusionCLI(LightningCLI):
         for command in self.subcommands():
             self._command_parser(command).callback_lists = callback_lists(base, args)
         self.config = parser.parse_args(args)
+        check_config(self.config[self.config.subcommand])
         self._resolve_checkpoint(self.config[self.config.subcommand])
 
     def _command_parser(self, command: str) -> CommandParser:
@@ -188,6 +196,11 @@ class DiffusionCLI(LightningCLI):
 
     # ---- before a run -------------------------------------------------------------------------
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer; an error names its arguments."""
+        with naming_trainer(self.config[self.subcommand].trainer):
+            return super().instantiate_trainer(**kwargs)
+
     def after_instantiate_classes(self) -> None:
         """Record the model's arguments, and find what is wrong before anything is written."""
         text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False)
@@ -197,9 +210,10 @@ class DiffusionCLI(LightningCLI):
             {"_class_path": model["class_path"], "_instantiator": INSTANTIATOR, **arguments},
             logger=False,
         )
+        module = cast(DiffusionModule, self.model)
+        check_module(module)
         if self.subcommand in ("predict", *COMMANDS) or getattr(rank_zero_only, "rank", 0) != 0:
             return  # Lightning lets the other ranks wait for the first one's download
-        module = cast(DiffusionModule, self.model)
         if self.subcommand == "fit" and not self.config["fit"].get("ckpt_path"):
             # As fit will do: the checks need the trainer's precision and devices.
             self.datamodule.trainer = self.trainer
@@ -291,7 +305,7 @@ IGNORED = (
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; an error that a user can correct is one line, with exit status 1.
+    """Run the command line; an error is one line, with exit status 1.
 
     A signal that ends it gives the exit status 128 + its number, see `ddim_pl.signals`. Set the
     environment variable DDIM_PL_TRACEBACK=1 to see where an error was raised.
@@ -311,8 +325,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         with trusting(*trusted), signals.handled():
             DiffusionCLI([arg for arg in args if arg != "--trust"])
-    except (ValueError, OSError, MisconfigurationException, RuntimeError) as error:
-        message = run_message(error)
-        if message is None or os.environ.get("DDIM_PL_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("DDIM_PL_TRACEBACK"):
             raise
-        sys.exit(f"error: {message}")
+        sys.exit(f"error: {run_message(error, options(args))}")

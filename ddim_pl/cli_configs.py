@@ -66,7 +66,7 @@ class Given:
         """Read what these arguments give."""
         command = args[0] if args and args[0] in commands else None
         given = cls(command, [], None, any(map(_shows_only, args)), set())
-        for name, value in _options(args):
+        for name, value in options(args):
             if name != "--ckpt_path":
                 given.named_paths |= dotted_paths([value, read_config(value)])
             if name in ("-c", "--config"):
@@ -118,7 +118,7 @@ def callback_lists(base: dict[str, Any], args: Sequence[str]) -> list[int]:
     """
     found: list[int] = []
     given = [base]
-    for name, value in _options(args):
+    for name, value in options(args):
         if name in ("-c", "--config"):
             given.append(read_config(value))
         elif name in ("--trainer.callbacks", "--trainer.callbacks+"):
@@ -171,7 +171,7 @@ def _kind(callback: Any) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _options(args: Sequence[str]) -> list[tuple[str, str]]:
+def options(args: Sequence[str]) -> list[tuple[str, str]]:
     """Names and values of arguments, `--name=value` and `--name value`."""
     pairs = []
     for place, arg in enumerate(args):

@@ -10,11 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from torch import nn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 
 from ddim_pl.renamed import RENAMED
 
-OURS = ("ddim_pl.", "callbacks.")
+OURS, FEATURES = ("ddim_pl.", "callbacks."), ("ddim_pl.metrics.",)
 MOST_NAMES = 12
 """Names that a message lists at most."""
 
@@ -48,14 +49,18 @@ def parser_message(message: str) -> str:
     single = re.match(pattern, message, re.DOTALL)
     if single and not single[2].startswith("[") and "NestedArg" not in single[2]:
         return f"{single[1]} must be a list, got {single[2]}: write it as '[{single[2]}]'"
-    return f"{one_line(_reason(message))} ({LISTS})"
+    reason, key = one_line(_reason(message)).rstrip("."), _last(KEY, message)
+    if key is not None and "Parser key" not in reason:
+        reason = f"{key}: {reason}"
+    return f"{reason} ({LISTS})"
 
 
-def run_message(error: Exception) -> str | None:
-    """Say what went wrong in a run, or None for an error of the program that needs its traceback.
+def run_message(error: Exception, options: Iterable[tuple[str, str]] = ()) -> str:
+    """Say what went wrong in a run; of an error that no check foresaw, also that it may be a bug.
 
     Args:
         error: Raised by the command.
+        options: Names and values of the arguments, one of which may name a file that fails.
     """
     message = one_line(_reason(str(error)))
     misfit = re.match(r"Error\(s\) in loading state_dict for \w+: ([^.:]*)", message)
@@ -64,7 +69,23 @@ def run_message(error: Exception) -> str | None:
             f"the checkpoint does not fit the configured network ({misfit[1].strip()}): give the "
             "config it was trained with, or none to use the checkpoint's own"
         )
-    return None if isinstance(error, RuntimeError) else message
+    if isinstance(error, OSError) and error.errno is not None:
+        return _file_message(error, options)
+    if isinstance(error, ValueError | OSError | MisconfigurationException):
+        return message
+    return (
+        f"{type(error).__name__}: {message or 'no message'}: if no argument explains it, this is "
+        "a bug: set DDIM_PL_TRACEBACK=1 to see where, and report it"
+    )
+
+
+def _file_message(error: OSError, options: Iterable[tuple[str, str]]) -> str:
+    """A file that cannot be read or written, and the argument that says where it is."""
+    file = str(error.filename or "a file")
+    names = [name for name, value in options if value and file.startswith(value)]
+    argument = f"{names[-1].lstrip('-')}: " if names else ""
+    reason = (error.strerror or type(error).__name__).lower()
+    return f"{argument}{file} cannot be used ({reason}): make room or give another place"
 
 
 def one_line(message: str) -> str:
@@ -85,11 +106,11 @@ def exit_if_callbacks_are_shadowed() -> None:
         )
 
 
-def known_classes(base: type[Any]) -> list[type[Any]]:
+def known_classes(base: type[Any], packages: tuple[str, ...] = OURS) -> list[type[Any]]:
     """The classes below a base that can be made: ours, or if there are none, its package's."""
     kinds = [kind for kind in _below(base) if not inspect.isabstract(kind)]
     kinds = [kind for kind in kinds if not kind.__name__.startswith("_")]
-    places = ("ddim_pl.networks.",) if base is nn.Module else OURS
+    places = ("ddim_pl.networks.",) if (base, packages) == (nn.Module, OURS) else packages
     ours = [kind for kind in kinds if f"{kind.__module__}.".startswith(places)]
     # The parts of a network explain no arguments, nor do classes that no config names.
     ours = [kind for kind in ours if "Args:" in (kind.__doc__ or "") or not _arguments(kind)]
@@ -120,9 +141,12 @@ def _wrong_class(message: str, wrong: re.Match[str]) -> str | None:
     key = _last(KEY, before)
     given = wrong[1] or _last(OWNER, before) or wrong[2]
     base = _base_of(before, key)
+    if key is not None and base is Tensor:  # the learning rate of an optimiser
+        return f"{key} must be a number, got {given}"
     if key is None or base is None:
         return None
-    known = [kind.__name__ for kind in known_classes(base)]
+    packages = FEATURES if key == "features" else OURS
+    known = [kind.__name__ for kind in known_classes(base, packages)]
     names = {old.rpartition(".")[2]: _import(new) for old, new in RENAMED.items()}
     now = names.get(given)
     if now is not None and issubclass(now, base):

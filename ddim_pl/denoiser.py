@@ -114,8 +114,10 @@ class NetworkDenoiser(Denoiser):
         For prediction "both" it is the v of x and eps, see `merge_both`.
         """
         time = to_device(self.network_time(t).float(), z).expand(z.shape[0])
-        out = self.network(z, time) if self.label is None else self.network(z, time, self.label)
-        out = out.to(z.dtype)
+        # The trainer's precision may have converted the weights.
+        weights = next(self.network.parameters(), z)
+        fed = z.to(weights.dtype)
+        out = self.network(fed, time, *(() if self.label is None else (self.label,))).to(z.dtype)
         return merge_both(self.schedule(t), out) if self.prediction == "both" else out
 
     def __call__(self, z: Tensor, t: Tensor | float) -> Prediction:

@@ -131,7 +131,7 @@ def without_places(config: dict[str, Any], checkpoint: str, command: str) -> dic
     for logger in _each(trainer.get("logger")):
         arguments = logger.get("init_args") or {}
         for key in ("name", "sub_dir"):
-            if not _stays_inside(arguments.get(key)):
+            if not stays_inside(arguments.get(key)):
                 raise UntrustedError(
                     f"{checkpoint} names the {key} {arguments[key]!r}, which leads out of the "
                     "folder of runs: give --trainer.logger, or trust the file with --trust"
@@ -141,7 +141,7 @@ def without_places(config: dict[str, Any], checkpoint: str, command: str) -> dic
         arguments = callback.get("init_args") or {}
         for key in ("dirpath", "folder"):
             arguments.pop(key, None)
-        if not _stays_inside(arguments.get("filename")):
+        if not stays_inside(arguments.get("filename")):
             arguments.pop("filename")
     while data:
         arguments = data.get("init_args") or {}
@@ -189,7 +189,7 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("init_args") or {}, dict)
 
 
-def _stays_inside(path: Any) -> bool:
+def stays_inside(path: Any) -> bool:
     """Whether a path lies below the folder that it is joined to."""
     return path is None or not (Path(str(path)).is_absolute() or ".." in Path(str(path)).parts)
 
@@ -197,7 +197,7 @@ def _stays_inside(path: Any) -> bool:
 def _may_hold_pairs(folder: Any) -> bool:
     """Whether pairs are there already, or the folder lies below `runs`."""
     path = Path(str(folder))
-    below = _stays_inside(path) and path.parts[:1] == ("runs",)
+    below = stays_inside(path) and path.parts[:1] == ("runs",)
     return below or (path / "manifest.json").is_file()
 
 

@@ -7,9 +7,8 @@ from typing import Any
 import lightning as L
 from torch import nn
 
-from ddim_pl.checks import check_at_least
 from ddim_pl.evaluation.cells import Cell, Entry, cell_settings, report
-from ddim_pl.evaluation.worker import Worker, check_images, on_every_worker
+from ddim_pl.evaluation.worker import Worker, check_images, check_inside, on_every_worker
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.timesteps import linear
 from ddim_pl.training import DiffusionModule
@@ -65,6 +64,7 @@ def compare(
         ValueError: If there is no student, one cannot be read or has images of another shape, or a
             number does not fit.
     """
+    check_inside(name=name)
     files = _student_files(students)
     settings = cell_settings(
         trainer, model, features, metrics, num_samples, batch_size, seed, num_shown
@@ -72,7 +72,8 @@ def compare(
     check_images(datamodule)
     own_steps = [_read_steps(file, model) for file in files]
     steps = num_steps or sorted({*own_steps, 256}, reverse=True)
-    check_at_least(1, num_steps=min(steps))
+    for count in steps:
+        linear(model.schedule.num_levels, count)  # says what is wrong
     teacher = fingerprint_of_file(model, ckpt_path)
 
     def work(worker: Worker) -> None:
@@ -98,6 +99,7 @@ def _entries(
         yield _entry(f"teacher, {type(sampler).__name__}", worker, cell, teacher)
     for file in files:
         student = load(file, name="students").to(model.device)
+        worker.trainer.precision_plugin.convert_module(student)
         cell = Cell(student.sampler, "own", student.levels)
         yield _entry(_series(file), worker.with_model(student), cell, fingerprint(student))
 

@@ -27,6 +27,7 @@ from ddim_pl.timesteps import make_levels
 from ddim_pl.training import DiffusionModule
 
 GRID_IMAGES = 16
+LARGEST_RATE = 1e3
 COLUMNS = ("seconds", "evaluations", "loss", "best loss")
 
 
@@ -82,7 +83,7 @@ def invert(
         ValueError: If an image or the first latents cannot be read, or a number does not fit.
     """
     check_at_least(1, num_images=num_images, batch_size=batch_size, num_updates=num_updates)
-    check_at_least(0, seed=seed)
+    check_at_least(0, seed=seed, max_seconds=max_seconds)
     _check(model, lr)
     levels = make_levels(timesteps, model.schedule, num_steps)
     given = None if start in ("encoding", "noise") else _read_latents(start, model)
@@ -106,8 +107,10 @@ def invert(
 
 
 def _check(model: DiffusionModule, lr: float) -> None:
-    if not lr > 0:
-        raise ValueError(f"lr must be positive, got {lr}: 5e-3 is usual")
+    if not 0 < lr <= LARGEST_RATE:
+        raise ValueError(
+            f"lr must be positive and at most {LARGEST_RATE:g}, got {lr}: 5e-3 is usual"
+        )
     if not model.noise.is_gaussian:
         raise ValueError(
             f"noise must be Gaussian for invert, got {model.noise}: reconstruct and interpolate "

@@ -55,7 +55,7 @@ def sample(
     Raises:
         ValueError: If an argument is out of range.
     """
-    check_at_least(1, num_images=num_images, batch_size=batch_size)
+    check_at_least(1, num_images=num_images, batch_size=batch_size, columns=columns)
     check_at_least(0, first=first, seed=seed)
     check_label(model, label)
     indices = range(first, first + num_images)

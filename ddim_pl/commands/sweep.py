@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ddim_pl.checks import check_at_least
 from ddim_pl.commands.levels import check_steps, search_levels
 from ddim_pl.evaluation.cells import Cell, Entry, cell_settings, report
-from ddim_pl.evaluation.worker import Worker, check_images, on_every_worker
+from ddim_pl.evaluation.worker import Worker, check_images, check_inside, on_every_worker
 from ddim_pl.level_search import candidate_levels
 from ddim_pl.samplers import Sampler
 from ddim_pl.timesteps import has_own_length, load_levels, make_levels, save_levels
@@ -78,6 +78,7 @@ def sweep(
             a number does not fit.
     """
     check_at_least(1, num_steps=min(num_steps, default=0))
+    check_inside(name=name)
     settings = cell_settings(
         trainer, model, features, metrics, num_samples, batch_size, seed, num_shown
     )
@@ -90,9 +91,8 @@ def sweep(
     def work(worker: Worker) -> None:
         folder = worker.folder(output, name)
         data = worker.images(datamodule)
-        adaptive = None
-        if ADAPTIVE in strategies:
-            adaptive = _adaptive_file(worker, folder, checkpoint, num_steps)
+        adapts = ADAPTIVE in strategies
+        adaptive = _adaptive_file(worker, folder, checkpoint, num_steps) if adapts else None
         cells = _cells(model, ways, strategies, num_steps, adaptive)
         entries = [Entry(worker, c, checkpoint, c.name, c.series, c.row()) for c in cells]
         head = f"`{ckpt_path}`: " if ckpt_path else ""

@@ -48,7 +48,14 @@ class MeasureSettings:
     @cached_property
     def quality(self) -> SampleQuality:
         """The metrics, with the extractor loaded; once a process."""
-        quality = SampleQuality(self.make_features(), self.metrics)
+        extractor = self.make_features()
+        if not isinstance(getattr(extractor, "num_features", None), int):
+            raise ValueError(
+                f"features must make an extractor with num_features, got "
+                f"{type(extractor).__name__}: give DigitsFeatures, InceptionFeatures or your own, "
+                "see CONTRIBUTING.md"
+            )
+        quality = SampleQuality(extractor, self.metrics)
         quality.check_num_samples(self.num_samples)
         return quality
 

@@ -15,6 +15,7 @@ from ddim_pl.lightning_internals import without_callbacks_and_loggers
 from ddim_pl.runs import run_of
 from ddim_pl.samplers import Sampler
 from ddim_pl.training import DiffusionModule
+from ddim_pl.trust import stays_inside
 
 T = TypeVar("T")
 
@@ -220,6 +221,20 @@ def check_images(datamodule: L.LightningDataModule | None) -> ImageDataModule:
             f"ddim_pl.data.base.ImageDataModule, got {type(datamodule).__name__}: set --data"
         )
     return datamodule
+
+
+def check_inside(**values: str) -> None:
+    """Check that names of folders stay below the folder that they are joined to.
+
+    Raises:
+        ValueError: If one does not.
+    """
+    for name, value in values.items():
+        if not value or not stays_inside(value):
+            raise ValueError(
+                f"{name} must be the name of a folder in the run, got {value!r}: give another "
+                "place as --output"
+            )
 
 
 def check_label(model: DiffusionModule, label: int | None) -> None:

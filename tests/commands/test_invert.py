@@ -153,7 +153,7 @@ def test_two_processes_share_the_images(checkpoint, tmp_path):
         (["--start", "EMPTY"], "holds no latents"),
         (["--start", "OTHER"], "holds latents of shape (3, 4, 4), the model has (1, 8, 8)"),
         (["--start", "FEW"], "start must hold a latent for each of 4 images"),
-        (["--lr", "0"], "lr must be positive, got 0"),
+        (["--lr", "0"], "lr must be positive and at most 1000, got 0"),
         (["--num_updates", "0"], "num_updates must be at least 1, got 0"),
         (["--num_steps", "1001"], "num_steps must lie in [1, 1000]"),
         (["--method", "Sideways"], "method cannot be Sideways: known are Implicit, Sequential"),

@@ -1,0 +1,145 @@
+"""Checks of the arguments that belong to Lightning or PyTorch, before anything is written."""
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from ddim_pl.checks import check_at_least
+from ddim_pl.cli_errors import one_line
+from ddim_pl.training import DiffusionModule
+from ddim_pl.trust import stays_inside
+
+MOST = 2**32 - 1
+"""The largest integer that an argument may be, which is the largest seed of NumPy."""
+
+LARGEST_RATE = 1e3
+
+LEAST = {"check_val_every_n_epoch": 1, "accumulate_grad_batches": 1, "log_every_n_steps": 0}
+"""The least values of the trainer's numbers that Lightning does not check itself."""
+
+HARDWARE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins")
+
+
+def check_config(config: Namespace) -> None:
+    """Check what a parsed config says.
+
+    Args:
+        config: The arguments of one command.
+
+    Raises:
+        ValueError: If a number is out of range, or a name leads out of the folder of runs.
+    """
+    for name, value in vars(config).items():
+        _check_integers(name, value)
+        if isinstance(value, list) and not value:
+            raise ValueError(f"{name} must have at least one entry, got []: or leave it out")
+    seed = config.get("seed_everything")
+    if seed is not None and not isinstance(seed, bool):
+        check_at_least(0, seed_everything=seed)
+    trainer = config.trainer
+    for name, least in LEAST.items():
+        check_at_least(least, **{f"trainer.{name}": trainer.get(name)})
+    check_at_least(0, **{"trainer.gradient_clip_val": trainer.get("gradient_clip_val")})
+    if trainer.get("val_check_interval") == 0:
+        raise ValueError("trainer.val_check_interval must be positive, got 0")
+    loggers = trainer.get("logger")
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        settings = logger.get("init_args", {}) if hasattr(logger, "get") else {}
+        for name in ("name", "version", "sub_dir"):
+            if not stays_inside(settings.get(name)):
+                raise ValueError(
+                    f"trainer.logger.{name} must lie below the folder of runs, got "
+                    f"{settings[name]!r}: give another folder as --trainer.logger.save_dir"
+                )
+
+
+def check_module(module: DiffusionModule) -> None:
+    """Check a module's optimiser with one update of one number, and its sampler.
+
+    Raises:
+        ValueError: If the optimiser cannot train a network, or the sampler is made for another
+            law of noise.
+    """
+    if module.sampler.noise != module.noise:
+        raise ValueError(
+            f"sampler must be one of the model's noise {module.noise}, got {module.sampler}, "
+            f"which is made for {module.sampler.noise}: leave it out for the default one"
+        )
+    number = nn.Parameter(torch.zeros(1, 1))
+    number.grad = torch.zeros(1, 1)
+    make = module.optimizer or torch.optim.Adam
+    with _naming("optimizer", _call_of(make)):
+        make(module.network.parameters())
+        optimizer = make([number])
+        optimizer.step(lambda: 0.0)
+    for group in optimizer.param_groups:
+        if not 0 <= float(group["lr"]) <= LARGEST_RATE:
+            raise ValueError(
+                f"optimizer.lr must lie in [0, {LARGEST_RATE:g}], got {group['lr']}: 2e-4 is usual"
+            )
+    if module.lr_scheduler is not None:
+        with _naming("lr_scheduler", _call_of(module.lr_scheduler)):
+            schedule = module.lr_scheduler(optimizer)
+        if isinstance(schedule, ReduceLROnPlateau):
+            raise ValueError(
+                "lr_scheduler must be a function of the step alone, got ReduceLROnPlateau, which "
+                "needs a metric: give CosineAnnealingLR or another"
+            )
+
+
+@contextlib.contextmanager
+def naming_trainer(config: Namespace) -> Iterator[None]:
+    """Name the trainer's arguments in an error that its constructor raises.
+
+    Args:
+        config: The arguments of the trainer.
+
+    Raises:
+        ValueError: In place of any other error.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = one_line(str(error)).rstrip(".") or type(error).__name__
+        words = set(re.findall(r"\w+", reason))
+        named = [name for name in vars(config) if name in words] or list(HARDWARE)
+        given = {name: config.get(name) for name in named if config.get(name) is not None}
+        text = ", ".join(f"trainer.{name}={value}" for name, value in given.items())
+        raise ValueError(f"{text} must be changed: {reason}") from error
+
+
+@contextlib.contextmanager
+def _naming(name: str, given: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = one_line(str(error)).rstrip(".") or type(error).__name__
+        raise ValueError(
+            f"{name} must be one that works, got {given}, which fails ({reason}): give another"
+        ) from error
+
+
+def _call_of(maker: Callable[..., Any]) -> str:
+    return getattr(getattr(maker, "func", maker), "__name__", type(maker).__name__)
+
+
+def _check_integers(name: str, value: Any) -> None:
+    """Check every number below a name: one that is absurd is a hang, or an overflow somewhere."""
+    if isinstance(value, int) and abs(value) > MOST:
+        raise ValueError(f"{name} must lie in [-{MOST}, {MOST}], got {value}")
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"{name} must be a number, got {value}")
+    if isinstance(value, Namespace | dict):
+        items = vars(value) if isinstance(value, Namespace) else value
+        for key, item in items.items():
+            _check_integers(name if key == "init_args" else f"{name}.{key}", item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_integers(name, item)

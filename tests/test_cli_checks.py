@@ -1,0 +1,203 @@
+"""Wrong arguments of every command: one line that names the argument, and nothing is written."""
+
+import shlex
+
+import pytest
+import torch
+from tiny import tiny_config, write_config
+
+from ddim_pl.cli import main
+
+HUGE = 10**23
+
+WRONG = [
+    # What is wrong, and the argument that the one line names.
+    ("fit --trainer.precision 12", "trainer.precision"),
+    ("fit --trainer.precision transformer-engine", "trainer.precision=transformer-engine"),
+    ("fit --trainer.accelerator tpu", "trainer.accelerator"),
+    ("fit --trainer.accelerator foo", "trainer.accelerator"),
+    ("fit --trainer.strategy foo", "trainer.strategy"),
+    ("fit --trainer.devices 0", "trainer.devices"),
+    ("fit --trainer.devices -1", "trainer.devices"),
+    ("fit --trainer.devices abc", "trainer.devices"),
+    ("fit --trainer.devices 1.5", "trainer.devices"),
+    ("fit --trainer.num_nodes 0", "trainer.num_nodes"),
+    ("fit --trainer.val_check_interval 0", "trainer.val_check_interval"),
+    ("fit --trainer.check_val_every_n_epoch 0", "trainer.check_val_every_n_epoch"),
+    ("fit --trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches"),
+    ("fit --trainer.log_every_n_steps -1", "trainer.log_every_n_steps"),
+    ("fit --trainer.gradient_clip_val -1", "trainer.gradient_clip_val"),
+    ("fit --trainer.gradient_clip_algorithm foo", "trainer.gradient_clip_algorithm"),
+    ("fit --trainer.max_steps -5", "trainer.max_steps"),
+    ("fit --trainer.max_epochs -5", "trainer.max_epochs"),
+    ("fit --trainer.limit_val_batches -1", "trainer.limit_val_batches"),
+    ("fit --trainer.fast_dev_run -1", "trainer.fast_dev_run"),
+    ("fit --trainer.profiler foo", "trainer.profiler"),
+    ("fit --seed_everything -1", "seed_everything"),
+    (f"fit --seed_everything {HUGE}", "seed_everything"),
+    ("fit --trainer.logger.name ../../x", "trainer.logger.name"),
+    ("fit --trainer.logger.version ../x", "trainer.logger.version"),
+    ("fit --trainer.callbacks+=SampleGrid --trainer.callbacks.columns -3", "columns"),
+    ("fit --trainer.callbacks+=ImageWriter --trainer.callbacks.columns 0", "columns"),
+    ("fit --trainer.callbacks+=FrechetDistance --trainer.callbacks.metrics [foo]", "metrics"),
+    (
+        "fit --trainer.callbacks+=FrechetDistance --trainer.callbacks.features torch.nn.Identity",
+        "features",
+    ),
+    ("fit --model.optimizer torch.optim.SparseAdam", "optimizer"),
+    ("fit --model.optimizer.lr -1", "optimizer"),
+    ("fit --model.optimizer.lr 1e30", "optimizer.lr"),
+    ("fit --model.optimizer.lr nan", "lr must be a number"),
+    ("fit --model.optimizer.betas [2,3]", "optimizer"),
+    ("fit --model.lr_scheduler torch.optim.lr_scheduler.ReduceLROnPlateau", "lr_scheduler"),
+    (f"fit --model.warmup_steps {HUGE}", "model.warmup_steps"),
+    ("fit --model.sampler GammaQuantile", "sampler"),
+    ("fit --model.image_shape [1,8]", "image_shape"),
+    ("fit --model.ema_decay 2", "ema_decay"),
+    ("fit --model.num_steps 0", "num_steps"),
+    ("fit --model.network.channels 0", "channels"),
+    (f"fit --data.batch_size {HUGE}", "data.batch_size"),
+    ("fit --data.batch_size 0", "batch_size"),
+    ("test --ckpt_path CK --trainer.limit_test_batches -1", "trainer.limit_test_batches"),
+    ("test --ckpt_path nowhere", "ckpt_path"),
+    ("validate --ckpt_path CK --trainer.devices abc", "trainer.devices"),
+    ("predict --ckpt_path CK --data.num_predict -1", "num_predict"),
+    ("sample", "ckpt_path"),
+    ("sample --ckpt_path CK --columns -1", "columns"),
+    ("sample --ckpt_path CK --columns 0", "columns"),
+    ("sample --ckpt_path CK --num_images 0", "num_images"),
+    ("sample --ckpt_path CK --num_images abc", "num_images"),
+    (f"sample --ckpt_path CK --num_images {HUGE}", "num_images"),
+    (f"sample --ckpt_path CK --first {HUGE}", "first"),
+    (f"sample --ckpt_path CK --seed {HUGE}", "seed"),
+    ("sample --ckpt_path CK --label 10", "label"),
+    ("sample --ckpt_path CK --output /dev/null/x", "output"),
+    ("sample --ckpt_path CK --model.sampler GammaQuantile", "sampler"),
+    ("sample --ckpt_path CK --model.timesteps nowhere.json", "timesteps"),
+    ("interpolate --ckpt_path CK --num_points 1", "num_points"),
+    (f"interpolate --ckpt_path CK --num_pairs {HUGE}", "num_pairs"),
+    ("interpolate --ckpt_path CK --images [a.png]", "images"),
+    ("interpolate --ckpt_path CK --images []", "images"),
+    ("interpolate --ckpt_path CK --model.sampler DDIM --model.sampler.eta 1", "sampler"),
+    ("reconstruct --ckpt_path CK --num_steps [0]", "num_steps"),
+    ("reconstruct --ckpt_path CK --num_steps []", "num_steps"),
+    ("reconstruct --ckpt_path CK --num_steps 5", "num_steps"),
+    ("reconstruct --ckpt_path CK --timesteps foo", "timesteps"),
+    ("invert --ckpt_path CK --max_seconds -1", "max_seconds"),
+    ("invert --ckpt_path CK --lr 1e30", "lr"),
+    ("invert --ckpt_path CK --lr inf", "lr"),
+    ("invert --ckpt_path CK --start foo", "start"),
+    (f"invert --ckpt_path CK --num_updates {HUGE}", "num_updates"),
+    ("levels --ckpt_path CK --output x.txt", "output"),
+    ("levels --ckpt_path CK --num_steps [0]", "num_steps"),
+    ("pairs --ckpt_path CK", "folder"),
+    ("pairs --ckpt_path CK --folder o --num_pairs 2 --shard_size 0", "shard_size"),
+    ("pairs --ckpt_path CK --folder /dev/null/x --num_pairs 2", "folder"),
+    ("sweep --ckpt_path CK --num_steps []", "num_steps"),
+    ("sweep --ckpt_path CK --etas []", "etas"),
+    ("sweep --ckpt_path CK --metrics []", "metrics"),
+    ("sweep --ckpt_path CK --features torch.nn.Identity", "features"),
+    ("sweep --ckpt_path CK --features foo", "DigitsFeatures, InceptionFeatures"),
+    ("sweep --ckpt_path CK --name ../../x", "name must"),
+    ("compare --ckpt_path CK --students []", "students"),
+    ("compare --ckpt_path CK --students [nowhere]", "students"),
+    ("compare --ckpt_path CK --students [CK] --num_steps [1001]", "num_steps"),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    config = tiny_config(folder, max_steps=1, limit_val_batches=0)
+    first, *_, saving = config["trainer"]["callbacks"]
+    saving["init_args"]["every_n_train_steps"] = 1
+    config["trainer"]["callbacks"] = [first, saving]
+    config["model"]["init_args"]["network"]["init_args"]["num_classes"] = 10
+    main(["fit", "--config", write_config(config, folder / "config.yaml")])
+    return folder / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+
+
+def error_of(arguments, capsys):
+    """What a command that must fail says on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    code = stop.value.code
+    assert code not in (0, None)
+    # Python prints a text that a program exits with.
+    return capsys.readouterr().err + (f"{code}\n" if isinstance(code, str) else "")
+
+
+@pytest.mark.parametrize(("arguments", "named"), WRONG, ids=[line for line, _ in WRONG])
+def test_a_wrong_argument_is_one_line_that_names_it(
+    arguments, named, checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    run = checkpoint.parents[1]
+    before = sorted(run.rglob("*"))
+    given = [argument.replace("CK", str(checkpoint)) for argument in shlex.split(arguments)]
+    if given[0] == "fit":
+        given[1:1] = ["--config", str(run.parents[1] / "config.yaml")]
+        given += ["--trainer.logger.save_dir", "runs"]
+    text = error_of(given, capsys)
+    assert text.startswith("error: "), text
+    assert len(text.splitlines()) == 1, text
+    assert len(text) < 500, text
+    assert named in text.replace(str(checkpoint), ""), text
+    assert "bug" not in text, text
+    assert not list(tmp_path.iterdir())
+    assert sorted(run.rglob("*")) == before
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_or_with_the_variable_a_traceback(
+    checkpoint, monkeypatch, capsys
+):
+    def fails(*args, **kwargs):
+        raise KeyError("two\nlines")
+
+    monkeypatch.setattr("ddim_pl.commands.sample.to_uint8", fails)
+    text = error_of(["sample", "--ckpt_path", str(checkpoint), "--num_images", "1"], capsys)
+    assert "KeyError" in text
+    assert "bug: set DDIM_PL_TRACEBACK=1" in text
+    assert len(text.splitlines()) == 1
+    monkeypatch.setenv("DDIM_PL_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        main(["sample", "--ckpt_path", str(checkpoint), "--num_images", "1"])
+
+
+def test_a_full_disk_is_one_line_that_names_the_argument(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    def full(image, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("ddim_pl.commands.sample.write_png", full)
+    given = ["--ckpt_path", str(checkpoint), "--num_images", "1", "--output", str(tmp_path)]
+    text = error_of(["sample", *given], capsys)
+    assert text.startswith(f"error: output: {tmp_path}/000000.png cannot be used (no space left")
+    assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "interpolate --num_pairs 1 --num_points 2 --output out",
+        "compare --students [CK] --num_steps [2] --output out",
+    ],
+)
+def test_commands_run_in_true_precision(arguments, precision, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = shlex.split(arguments.replace("CK", str(checkpoint)))
+    main([*given, "--ckpt_path", str(checkpoint), "--trainer.precision", precision])
+    assert list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_fit_trains_in_true_precision(precision, tmp_path):
+    config = tiny_config(tmp_path, max_steps=1, limit_val_batches=1, precision=precision)
+    config["trainer"]["callbacks"] = config["trainer"]["callbacks"][-1:]
+    config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = 1
+    main(["fit", "--config", write_config(config, tmp_path / "config.yaml")])
+    (file,) = tmp_path.rglob("last.ckpt")
+    weights = torch.load(file, weights_only=True)["state_dict"]["network.conv_in.weight"]
+    assert weights.dtype == (torch.float64 if precision == "64-true" else torch.bfloat16)
