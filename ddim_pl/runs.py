@@ -1,14 +1,13 @@
 """Run folders `<save_dir>/<name>/version_N`, their checkpoints, and which of them is `last`."""
 
 import glob
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
+from ddim_pl.damage import read_archive
 from ddim_pl.training.hyperparameters import CONFIG_KEY
 from ddim_pl.trust import check_classes, without_places
 
@@ -69,21 +68,15 @@ def read_checkpoint(path: Path, name: str = "--ckpt_path") -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no checkpoint.
+        ValueError: If the file is no checkpoint, or does not match its checksums.
     """
     if not path.is_file():
         problem = "which is a folder" if path.is_dir() else "which is not a file"
         raise FileNotFoundError(
             f"{name} must be a checkpoint, got {path}, {problem}: give a file or 'last'"
         )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"{name} must be a checkpoint, got {path}, which is damaged or of another program: "
-            "give another file"
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    checkpoint = read_archive(path, name)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(
             f"{name} must be a Lightning checkpoint, got {path}, which holds no state_dict: give "
             "another file"

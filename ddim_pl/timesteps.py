@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ddim_pl.checks import check_at_least
+from ddim_pl.damage import read_sealed, sealed
 from ddim_pl.files import replacing
 from ddim_pl.schedules import NoiseSchedule
 
@@ -212,7 +213,7 @@ def save_levels(path: Path, schedule: NoiseSchedule, levels: Sequence[Tensor]) -
         "levels": {str(len(each) - 1): each.tolist() for each in levels},
     }
     with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.write_text(json.dumps(sealed(content), indent=1) + "\n")
 
 
 def load_levels(path: Path, schedule: NoiseSchedule, num_steps: int) -> Tensor:
@@ -222,11 +223,11 @@ def load_levels(path: Path, schedule: NoiseSchedule, num_steps: int) -> Tensor:
         ValueError: If the file cannot be read, has another schedule, or lacks `num_steps`.
     """
     try:
-        content = json.loads(path.read_text())
+        content = read_sealed(path)
         written = content["schedule"]
         by_steps = {int(steps): list(map(float, of)) for steps, of in content["levels"].items()}
-    # Unreadable, not JSON, or JSON of another form.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    # Damaged, or of another form.
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"timesteps must be a file of `main.py levels`, got {str(path)!r}, which cannot be "
             f"read as adaptive levels ({error}): write it again"

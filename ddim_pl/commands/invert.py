@@ -6,13 +6,13 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ddim_pl.checks import check_at_least
 from ddim_pl.commands.sources import RealImages, image_source, unclipped
+from ddim_pl.damage import DamagedError, read_tensors, seal_of
 from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.evaluation.plots import label_rows, plot_lines
 from ddim_pl.evaluation.tables import markdown, scatter, write_csv, write_text
@@ -182,8 +182,8 @@ def _read_latents(start: str, model: DiffusionModule) -> Tensor:
             f"start must be 'encoding', 'noise' or a latents.safetensors file, got {start!r}"
         )
     try:
-        z = load_file(start)["latents"]
-    except (SafetensorError, KeyError) as error:
+        z = read_tensors(start)["latents"]
+    except (DamagedError, KeyError) as error:
         raise ValueError(
             f"start {start!r} holds no latents ({error}): give the file of an earlier call"
         ) from error
@@ -228,7 +228,8 @@ def _write(
 ) -> None:
     """Write latents, images, curves and a summary."""
     with replacing(folder / "latents.safetensors") as part:
-        save_file({"latents": found["latents"]}, part)
+        tensors = {"latents": found["latents"]}
+        save_file(tensors, part, metadata=seal_of(tensors))
     shown = {"images": real.images, "first": found["first"], "best": found["images"]}
     pictures = [to_uint8(images[:GRID_IMAGES]) for images in shown.values()]
     label_rows(folder / "grid.png", list(shown), pictures)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddim_pl.checks import check_at_least
+from ddim_pl.damage import DamagedError, read_sealed, sealed
 from ddim_pl.data.base import BatchIndices, EachOnce, ImageDataModule, ImageSet
 from ddim_pl.files import replacing
 from ddim_pl.rng import gaussian_latents
@@ -87,7 +88,7 @@ class PairStore:
         digest = path.with_suffix(".sha256")
         if not (path.is_file() and digest.is_file()):
             return False
-        if _digest(path) != digest.read_text().strip():
+        if _digest(path) != digest.read_text(errors="replace").strip():
             rank_zero_warn(f"{path} does not match its checksum and is generated again")
             return False
         return len(load_file(path)["images"]) >= len(self.indices(shard))
@@ -96,7 +97,7 @@ class PairStore:
         """Write the manifest."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / "manifest.json") as part:
-            part.write_text(json.dumps(self.recipe, indent=1))
+            part.write_text(json.dumps(sealed(self.recipe), indent=1))
 
     def write(self, shard: int, images: Tensor) -> None:
         """Write a shard's images, `(n, C, H, W)`, atomically.
@@ -148,9 +149,9 @@ class PairStore:
                 )
             return
         try:
-            written = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): give another folder") from error
+            written = read_sealed(path)
+        except DamagedError as error:
+            raise ValueError(f"{error}: give another folder") from error
         for name, value in self.recipe.items():
             if written.get(name) != value:
                 raise ValueError(

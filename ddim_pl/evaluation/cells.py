@@ -14,9 +14,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
 from torch import Tensor, nn
 
 from ddim_pl.checks import check_at_least
+from ddim_pl.damage import read_sealed, sealed
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.evaluation.measure import MeasureSettings, measure, settings_of
 from ddim_pl.evaluation.plots import label_rows, plot_distances
@@ -192,7 +194,7 @@ def _found_or_measured(
     worker, cell = entry.worker, entry.cell
     key = settings.key(entry.checkpoint, identity_of(data), str(worker.trainer.precision), cell)
     path = folder / "cells" / f"{key}.png"
-    found = worker.broadcast(_read(path.with_suffix(".json")) if worker.is_first else None)
+    found = worker.broadcast(read_cell(path.with_suffix(".json")) if worker.is_first else None)
     if found is None:
         measured = measure(
             worker,
@@ -209,7 +211,7 @@ def _found_or_measured(
             write_png(torch.cat(list(measured.first), -1), path)
             content = {**cell.row(), "levels": cell.levels.tolist(), "values": found}
             content["images per second"] = measured.images_per_second
-            write_text(path.with_suffix(".json"), json.dumps(content, indent=1))
+            write_text(path.with_suffix(".json"), json.dumps(sealed(content), indent=1))
         worker.barrier()
     return path, found
 
@@ -221,13 +223,17 @@ def identity_of(data: ImageDataModule) -> str:
     return f"{type(data).__name__} {count} {digest_of({'images': data.train_set.images(some)})}"
 
 
-def _read(path: Path) -> dict[str, float] | None:
-    """The numbers of a finished cell, if it is one."""
+def read_cell(path: Path) -> dict[str, float] | None:
+    """The numbers of a finished cell, of its JSON file beside its PNG, or None if it is none.
+
+    Warns if one of the two is damaged.
+    """
     if not (path.is_file() and path.with_suffix(".png").is_file()):
         return None
     try:
-        values: dict[str, float] = json.loads(path.read_text())["values"]
-    except (json.JSONDecodeError, KeyError):
-        rank_zero_warn(f"{path} is damaged: the cell is measured again")
+        with Image.open(path.with_suffix(".png"), formats=["PNG"]) as picture:
+            picture.verify()  # its checksums
+        return {name: float(value) for name, value in read_sealed(path)["values"].items()}
+    except Exception as error:  # Pillow raises a dozen kinds
+        rank_zero_warn(f"{path} or its PNG is damaged ({error}): the cell is measured again")
         return None
-    return values

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ddim_pl.data.base import ImageDataModule, IndexBatches
 from ddim_pl.lightning_internals import without_callbacks_and_loggers
-from ddim_pl.runs import run_of
+from ddim_pl.runs import read_checkpoint, run_of
 from ddim_pl.samplers import Sampler
 from ddim_pl.training import DiffusionModule
 from ddim_pl.trust import stays_inside
@@ -200,8 +200,7 @@ def on_every_worker(
     # Read before the loggers are left out.
     run = cast(str | None, getattr(trainer.logger, "log_dir", None))
     if ckpt_path is not None:
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
-        model.load_state_dict(checkpoint["state_dict"])
+        model.load_state_dict(read_checkpoint(Path(ckpt_path), "ckpt_path")["state_dict"])
         run = str(run_of(Path(ckpt_path)))
     once_each = IndexBatches([torch.zeros(1, dtype=torch.long)])
     with without_callbacks_and_loggers(trainer):

@@ -4,6 +4,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import lightning as L
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ddim_pl.checks import check_at_least
+from ddim_pl.damage import read_archive
 from ddim_pl.data.batches import BatchReader
 from ddim_pl.denoiser import NetworkDenoiser, TimeInput
 from ddim_pl.lightning_internals import callbacks_of, constructor_arguments
@@ -147,7 +149,10 @@ class DiffusionModule(L.LightningModule, ABC):
 
         Raises:
             UntrustedError: If the checkpoint names another class.
+            DamagedError: If the file does not match its checksums.
         """
+        if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_file():
+            read_archive(checkpoint_path)  # says what is damaged
         changes |= {"weights_only": True, "_instantiator": BUILDER}
         return super().load_from_checkpoint(checkpoint_path, map_location, **changes)
 

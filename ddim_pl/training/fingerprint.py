@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ddim_pl.damage import read_archive
 from ddim_pl.training.base import DiffusionModule
 
 
@@ -48,5 +49,4 @@ def fingerprint_of_file(model: DiffusionModule, ckpt_path: str | None) -> str:
     """
     if ckpt_path is None:
         return fingerprint(model)
-    file = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
-    return fingerprint(model, file["state_dict"])
+    return fingerprint(model, read_archive(ckpt_path, "ckpt_path")["state_dict"])

@@ -1,10 +1,8 @@
 """Reading a model from a checkpoint of this package."""
 
-import pickle
 from pathlib import Path
 
-import torch
-
+from ddim_pl.damage import read_archive, reason_of
 from ddim_pl.training.base import DiffusionModule
 from ddim_pl.trust import UntrustedError, trusted_class, trusting
 
@@ -27,18 +25,16 @@ def load(path: str | Path, *, trust: bool = False, name: str = "path") -> Diffus
         )
     try:
         with trusting(*(["*"] if trust else [])):
-            # Mapped, not read: only the name of the class is wanted here.
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            checkpoint = read_archive(path, name)
             kind = trusted_class(checkpoint["hyper_parameters"]["_class_path"], "the checkpoint")
             if not issubclass(kind, DiffusionModule):
                 raise TypeError(f"{kind.__name__} is no DiffusionModule")
             module = kind.load_from_checkpoint(path, map_location="cpu")
     except UntrustedError as error:
         raise UntrustedError(f"{name} {str(path)!r}: {error}") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{name} must be a checkpoint of this package, got {str(path)!r}, which cannot be "
-            f"read as one ({reason}): give another file"
+            f"read as one ({reason_of(error)}): give another file"
         ) from error
     return module.eval()

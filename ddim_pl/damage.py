@@ -1,0 +1,129 @@
+"""Damaged files: noticed by checksums, and named with what to do.
+
+A checkpoint is a zip archive, which holds a checksum of each member. JSON and safetensors files
+get a digest of their content, under `SEAL`; files of before have none and are read without.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+SEAL = "sha256"
+"""Where a file holds the digest of the rest."""
+
+
+class DamagedError(ValueError):
+    """A file does not hold what was written."""
+
+
+def read_archive(path: str | Path, name: str = "checkpoint_path") -> Any:
+    """Read what `torch.save` wrote; tensors stay on the disk until they are used.
+
+    Its checksums are compared first, at more than a gigabyte a second.
+
+    Args:
+        path: The file.
+        name: The argument that gave the path, for the error.
+
+    Raises:
+        DamagedError: If the file is damaged, or of another program.
+    """
+    damage = _damage_of(path)
+    if damage is not None:
+        raise DamagedError(_no_checkpoint(path, name, damage))
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # the bytes may name anything
+        raise DamagedError(_no_checkpoint(path, name, reason_of(error))) from error
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of a JSON file with its digest, for `read_sealed`."""
+    return {**content, SEAL: _digest_of_json(content)}
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read a JSON file whose content was `sealed`, without the digest.
+
+    Raises:
+        DamagedError: If it cannot be read, holds no object, or does not match its digest.
+    """
+    try:
+        content = json.loads(path.read_text())
+        seal = content.pop(SEAL, None)
+        damaged = seal is not None and seal != _digest_of_json(content)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{path} cannot be read ({reason_of(error)})") from error
+    if damaged:
+        raise DamagedError(
+            f"{path} cannot be read (its content does not match its {SEAL}, which is to be "
+            "removed if the content was changed by hand)"
+        )
+    return content
+
+
+def seal_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Metadata of a safetensors file: the digest of its tensors, for `read_tensors`."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        values = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return {SEAL: digest.hexdigest()}
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read a safetensors file that was saved with `seal_of` its tensors as metadata.
+
+    Raises:
+        DamagedError: If it cannot be read, or does not match its digest.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            seal = (file.metadata() or {}).get(SEAL)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # the bytes may say anything
+        raise DamagedError(f"{path} cannot be read ({reason_of(error)})") from error
+    if seal is not None and seal != seal_of(tensors)[SEAL]:
+        raise DamagedError(f"{path} cannot be read (its tensors do not match their {SEAL})")
+    return tensors
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _digest_of_json(content: Mapping[str, Any]) -> str:
+    # As it will be read: keys become texts, and tuples lists.
+    plain = json.loads(json.dumps(content))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _damage_of(path: str | Path) -> str | None:
+    """What is wrong with a zip archive, or None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.testzip()
+    except Exception as error:  # zipfile raises a dozen kinds
+        return reason_of(error)
+    return None if member is None else f"{member!r} does not match its checksum"
+
+
+def _no_checkpoint(path: str | Path, name: str, reason: str) -> str:
+    """The message on a checkpoint, with a whole one that lies beside it, if there is one."""
+    beside = [each for each in Path(path).parent.glob("*.ckpt") if each.is_file()]
+    beside.sort(key=lambda each: each.stat().st_mtime, reverse=True)
+    whole = next((each for each in beside if _damage_of(each) is None), None)
+    hint = "" if whole is None else f", such as {whole}, which is whole"
+    return (
+        f"{name} must be a checkpoint, got {path}, which is damaged or of another program "
+        f"({reason}): give another file{hint}"
+    )
