@@ -1,9 +1,11 @@
 """A picture of the same latents at every validation, so that progress can be seen."""
 
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from ddim_pl.checks import check_at_least
 from ddim_pl.images import grid, to_uint8, write_png
@@ -13,9 +15,10 @@ from ddim_pl.training import DiffusionModule
 class SampleGrid(L.Callback):
     """Draw a grid with the averaged weights at each validation and at the end of `test`.
 
-    Writes `samples/step-<global step>.png` (in `test` `samples/test.png`) into the run's folder,
-    and an image to TensorBoard where that is the logger. The latents are those of the images 0, 1,
-    2, ... of the module's seed, at every validation. Only the first rank samples.
+    Writes `samples/step-<updates>.png` (in `test` `samples/test.png`) into the run's folder, and
+    where TensorBoard is the logger an image of that many updates, "samples" or "test/samples". The
+    latents are those of the images 0, 1, 2, ... of the module's seed, at every validation. Only
+    the first rank samples.
 
     Args:
         num_images: Images in the grid.
@@ -37,13 +40,16 @@ class SampleGrid(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw, unless this is the check before training."""
         if not trainer.sanity_checking:
-            self._write_grid(trainer, pl_module, f"step-{trainer.global_step:07d}")
+            name = f"step-{_updates(trainer, pl_module):07d}"
+            self._write_grid(trainer, pl_module, name, "samples")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw."""
-        self._write_grid(trainer, pl_module, "test")
+        self._write_grid(trainer, pl_module, "test", "test/samples")
 
-    def _write_grid(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
+    def _write_grid(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, name: str, tag: str
+    ) -> None:
         assert isinstance(pl_module, DiffusionModule)
         folder = trainer.log_dir or trainer.default_root_dir  # asked on every rank: it broadcasts
         if not trainer.is_global_zero:
@@ -54,4 +60,12 @@ class SampleGrid(L.Callback):
         write_png(picture, Path(folder) / "samples" / f"{name}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("samples", picture, trainer.global_step)
+                # TensorBoard drops what has a tag in common with a later image of fewer updates.
+                logger.experiment.add_image(tag, picture, _updates(trainer, pl_module))
+
+
+def _updates(trainer: L.Trainer, module: L.LightningModule) -> int:
+    """Updates that the network was trained with; a trainer counts its own, in fit alone."""
+    if trainer.state.fn == TrainerFn.FITTING or trainer.ckpt_path is None:
+        return trainer.global_step
+    return cast(DiffusionModule, module).checkpoint_step

@@ -12,7 +12,7 @@ import yaml
 from callbacks.fid import FrechetDistance
 from ddim_pl.checks import check_at_least
 from ddim_pl.evaluation.tables import write_csv
-from ddim_pl.files import replacing
+from ddim_pl.files import write_tensors
 from ddim_pl.images import grid, to_uint8, write_png
 from ddim_pl.lightning_internals import add_callback_states, callbacks_of, datamodule_of
 from ddim_pl.training import ProgressiveDistillation
@@ -135,8 +135,7 @@ def _save(trainer: L.Trainer, module: ProgressiveDistillation, path: Path) -> No
             if not each["class_path"].endswith(f".{Students.__name__}")
         ]
         checkpoint[CONFIG_KEY] = yaml.safe_dump(config)
-    with replacing(path) as part:
-        torch.save(checkpoint, part)
+    write_tensors(checkpoint, path)
 
 
 def _add_row(path: Path, row: dict[str, Any]) -> None:

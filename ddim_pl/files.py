@@ -1,8 +1,14 @@
 """Files that appear whole or not at all."""
 
+import contextlib
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 @contextmanager
@@ -10,12 +16,59 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, which replaces `path` at the end of the block.
 
     Folders are made as needed. If the block fails, `path` stays as it was, without a temporary.
+    What was written is on the disk before it replaces `path`, so that a machine that fails leaves
+    one of the two. Processes that write the same file have each a temporary of their own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part
+        _to_disk(part)
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+    with contextlib.suppress(OSError):  # some systems open no folders
+        _to_disk(path.parent)
+
+
+def write_tensors(value: Any, path: Path) -> None:
+    """Write what `torch.save` can write, whole or not at all.
+
+    Raises:
+        OSError: If the disk is full, for example.
+    """
+    try:
+        with replacing(path) as part, part.open("wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        # PyTorch puts an error of its own before that of the disk.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what processes that were killed left of `replacing`, in this folder alone."""
+    for part in folder.glob("*.part"):
+        number = re.search(r"\.(\d+)\.part$", part.name)
+        if number is None or not _runs(int(number[1])):
+            part.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True

@@ -6,15 +6,20 @@ Lightning has no public way to do these things. A new version of Lightning is ch
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 import lightning as L
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core import saving
 from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.parsing import collect_init_args
+
+from ddim_pl.files import remove_parts, write_tensors
 
 
 def constructor_arguments(base: type[Any]) -> dict[str, Any]:
@@ -137,6 +142,36 @@ def save_last(trainer: L.Trainer) -> list[str]:
             files._last_global_step_saved = before
         paths.append(files.last_model_path)
     return paths
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all, in any folder.
+
+    Lightning writes to the folder of temporary files and moves the file from there, which is a
+    copy where that lies on another disk: a kill or a full disk leaves a part of it.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write beside the file, then replace it; other than local files as Lightning does."""
+        if storage_options is not None or not _is_local_file_protocol(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        write_tensors(checkpoint, Path(path))
+
+
+def write_whole_files(trainer: L.Trainer) -> None:
+    """Let the trainer write its checkpoints by `WholeFiles`, and remove what a kill left of some.
+
+    A `CheckpointIO` that the user gave is left as it is.
+    """
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeFiles()
+    for files in trainer.checkpoint_callbacks if trainer.is_global_zero else []:
+        folder = getattr(files, "dirpath", None)
+        if folder is not None and _is_local_file_protocol(folder):
+            remove_parts(Path(folder))
 
 
 def forwarder(trainer: L.Trainer) -> Callable[[int], Any] | None:

@@ -1,6 +1,10 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
-from ddim_pl.files import replacing
+from ddim_pl.files import remove_parts, replacing
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -26,3 +30,42 @@ def test_a_file_that_could_not_be_written_leaves_the_one_before(tmp_path, error)
         write()
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_was_written_is_on_the_disk_before_it_replaces_a_file(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_ino))
+    path = tmp_path / "file.txt"
+    with replacing(path) as part:
+        part.write_text("whole")
+    assert done == [path.stat().st_ino, tmp_path.stat().st_ino]
+
+
+def test_two_processes_write_the_same_file_each_in_a_temporary_of_its_own(tmp_path, monkeypatch):
+    path = tmp_path / "file.txt"
+    with replacing(path) as part:
+        part.write_text("first")
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with replacing(path) as other:
+            other.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+
+
+def test_a_file_has_the_mode_that_the_users_mask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "file.txt") as part:
+            part.write_text("")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file.txt").stat().st_mode & 0o777 == 0o640
+
+
+def test_only_parts_of_processes_that_are_gone_are_removed(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name in (f"a.{gone.pid}.part", f"b.{os.getpid()}.part", "c.part", "d.txt"):
+        (tmp_path / name).write_text("")
+    remove_parts(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"b.{os.getpid()}.part", "d.txt"}

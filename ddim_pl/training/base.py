@@ -287,6 +287,13 @@ class DiffusionModule(L.LightningModule, ABC):
         has_one = any(isinstance(callback, RunGuard) for callback in callbacks_of(self.trainer))
         return [] if has_one else [RunGuard()]
 
+    checkpoint_step: int = 0
+    """Updates of the checkpoint that a trainer has read, also where it does not train."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Read the number of updates."""
+        self.checkpoint_step = checkpoint.get("global_step", 0)
+
     def setup(self, stage: str) -> None:
         """Compile the networks in place, so that checkpoints keep their names."""
         if self.compile_network:

@@ -19,6 +19,7 @@ from ddim_pl.lightning_internals import (
     forwarder,
     save_last,
     unfinish_batch,
+    write_whole_files,
 )
 
 
@@ -29,7 +30,8 @@ class RunGuard(Checkpoint):
     that follows it. When a fit ends, by its limits, by an error or by a signal, `last.ckpt` of
     each `ModelCheckpoint` with `save_last` holds the state of the last update. A signal that comes
     in an update ends the fit after it; within a validation, on one device, at once. An error
-    within an update leaves the files as they are.
+    within an update leaves the files as they are. A kill or a full disk leaves no part of a file
+    in the place of a whole one.
 
     It runs after all other callbacks, because it is a `Checkpoint` and the last of them.
     """
@@ -39,6 +41,11 @@ class RunGuard(Checkpoint):
         self._failed = False
         self._saved_at = 0
         self._before_validation: dict[str, Any] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let checkpoints appear whole or not at all."""
+        if stage == "fit":
+            write_whole_files(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """End the batch within which the checkpoint was saved."""

@@ -1,6 +1,10 @@
 """A run that is stopped loses nothing: it ends as one that never was."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,9 @@ from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.schedules import CosineLogSNRSchedule
 from ddim_pl.training.guard import RunGuard
 
+ROOT = Path(__file__).parents[2]
+UMASK = os.umask(0)
+os.umask(UMASK)
 EPOCH, SAVE, LAST = 4, 4, 28
 
 
@@ -100,13 +107,13 @@ def module_of(kind, folder):
     return tiny_ddpm(lr_scheduler=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=9))
 
 
-def run(kind, folder, pages, *callbacks, resume=None, every=SAVE, **arguments):
+def run(kind, folder, pages, *callbacks, resume=None, every=SAVE, save_top_k=-1, **arguments):
     """A run, or one part of it; the end is that of the epochs, or that of the ladder."""
     folder.mkdir(exist_ok=True)
     seed_everything(0 if resume is None else 99, verbose=False)
     module = module_of(kind, folder)
     files = ModelCheckpoint(
-        folder, every_n_train_steps=every, save_last=True, save_top_k=-1, filename="{step}"
+        folder, every_n_train_steps=every, save_last=True, save_top_k=save_top_k, filename="{step}"
     )
     epochs = -1 if kind == "ladder" else LAST // EPOCH
     t = trainer(
@@ -217,3 +224,52 @@ def test_the_end_is_saved_beside_what_a_users_settings_save(tmp_path):
     t.fit(tiny_ddpm(), DigitsDataModule(batch_size=4, steps_per_epoch=EPOCH))
     names = sorted(file.name for file in tmp_path.glob("*.ckpt"))
     assert names == ["last.ckpt", "step=6.ckpt"]
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs two disks")
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path):
+    """Where the folder of temporary files lies on another disk, Lightning copies."""
+    last = tmp_path / "last.ckpt"
+    code = f"""
+import os, sys
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
+from pathlib import Path
+from training.test_guard import run
+write, saves = os.write, []
+import torch
+save = torch.save
+def kill(checkpoint, file, **more):
+    saves.append(1)
+    if len(saves) == 2:
+        file.write(b"a part")
+        file.flush()
+        os.kill(os.getpid(), 9)
+    save(checkpoint, file, **more)
+torch.save = kill
+run("ddpm", Path({str(tmp_path)!r}), [], save_top_k=0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert done.returncode == -9, done.stderr
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    assert len(list(tmp_path.glob("*.part"))) == 1
+    assert run("ddpm", tmp_path, [], resume=last, save_top_k=0)["global_step"] == LAST
+    assert not list(tmp_path.glob("*.part"))
+    assert last.stat().st_mode & 0o777 == 0o666 & ~UMASK
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_one_line(tmp_path, monkeypatch):
+    write, saves = torch.save, []
+
+    def full(checkpoint, file, **more):
+        saves.append(1)
+        if len(saves) < 2:
+            return write(checkpoint, file, **more)
+        with open("/dev/full", "wb", buffering=0) as disk:
+            write(checkpoint, disk, **more)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        run("ddpm", tmp_path, [], save_top_k=0)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
