@@ -6,11 +6,13 @@ Lightning has no public way to do these things. A new version of Lightning is ch
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.core import saving
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.parsing import collect_init_args
 
@@ -32,6 +34,28 @@ def allow_instantiator(path: str) -> None:
     """
     allowed: set[str] = getattr(saving, "_ALLOWED_INSTANTIATORS", set())
     allowed.add(path)
+
+
+FILE_LOGGERS = (TensorBoardLogger, CSVLogger)
+"""The loggers that write into `<save_dir>/<name>/version_N`."""
+
+
+def version_given(logger: TensorBoardLogger | CSVLogger) -> int | str | None:
+    """The version that a logger was given, without making it find one."""
+    return logger._version
+
+
+def set_version(logger: TensorBoardLogger | CSVLogger, version: int) -> None:
+    """Set the version of a logger that has not written yet, and would find one itself."""
+    logger._version = version
+
+
+def keep_columns(logger: CSVLogger) -> None:
+    """Let a logger go on with a file of metrics, whose columns it does not read."""
+    file = Path(logger.log_dir) / "metrics.csv"
+    if file.is_file():
+        header = file.read_text().partition("\n")[0]
+        logger.experiment.metrics_keys = header.split(",")
 
 
 def stop_after(trainer: L.Trainer, num_updates: int) -> None:
