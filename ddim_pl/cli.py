@@ -39,7 +39,7 @@ from ddim_pl.evaluation.measure import ChecksBeforeRun
 from ddim_pl.lightning_internals import (
     FILE_LOGGERS,
     callbacks_of,
-    keep_columns,
+    keep_table,
     set_version,
     version_given,
 )
@@ -275,7 +275,7 @@ class DiffusionCLI(LightningCLI):
     def _continue_tables(self) -> None:
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger) and getattr(rank_zero_only, "rank", 0) == 0:
-                keep_columns(logger)
+                keep_table(logger)
 
     def _report(self) -> None:
         folder = self.trainer.log_dir  # on every rank: it broadcasts

@@ -50,12 +50,16 @@ def set_version(logger: TensorBoardLogger | CSVLogger, version: int) -> None:
     logger._version = version
 
 
-def keep_columns(logger: CSVLogger) -> None:
-    """Let a logger go on with a file of metrics, whose columns it does not read."""
+def keep_table(logger: CSVLogger) -> None:
+    """Let a logger go on with its file of metrics, which it would delete before it writes."""
     file = Path(logger.log_dir) / "metrics.csv"
-    if file.is_file():
-        header = file.read_text().partition("\n")[0]
-        logger.experiment.metrics_keys = header.split(",")
+    if not file.is_file():
+        return
+    aside = file.replace(file.with_name("metrics-before.csv"))
+    try:
+        logger.experiment.metrics_keys = aside.read_text().partition("\n")[0].split(",")
+    finally:
+        aside.replace(file)
 
 
 def stop_after(trainer: L.Trainer, num_updates: int) -> None:

@@ -96,10 +96,10 @@ def test_two_loggers_and_a_resumed_run_and_its_test_share_one_folder(config, tmp
     main(["fit", "--config", config])
     run = tmp_path / "runs/tiny/version_0"
     main(["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_steps", "10"])
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert [row["step"] for row in rows if row["train/loss"]] == ["4", "9"]
     main(["test", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")])
-    more = list(csv.DictReader((run / "metrics.csv").open()))
+    more = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert len(more) == len(rows) + 1
     assert more[-1]["test/loss"]
     assert (run / "test-results.json").is_file()
