@@ -54,7 +54,7 @@ from ddim_pl.runs import (
     version_of,
 )
 from ddim_pl.training import DiffusionModule
-from ddim_pl.training.hyperparameters import CONFIG_KEY, INSTANTIATOR, filled
+from ddim_pl.training.hyperparameters import CONFIG_KEY, INSTANTIATOR, filled, remember
 from ddim_pl.trust import set_import_policy, trusting
 
 # An argument of any type gets a class path as plain data: nothing is built from it.
@@ -218,6 +218,8 @@ class DiffusionCLI(LightningCLI):
             logger=False,
         )
         module = cast(DiffusionModule, self.model)
+        if model["init_args"].get("network"):
+            remember(module.network, model["init_args"]["network"].get("init_args") or {})
         check_module(module)
         if self.subcommand in ("predict", *COMMANDS) or getattr(rank_zero_only, "rank", 0) != 0:
             return  # Lightning lets the other ranks wait for the first one's download
@@ -355,6 +357,7 @@ IGNORED = (
     "Checkpoint directory .* exists and is not empty",  # a run that goes on
     "Experiment logs directory .* exists and is not empty",  # the same of a CSVLogger
     "The dirpath has changed",  # the same folder by another path, or a run begun from a file
+    "network is not stored in checkpoints",  # it is: the config says how it is built
     "Found .* in eval mode at the start",  # the averaged network, on purpose
     "When using the `ThroughputMonitor`, you need to define",  # counts images, not operations
     ".*LeafSpec.* is deprecated",  # Lightning 2.6 with the newest PyTorch
