@@ -3,6 +3,7 @@
 A checkpoint alone is enough to run it, and an error is one line.
 """
 
+import atexit
 import glob
 import importlib
 import inspect
@@ -10,7 +11,9 @@ import json
 import logging
 import os
 import pkgutil
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +23,7 @@ import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import ddim_pl.data
@@ -40,10 +44,25 @@ from ddim_pl.commands import COMMANDS
 from ddim_pl.commands import Trainer as TrainerWithCommands
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.evaluation.measure import ChecksBeforeRun
-from ddim_pl.lightning_internals import callbacks_of
-from ddim_pl.runs import SHARED, checkpoint_config, newest_checkpoint, read_checkpoint, version_of
+from ddim_pl.lightning_internals import (
+    FILE_LOGGERS,
+    callbacks_of,
+    keep_table,
+    set_version,
+    version_given,
+)
+from ddim_pl.runs import (
+    SHARED,
+    alone_in,
+    checkpoint_config,
+    claim_version,
+    newest_checkpoint,
+    read_checkpoint,
+    run_of,
+    version_of,
+)
 from ddim_pl.training import DiffusionModule
-from ddim_pl.training.hyperparameters import CONFIG_KEY, INSTANTIATOR, filled
+from ddim_pl.training.hyperparameters import CONFIG_KEY, INSTANTIATOR, filled, remember
 from ddim_pl.trust import set_import_policy, trusting
 
 # An argument of any type gets a class path as plain data: nothing is built from it.
@@ -159,8 +178,8 @@ class DiffusionCLI(LightningCLI):
     def _resolve_checkpoint(self, config: Namespace) -> None:
         """Turn `last` into a file, check that it exists, and write into that file's run."""
         command, checkpoint = self.config.subcommand, config.get("ckpt_path")
-        logger = config.trainer.get("logger")
-        settings = logger.get("init_args", {}) if hasattr(logger, "get") else {}
+        loggers = _file_loggers(config.trainer.get("logger"))
+        settings = loggers[0] if loggers else Namespace()
         if checkpoint == "last":
             name = settings["name"] or "" if "name" in settings else None
             checkpoint = str(newest_checkpoint(Path(settings.get("save_dir", "runs")), name))
@@ -171,16 +190,8 @@ class DiffusionCLI(LightningCLI):
         if checkpoint != self._read:
             read_checkpoint(Path(checkpoint))
         config.ckpt_path = checkpoint
-        found = version_of(Path(checkpoint))
-        if not settings or found is None:
-            return
-        experiment, version = found
-        root = Path(settings.get("save_dir", "runs"), settings.get("name") or "")
-        if command != "fit":
-            settings["save_dir"], settings["name"] = str(experiment.parent), experiment.name
-        elif root.absolute() != experiment:
-            return  # another experiment, which starts from this checkpoint
-        settings["version"] = version
+        for each in loggers:
+            _log_into_run(each, Path(checkpoint), fits=command == "fit")
 
     def _parse_ckpt_path(self) -> None:
         """Do not let the checkpoint's arguments override the command line, as Lightning would."""
@@ -199,6 +210,10 @@ class DiffusionCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; an error names its arguments."""
         with naming_trainer(self.config[self.subcommand].trainer):
+            if self.config[self.subcommand].trainer.get("fast_dev_run"):
+                # Such a run has no logger, and hence no folder: it leaves nothing.
+                kwargs["default_root_dir"] = tempfile.mkdtemp()
+                atexit.register(shutil.rmtree, kwargs["default_root_dir"], ignore_errors=True)
             return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
@@ -211,6 +226,8 @@ class DiffusionCLI(LightningCLI):
             logger=False,
         )
         module = cast(DiffusionModule, self.model)
+        if model["init_args"].get("network"):
+            remember(module.network, model["init_args"]["network"].get("init_args") or {})
         check_module(module)
         if self.subcommand in ("predict", *COMMANDS) or getattr(rank_zero_only, "rank", 0) != 0:
             return  # Lightning lets the other ranks wait for the first one's download
@@ -228,19 +245,47 @@ class DiffusionCLI(LightningCLI):
 
     # ---- the commands -------------------------------------------------------------------------
 
+    def fit(self, **kwargs: Any) -> None:
+        """Train, in a run of this process alone."""
+        loggers = [each for each in self.trainer.loggers if isinstance(each, FILE_LOGGERS)]
+        if not loggers or getattr(rank_zero_only, "rank", 0) != 0:
+            self.trainer.fit(**kwargs)
+            return
+        if all(version_given(each) is None for each in loggers):
+            number = claim_version(Path(loggers[0].root_dir))
+            for each in loggers:
+                set_version(each, number)
+        run = Path(loggers[0].log_dir)
+        if not kwargs.get("ckpt_path") and (run / "config.yaml").exists():
+            raise ValueError(
+                f"trainer.logger.version must be that of a new run, got {run}: leave it out, or "
+                "go on with that run by --ckpt_path"
+            )
+        run.mkdir(parents=True, exist_ok=True)
+        with alone_in(run, ".fit-lock"):
+            self._continue_tables()
+            self.trainer.fit(**kwargs)
+
     def test(self, **kwargs: Any) -> None:
         """Test, print a table and write it as `test-results.json` into the run."""
+        self._continue_tables()
         self.trainer.test(**{**kwargs, "verbose": False})
         self._report()
 
     def validate(self, **kwargs: Any) -> None:
         """Validate and print a table."""
+        self._continue_tables()
         self.trainer.validate(**{**kwargs, "verbose": False})
         self._report()
 
     def predict(self, **kwargs: Any) -> None:
         """Sample images; callbacks write them, so they are not kept in memory."""
         self.trainer.predict(**{**kwargs, "return_predictions": False})
+
+    def _continue_tables(self) -> None:
+        for logger in self.trainer.loggers:
+            if isinstance(logger, CSVLogger) and getattr(rank_zero_only, "rank", 0) == 0:
+                keep_table(logger)
 
     def _report(self) -> None:
         folder = self.trainer.log_dir  # on every rank: it broadcasts
@@ -283,6 +328,28 @@ def _needs_checkpoint(command: str) -> str:
     return f"{command} needs --ckpt_path: give a file or 'last'"
 
 
+def _file_loggers(loggers: Any) -> list[Namespace]:
+    """The arguments of those loggers of a config that write into a run's folder."""
+    names = tuple(f".{kind.__name__}" for kind in FILE_LOGGERS)
+    loggers = loggers if isinstance(loggers, list) else [loggers]
+    found = [each for each in loggers if isinstance(each, Namespace) and "init_args" in each]
+    return [each.init_args for each in found if f".{each.class_path}".endswith(names)]
+
+
+def _log_into_run(logger: Namespace, checkpoint: Path, *, fits: bool) -> None:
+    """Let a logger write into a checkpoint's run; a fit from another's begins a new one."""
+    found = version_of(checkpoint)
+    if fits:
+        root = Path(logger.get("save_dir", "runs"), logger.get("name") or "")
+        if found is not None and root.absolute() == found[0]:
+            logger["version"] = found[1]
+        return
+    run = run_of(checkpoint)
+    folder, version = found or (run, "")
+    logger["save_dir"], logger["name"] = str(folder.parent), folder.name
+    logger["version"] = version
+
+
 def _as_list(loggers: Any) -> list[dict[str, Any]]:
     """The loggers of a dumped config; `true` and `false` have no settings and are left out."""
     loggers = loggers if isinstance(loggers, list) else [loggers]
@@ -296,7 +363,9 @@ def _format(value: Any) -> str:
 IGNORED = (
     ".*does not have many workers.*",  # data in memory: there is nothing for workers to do
     "Checkpoint directory .* exists and is not empty",  # a run that goes on
+    "Experiment logs directory .* exists and is not empty",  # the same of a CSVLogger
     "The dirpath has changed",  # the same folder by another path, or a run begun from a file
+    "network is not stored in checkpoints",  # it is: the config says how it is built
     "Found .* in eval mode at the start",  # the averaged network, on purpose
     "When using the `ThroughputMonitor`, you need to define",  # counts images, not operations
     ".*LeafSpec.* is deprecated",  # Lightning 2.6 with the newest PyTorch

@@ -15,6 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core import saving
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.parsing import collect_init_args
@@ -39,6 +40,32 @@ def allow_instantiator(path: str) -> None:
     """
     allowed: set[str] = getattr(saving, "_ALLOWED_INSTANTIATORS", set())
     allowed.add(path)
+
+
+FILE_LOGGERS = (TensorBoardLogger, CSVLogger)
+"""The loggers that write into `<save_dir>/<name>/version_N`."""
+
+
+def version_given(logger: TensorBoardLogger | CSVLogger) -> int | str | None:
+    """The version that a logger was given, without making it find one."""
+    return logger._version
+
+
+def set_version(logger: TensorBoardLogger | CSVLogger, version: int) -> None:
+    """Set the version of a logger that has not written yet, and would find one itself."""
+    logger._version = version
+
+
+def keep_table(logger: CSVLogger) -> None:
+    """Let a logger go on with its file of metrics, which it would delete before it writes."""
+    file = Path(logger.log_dir) / "metrics.csv"
+    if not file.is_file():
+        return
+    aside = file.replace(file.with_name("metrics-before.csv"))
+    try:
+        logger.experiment.metrics_keys = aside.read_text().partition("\n")[0].split(",")
+    finally:
+        aside.replace(file)
 
 
 def stop_after(trainer: L.Trainer, num_updates: int) -> None:

@@ -1,7 +1,11 @@
 """Run folders `<save_dir>/<name>/version_N`, their checkpoints, and which of them is `last`."""
 
-import glob
+import contextlib
+import fcntl
+import os
+import platform
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,12 @@ SHARED = ("seed_everything", "trainer", "model", "data")
 """What a checkpoint holds of a config: all but the arguments of one command."""
 
 
+DEEPEST = 4
+"""Folders between `save_dir` and a run at most: a name may hold slashes."""
+
+
 def newest_checkpoint(root: Path, name: str | None = None) -> Path:
-    """The `last.ckpt` below `root` that was written last.
+    """The newest run's checkpoint: `last.ckpt`, or before the first one the newest of its files.
 
     Args:
         root: The `save_dir` of the logger.
@@ -24,18 +32,99 @@ def newest_checkpoint(root: Path, name: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: If there is none.
+        ValueError: If a newer run has begun that has no checkpoint yet.
     """
-    # A name is a name, also one with brackets.
-    experiment = "*" if name is None else glob.escape(name) or "."
-    pattern = f"{experiment}/version_*/checkpoints/last.ckpt"
-    files = sorted(root.glob(pattern), key=lambda file: file.stat().st_mtime)
-    if not files:
+    runs = list(_runs_below(root, DEEPEST) if name is None else _runs_below(root / name, 1))
+    found = {run: file for run in runs if (file := _last_of(run)) is not None}
+    if not found:
         wanted = root / (name or "" if name is not None else "*") / "version_*/checkpoints"
         raise FileNotFoundError(
             f"--ckpt_path last must find {wanted / 'last.ckpt'}, got none: run fit first, or give "
             "a file"
         )
-    return files[-1]
+    newest = max(found.values(), key=_age)
+    begun = [run / "config.yaml" for run in runs if run not in found]
+    for config in begun:
+        if config.is_file() and _age(config) > _age(newest):
+            raise ValueError(
+                f"--ckpt_path last must be of the newest run, got {config.parent}, which has no "
+                f"checkpoint yet: wait for it, or give a file, such as {newest} of the run before"
+            )
+    return newest
+
+
+def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
+    """The runs `version_N` in a folder and so many levels of folders."""
+    if depth == 0 or not folder.is_dir():
+        return
+    for child in sorted(folder.iterdir()):
+        if re.fullmatch(r"version_\d+", child.name):
+            yield child
+        elif depth > 1:
+            yield from _runs_below(child, depth - 1)
+
+
+def _last_of(run: Path) -> Path | None:
+    """The checkpoint from which a run goes on; a student is none."""
+    last = run / "checkpoints" / "last.ckpt"
+    files = [file for file in last.parent.glob("*.ckpt") if not file.name.startswith("student-")]
+    return last if last in files else max(files, key=_age, default=None)
+
+
+def _age(file: Path) -> int:
+    return file.stat().st_mtime_ns
+
+
+def claim_version(experiment: Path) -> int:
+    """Make the next free folder `version_N` of an experiment; no other process gets the same."""
+    experiment.mkdir(parents=True, exist_ok=True)
+    taken = [int(run.name.removeprefix("version_")) for run in _runs_below(experiment, 1)]
+    number = max(taken, default=-1) + 1
+    while True:
+        try:
+            (experiment / f"version_{number}").mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return number
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, lock: str = ".lock") -> Iterator[None]:
+    """Let no other process work in a folder; the lock of one that has died counts for nothing.
+
+    Args:
+        folder: It must exist.
+        lock: Name of the lock's file, which is there as long as the lock is held.
+
+    Raises:
+        ValueError: If another process works there.
+    """
+    path = folder / lock
+    # Opened anew if the process that held it has removed the file meanwhile.
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(
+                f"{folder} must be a folder in which no other process works, got one with "
+                f"{holder}: wait until it has finished, or give another folder"
+            ) from None
+        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            break
+        file.close()
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def run_of(checkpoint: Path) -> Path:

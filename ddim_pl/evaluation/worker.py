@@ -1,7 +1,7 @@
 """Running a function on every device of a trainer, with a model's averaged weights there."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ddim_pl.data.base import ImageDataModule, IndexBatches
 from ddim_pl.lightning_internals import without_callbacks_and_loggers
-from ddim_pl.runs import read_checkpoint, run_of
+from ddim_pl.runs import alone_in, read_checkpoint, run_of
 from ddim_pl.samplers import Sampler
 from ddim_pl.training import DiffusionModule
 from ddim_pl.trust import stays_inside
@@ -46,6 +46,7 @@ class Worker:
         self.rank: int = trainer.global_rank
         self.world_size: int = trainer.world_size
         self.shows_progress = progress and self.rank == 0
+        self.locks = ExitStack()
 
     def with_model(self, model: DiffusionModule) -> "Worker":
         """The same worker for another model, which must be on its device already."""
@@ -104,8 +105,10 @@ class Worker:
     def folder(self, output: str | None, name: str) -> Path:
         """Where to write: `output`, or a folder of this name in the run; called on every worker.
 
+        No other process can work there until this one's work is done.
+
         Raises:
-            ValueError: If the folder cannot be made.
+            ValueError: If the folder cannot be made, or another process works there.
         """
         run = self.broadcast(self.run or self.trainer.default_root_dir)
         folder = Path(output) if output else Path(run, name)
@@ -113,6 +116,9 @@ class Worker:
         if self.is_first:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                self.locks.enter_context(alone_in(folder))
+            except ValueError as error:
+                problem = str(error)
             except OSError as error:
                 problem = (
                     f"output must be a folder, got {str(folder)!r}, which cannot be made "
@@ -202,9 +208,15 @@ def on_every_worker(
     if ckpt_path is not None:
         model.load_state_dict(read_checkpoint(Path(ckpt_path), "ckpt_path")["state_dict"])
         run = str(run_of(Path(ckpt_path)))
+
+    def run_work(trainer: L.Trainer) -> None:
+        worker = Worker(trainer, model, run=run, progress=bar)
+        with worker.locks:
+            work(worker)
+
     once_each = IndexBatches([torch.zeros(1, dtype=torch.long)])
     with without_callbacks_and_loggers(trainer):
-        job = _Job(model, lambda trainer: work(Worker(trainer, model, run=run, progress=bar)))
+        job = _Job(model, run_work)
         trainer.predict(job, once_each, return_predictions=False)
 
 

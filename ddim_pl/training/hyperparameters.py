@@ -11,6 +11,8 @@ from functools import partial
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from torch import nn
+
 from ddim_pl.lightning_internals import allow_instantiator
 from ddim_pl.trust import UntrustedError, trusted_class
 
@@ -113,11 +115,23 @@ def build(value: Any, hint: Any, source: str) -> Any:
             if _is_kind(kind, get_args(each)[-1]):
                 return partial(kind, **arguments)
         elif _is_kind(kind, each):
-            return kind(**arguments)
+            return remember(kind(**arguments), given)
     raise UntrustedError(
         f"{source} names {value['class_path']} where {hint} is declared, which is refused: the "
         "file is damaged, or of another program"
     )
+
+
+def remember(made: Any, arguments: dict[str, Any]) -> Any:
+    """Let a network that does not know its arguments know them, so that `describe` finds them.
+
+    Args:
+        made: Any object; returned.
+        arguments: What it was made with, as plain data.
+    """
+    if isinstance(made, nn.Module) and not hasattr(made, "init_args"):
+        made.init_args = dict(arguments)  # type: ignore[assignment]
+    return made
 
 
 def build_module(kind: type[Any], data: dict[str, Any]) -> Any:

@@ -35,6 +35,7 @@ from ddim_pl.timesteps import linear
 from ddim_pl.training.base import Batch, DiffusionModule
 from ddim_pl.training.ddpm import averaged_checkpoint
 from ddim_pl.training.distillation import Distillation, copy_weights, student_network
+from ddim_pl.training.hyperparameters import NotPlainError, describe
 from ddim_pl.transitions import q_sample
 
 
@@ -254,12 +255,27 @@ class ProgressiveDistillation(Distillation):
         return self
 
     def setup(self, stage: str) -> None:
-        """Compile, and end the fit where the ladder ends."""
+        """Compile, and end the fit where the ladder ends.
+
+        Raises:
+            ValueError: If a student's checkpoint could not say how its network is built.
+        """
         super().setup(stage)
+        if stage == "fit":
+            self._check_network()
         if self.compile_network:
             self.teacher.compile()
         if stage == "fit" and self.trainer.max_steps == -1:
             stop_after(self.trainer, self.num_updates)
+
+    def _check_network(self) -> None:
+        try:
+            describe(self.network)
+        except NotPlainError as error:
+            raise ValueError(
+                f"network must say how it is built, got one that does not ({error}): set its "
+                "attribute init_args to the arguments of its constructor, see docs/networks.md"
+            ) from None
 
     def check_data(self, datamodule: L.LightningDataModule | None) -> None:
         """Check that there is a teacher that the ladder can begin from."""

@@ -1,18 +1,23 @@
 """A checkpoint says how to build its module."""
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from ladders import fit, ladder
 from small_trainer import trainer
-from tiny import tiny_ddpm, tiny_unet
+from tiny import tiny_config, tiny_ddpm, tiny_unet, write_config
 from torch import nn
 
+from ddim_pl.cli import main
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.fixed_point import Anderson
 from ddim_pl.samplers import DDIM, DEQ, Ancestral
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
 from ddim_pl.training import DDPM
+from ddim_pl.training.loading import load
 
 
 def test_a_checkpoint_alone_rebuilds_the_module(tmp_path):
@@ -113,3 +118,55 @@ def test_a_subclass_is_rebuilt_from_its_own_arguments(tmp_path):
     loaded = Wide.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
     assert loaded.num_steps == 3
     torch.testing.assert_close(loaded.sample([0]), module.sample([0]), rtol=0, atol=0)
+
+
+def test_the_network_of_the_docs_goes_through_a_ladder(tmp_path, monkeypatch):
+    """Its students are read from their checkpoints, which the first round would have died of."""
+    text = (Path(__file__).parents[2] / "docs" / "networks.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my_networks.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DDIM_PL_TRUSTED_MODULES", "my_networks")
+    config = tiny_config(tmp_path / "runs", max_steps=4, limit_val_batches=0)
+    *_, saving = config["trainer"]["callbacks"]
+    saving["init_args"]["every_n_train_steps"] = 2
+    config["trainer"]["callbacks"] = [saving]
+    network = {"class_path": "my_networks.Small", "init_args": {"width": 12}}
+    config["model"]["init_args"]["network"] = network
+    main(["fit", "--config", write_config(config, tmp_path / "teacher.yaml")])
+    checkpoints = tmp_path / "runs/tiny/version_0/checkpoints"
+    config["model"] = {
+        "class_path": "ddim_pl.training.ProgressiveDistillation",
+        "init_args": {"teacher": str(checkpoints / "last.ckpt"), "rounds": [[2, 1], [1, 2]]},
+    }
+    config["trainer"]["max_steps"] = -1
+    config["trainer"]["callbacks"] = [saving, {"class_path": "callbacks.Students"}]
+    main(["fit", "--config", write_config(config, tmp_path / "ladder.yaml")])
+    for steps in (2, 1):
+        student = load(
+            tmp_path / f"runs/tiny/version_1/checkpoints/student-{steps:04d}-steps.ckpt"
+        )
+        assert student.network.init_args == {"width": 12, "in_channels": 1, "image_size": 8}
+        assert student.distilled_steps == steps
+
+
+class Opaque(nn.Conv2d):
+    """A network that does not say how it is built."""
+
+    in_channels, image_size = 1, 8
+
+    def __init__(self):
+        super().__init__(1, 1, 1)
+
+    def forward(self, z, t):
+        return super().forward(z)
+
+
+def test_a_ladder_asks_for_the_networks_arguments_before_it_trains(tmp_path):
+    with pytest.warns(UserWarning, match="network is not stored"):
+        module = ladder(None, network=Opaque(), rounds=[(2, 1)], conversion_updates=0)
+    with pytest.raises(ValueError, match=r"network must say how it is built.*init_args"):
+        fit(module, tmp_path)
+    module.network.init_args = {}
+    fit(module, tmp_path)
+    assert module.student_checkpoint()["hyper_parameters"]["network"]["init_args"] == {}
