@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from ddim_pl.training.base import DiffusionModule
+from ddim_pl.training.finite import NotFiniteError
 from ddim_pl.trust import UntrustedError, trusted_class, trusting
 
 
@@ -19,7 +20,8 @@ def load(path: str | Path, *, trust: bool = False, name: str = "path") -> Diffus
 
     Raises:
         UntrustedError: If the file names a class that is not trusted.
-        ValueError: If the file cannot be read, or is no checkpoint of this package.
+        ValueError: If the file cannot be read, is no checkpoint of this package, or holds weights
+            that are not finite.
     """
     if not Path(path).is_file():
         raise ValueError(
@@ -35,6 +37,8 @@ def load(path: str | Path, *, trust: bool = False, name: str = "path") -> Diffus
             module = kind.load_from_checkpoint(path, map_location="cpu")
     except UntrustedError as error:
         raise UntrustedError(f"{name} {str(path)!r}: {error}") from None
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{name} {str(path)!r}: {error}") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(

@@ -35,6 +35,7 @@ from ddim_pl.timesteps import linear
 from ddim_pl.training.base import Batch, DiffusionModule
 from ddim_pl.training.ddpm import DDPM
 from ddim_pl.training.distillation import Distillation, copy_weights, student_network
+from ddim_pl.training.finite import check_finite_weights
 from ddim_pl.training.hyperparameters import INSTANTIATOR, describe, import_path
 from ddim_pl.transitions import q_sample
 
@@ -199,6 +200,7 @@ class ProgressiveDistillation(Distillation):
         It knows its levels, and needs neither this class nor the teacher.
         """
         weights = self.average.module.state_dict()
+        check_finite_weights(weights, "lower the rate or clip the gradients")
         state = {f"network.{name}": value for name, value in weights.items()}
         state |= {f"average.module.{name}": value for name, value in weights.items()}
         names = ["network", "schedule", "noise", "loss_weight", "prediction", "time_input"]
