@@ -85,6 +85,17 @@ def batches_consumed(trainer: L.Trainer) -> int:
     return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
 
 
+def indices_of_batch(trainer: L.Trainer, number: int) -> Any:
+    """Which items of the training set batch `number` of the run holds, if its order can say."""
+    order: Any = getattr(trainer.train_dataloader, "sampler", None)
+    return order.batch(number).indices if hasattr(order, "batch") else None
+
+
+def scales_gradients(trainer: L.Trainer) -> bool:
+    """Whether losses are scaled, so that gradients may overflow and be skipped."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
 def finish_batch(trainer: L.Trainer) -> None:
     """End the batch within which the checkpoint of a resumed run was saved.
 

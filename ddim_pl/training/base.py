@@ -28,6 +28,7 @@ from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.schedules import LinearSchedule, NoiseSchedule
 from ddim_pl.timesteps import make_levels
 from ddim_pl.training.ema import exponential_average
+from ddim_pl.training.finite import UpdateCheck, check_finite_weights, drop_gradients
 from ddim_pl.training.guard import RunGuard
 from ddim_pl.training.hyperparameters import (
     BUILDER,
@@ -69,6 +70,9 @@ class DiffusionModule(L.LightningModule, ABC):
         lr_scheduler: Makes a learning-rate schedule, stepped once per update; stored likewise.
         warmup_steps: Updates over which the rate grows linearly from 0; multiplies `lr_scheduler`.
         ema_decay: Decay of the weights' average, see `exponential_average`.
+        skip_bad_batches: How many updates in a row are left out because their loss or gradients
+            are not finite, before the fit stops; by default none. "train/skipped_batches" counts
+            them since the fit began.
         compile: Compile the network with `torch.compile`.
         seed: Seed of all noise in training and of the sampled images.
 
@@ -93,6 +97,7 @@ class DiffusionModule(L.LightningModule, ABC):
         lr_scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
         ema_decay: float = 0.9999,
+        skip_bad_batches: int = 0,
         compile: bool = False,
         seed: int = 0,
     ) -> None:
@@ -101,17 +106,16 @@ class DiffusionModule(L.LightningModule, ABC):
         self.schedule = schedule or LinearSchedule()
         self.noise = noise or GaussianNoise()
         self.sampler = sampler or default_sampler(self.noise)
-        self.timesteps = timesteps
-        self.num_steps = num_steps
+        self.timesteps, self.num_steps = timesteps, num_steps
         self.image_shape = _image_shape(network, image_shape)
         self.network = network
         self.average = exponential_average(network, ema_decay)
-        self.prediction = prediction
-        self.time_input = time_input
+        self.prediction, self.time_input = prediction, time_input
         self.clip = clip
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.warmup_steps = warmup_steps
+        self.skip_bad_batches = skip_bad_batches
         self.compile_network = compile
         self.seed = seed
         self._check_arguments()
@@ -120,6 +124,9 @@ class DiffusionModule(L.LightningModule, ABC):
     def _check_arguments(self) -> None:
         """Find what is wrong now, not after hours of training."""
         check_at_least(0, warmup_steps=self.warmup_steps, seed=self.seed)
+        check_at_least(0, skip_bad_batches=self.skip_bad_batches)
+        self._update_check = UpdateCheck(self.skip_bad_batches)
+        self._update_is_good = True
         self._warned_of: set[Sampler] = set()
         self.check_noise(self.sampler)
         _ = self.levels
@@ -291,8 +298,13 @@ class DiffusionModule(L.LightningModule, ABC):
     """Updates of the checkpoint that a trainer has read, also where it does not train."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Read the number of updates."""
+        """Read the number of updates, unless the weights are spoiled."""
+        check_finite_weights(checkpoint["state_dict"], "give an earlier checkpoint")
         self.checkpoint_step = checkpoint.get("global_step", 0)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the files before, if the weights are spoiled."""
+        check_finite_weights(checkpoint["state_dict"], "lower the rate or clip the gradients")
 
     def setup(self, stage: str) -> None:
         """Compile the networks in place, so that checkpoints keep their names."""
@@ -307,14 +319,25 @@ class DiffusionModule(L.LightningModule, ABC):
         seed = derive_seed(self.seed, self.global_step, part, self.global_rank)
         # Dropout draws from the global generator; seeding it makes a resumed run exact.
         torch.manual_seed(seed)
-        loss = self._mean_loss(self.network, self.read_batch(batch), seed)
+        batch = self.read_batch(batch)
+        loss = self._mean_loss(self.network, batch, seed)
+        self._update_check.add(batch, seed, loss)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Update the weights, then their average."""
         super().optimizer_step(*args, **kwargs)
-        self.average.update_parameters(self.network)
+        if self._update_is_good:
+            self.average.update_parameters(self.network)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Make no update of what is not finite."""
+        self._update_is_good = self._update_check.passes(self, optimizer)
+        if not self._update_is_good:
+            drop_gradients(self.network)
+        if self.skip_bad_batches:
+            self.log("train/skipped_batches", float(self._update_check.skipped))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the averaged network's loss, with the same noise every time."""

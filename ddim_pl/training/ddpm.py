@@ -18,6 +18,7 @@ from ddim_pl.prediction import LossWeight, check_loss_weight, output_error_weigh
 from ddim_pl.rng import StepGenerators
 from ddim_pl.schedules import DiscreteSchedule, NoiseSchedule
 from ddim_pl.training.base import Batch, DiffusionModule, LossKind
+from ddim_pl.training.finite import check_finite_weights
 from ddim_pl.training.hyperparameters import INSTANTIATOR, describe, import_path
 from ddim_pl.transitions import q_sample
 
@@ -147,8 +148,12 @@ def averaged_checkpoint(module: DiffusionModule, **changes: Any) -> dict[str, An
     Args:
         module: The module.
         **changes: Arguments of the `DDPM` that are not the module's.
+
+    Raises:
+        NotFiniteError: If a weight is not finite.
     """
     weights = module.average.module.state_dict()
+    check_finite_weights(weights, "lower the rate or clip the gradients")
     state = {f"network.{name}": value for name, value in weights.items()}
     # The same tensors: a file holds them once.
     state |= {f"average.module.{name}": value for name, value in weights.items()}

@@ -114,7 +114,7 @@ class RunGuard(Checkpoint):
         self._failed = True
         try:
             paths = save_last(trainer)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             rank_zero_warn(f"update {trainer.global_step} could not be saved: {error}")
             return
         if trainer.is_global_zero:

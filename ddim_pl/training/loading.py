@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ddim_pl.damage import read_archive, reason_of
 from ddim_pl.training.base import DiffusionModule
+from ddim_pl.training.finite import NotFiniteError
 from ddim_pl.trust import UntrustedError, trusted_class, trusting
 
 
@@ -17,7 +18,8 @@ def load(path: str | Path, *, trust: bool = False, name: str = "path") -> Diffus
 
     Raises:
         UntrustedError: If the file names a class that is not trusted.
-        ValueError: If the file cannot be read, or is no checkpoint of this package.
+        ValueError: If the file cannot be read, is no checkpoint of this package, or holds weights
+            that are not finite.
     """
     if not Path(path).is_file():
         raise ValueError(
@@ -32,6 +34,8 @@ def load(path: str | Path, *, trust: bool = False, name: str = "path") -> Diffus
             module = kind.load_from_checkpoint(path, map_location="cpu")
     except UntrustedError as error:
         raise UntrustedError(f"{name} {str(path)!r}: {error}") from None
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{name} {str(path)!r}: {error}") from None
     except (RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{name} must be a checkpoint of this package, got {str(path)!r}, which cannot be "
