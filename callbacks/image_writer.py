@@ -13,12 +13,12 @@ from ddim_pl.images import grid, read_png, to_uint8, write_png
 
 
 class ImageWriter(L.Callback):
-    """Write each image of `predict` as `<index>.png`, and a grid of the first ones.
+    """Write each image of `predict` as `images/<index>.png`, and a grid of the first ones.
 
-    Every rank writes its own images; the first rank then lays out `grid.png`.
+    Every rank writes its own images; the first rank then lays out `grid.png`, apart from them.
 
     Args:
-        folder: Where to write; by default `images` in the run's folder.
+        folder: Where to write; by default `predict` in the run's folder.
         grid_images: Images in the grid at most.
         columns: Images in a row; by default the grid is about square.
 
@@ -37,11 +37,14 @@ class ImageWriter(L.Callback):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the folder, the same on every rank."""
         run = Path(trainer.log_dir or trainer.default_root_dir)
-        self._folder = Path(self.folder) if self.folder else run / "images"
+        self._folder = Path(self.folder) if self.folder else run / "predict"
         if trainer.is_global_zero and not self.folder:
             # The run's own folder holds one set of images: remove an earlier one.
-            for old in self._folder.glob("[0-9]" * 6 + ".png"):
-                old.unlink()
+            old = list(self._folder.glob("images/" + "[0-9]" * 6 + ".png"))
+            for file in old:
+                file.unlink()
+            if old:
+                rank_zero_info(f"{len(old)} images of an earlier call are removed from {run}")
         trainer.strategy.barrier("old images removed")
         self._last_index = -1
 
@@ -72,4 +75,4 @@ class ImageWriter(L.Callback):
         rank_zero_info(f"Images are in {self._folder}")
 
     def _path(self, index: int) -> Path:
-        return self._folder / f"{index:06d}.png"
+        return self._folder / "images" / f"{index:06d}.png"

@@ -144,7 +144,7 @@ def test_predict_and_sample_of_a_moved_checkpoint_write_into_one_folder(config, 
     main(["predict", "--ckpt_path", str(moved), *more])
     main(["test", "--ckpt_path", str(moved)])
     written = {each.name for each in (moved.parent / "some-run").iterdir()}
-    assert written >= {"sample", "images", "test-results.json"}
+    assert written >= {"sample", "predict", "test-results.json"}
     assert [each.name for each in (tmp_path / "runs/tiny").iterdir()] == ["version_0"]
 
 

@@ -72,7 +72,7 @@ def interpolate(
         check_images(datamodule)
 
     def work(worker: Worker) -> None:
-        folder = worker.folder(output, "interpolate")
+        folder = worker.folder(output, "interpolate", results=("grid.png",))
         real = files
         if from_data:
             real = validation_images(worker, datamodule, partial(_pair_classes, num_pairs))

@@ -69,7 +69,7 @@ def reconstruct(
     source = image_source(model, datamodule, images, label, num_images)
 
     def work(worker: Worker) -> None:
-        folder = worker.folder(output, "reconstruct")
+        folder = worker.folder(output, "reconstruct", results=("grid.png", "reconstruct.*"))
         real = source(worker)
         shown = [("images", real.images)]
         rows = []

@@ -42,54 +42,55 @@ def sample(
         model: The model.
         ckpt_path: Checkpoint, or "last".
         num_images: How many.
-        first: Index of the first image, to continue an earlier call, whose images stay.
+        first: Index of the first image, to continue an earlier call, whose images stay; it is
+            also in the names of the grid and the NPZ.
         label: Class to sample; by default all in turn.
         seed: Seed of the images; by default that of training.
         batch_size: Images in a batch, on each worker.
-        png: Write each image as `<index>.png`.
+        png: Write each image as `images/<index>.png`.
         npz: Write `samples.npz` with uint8 images `arr_0` (N, H, W, C) and, where there are
             classes, labels `arr_1` (N,), the form of guided-diffusion and EDM.
         columns: Images in a row of `grid.png`, of the first 100 images.
-        output: Folder to write to; by default `sample` in the checkpoint's run.
+        output: Folder to write to, without images of an earlier call unless `first` continues it;
+            by default `sample` in the checkpoint's run, from which those are removed.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or the folder holds the images of another call.
     """
     check_at_least(1, num_images=num_images, batch_size=batch_size, columns=columns)
     check_at_least(0, first=first, seed=seed)
     check_label(model, label)
     indices = range(first, first + num_images)
+    part = f"-from-{first:06d}" if first else ""
 
     def work(worker: Worker) -> None:
-        folder = worker.folder(output, "sample")
-        if output is None and first == 0:
-            _remove_old(worker, folder)
+        folder = _folder(worker, output, first)
         kept: list[Tensor] = []
         found = worker.sample_batches(indices, batch_size, "sampling", label=label, seed=seed)
         for batch, images in found:
             pixels = to_uint8(images).cpu()
             for index, image in zip(batch, pixels, strict=True):
                 if png:
-                    write_png(image, folder / f"{index:06d}.png")
+                    write_png(image, folder / "images" / f"{index:06d}.png")
             wanted = len(batch) if npz else sum(i - first < GRID_IMAGES for i in batch)
             kept.append(pixels[:wanted])
         mine = torch.cat([torch.empty(0, *model.image_shape, dtype=torch.uint8), *kept])
         shown = _first_images(worker, mine, min(num_images, GRID_IMAGES))
         if npz:
-            _write_npz(worker, folder, mine, model.label_of(indices), label)
+            file = folder / f"samples{part}.npz"
+            _write_npz(worker, file, mine, model.label_of(indices), label)
         if worker.is_first:
-            write_png(grid(shown, columns=columns), folder / "grid.png")
+            write_png(grid(shown, columns=columns), folder / f"grid{part}.png")
             print(f"{num_images} images are in {folder}")
 
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
 
 
-def _remove_old(worker: Worker, folder: Path) -> None:
-    """Remove the images of an earlier call: the run's folder holds one set of images."""
-    if worker.is_first:
-        for old in (*folder.glob("*.png"), *folder.glob("*.npz")):
-            old.unlink()
-    worker.barrier()
+def _folder(worker: Worker, output: str | None, first: int) -> Path:
+    """Where to write: the run's own folder holds one set of images, another may be continued."""
+    old = ("images/*.png", "*.png", "*.npz") if first == 0 else (f"images/{first:06d}.png",)
+    alone = output is None and first == 0
+    return worker.folder(output, "sample", results=old, removes=alone)
 
 
 def _first_images(worker: Worker, mine: Tensor, count: int) -> Tensor:
@@ -101,16 +102,16 @@ def _first_images(worker: Worker, mine: Tensor, count: int) -> Tensor:
 
 
 def _write_npz(
-    worker: Worker, folder: Path, mine: Tensor, labels: Tensor | None, label: int | None
+    worker: Worker, file: Path, mine: Tensor, labels: Tensor | None, label: int | None
 ) -> None:
     """Join the workers' images in the order of their indices, with their classes."""
     if not worker.is_first:
-        np.save(folder / f".share-{worker.rank}.npy", mine.numpy())
+        np.save(file.parent / f".share-{worker.rank}.npy", mine.numpy())
     worker.barrier()
     if not worker.is_first:
         return
-    files = [folder / f".share-{rank}.npy" for rank in range(1, worker.world_size)]
-    shares = [mine.numpy(), *(np.load(file) for file in files)]
+    files = [file.parent / f".share-{rank}.npy" for rank in range(1, worker.world_size)]
+    shares = [mine.numpy(), *(np.load(each) for each in files)]
     images = np.empty((sum(map(len, shares)), *mine.shape[1:]), dtype=np.uint8)
     for rank, share in enumerate(shares):
         images[rank :: worker.world_size] = share
@@ -119,5 +120,5 @@ def _write_npz(
     arrays = [images.transpose(0, 2, 3, 1)]
     if labels is not None:
         arrays.append(np.full(len(images), label) if label is not None else labels.numpy())
-    with replacing(folder / "samples.npz") as part, part.open("wb") as file:
-        np.savez(file, *arrays)
+    with replacing(file) as part, part.open("wb") as stream:
+        np.savez(stream, *arrays)

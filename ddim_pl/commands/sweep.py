@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from ddim_pl.checks import check_at_least
 from ddim_pl.commands.levels import check_steps, search_levels
 from ddim_pl.evaluation.cells import Cell, Entry, cell_settings, report
-from ddim_pl.evaluation.worker import Worker, check_images, check_inside, on_every_worker
+from ddim_pl.evaluation.worker import (
+    Worker,
+    check_images,
+    check_inside,
+    on_every_worker,
+    warn_of_student,
+)
 from ddim_pl.level_search import candidate_levels
 from ddim_pl.samplers import Sampler
 from ddim_pl.timesteps import has_own_length, load_levels, make_levels, save_levels
@@ -133,7 +139,8 @@ def _check_strategies(
     if ADAPTIVE in names:
         check_steps(model, num_steps)
     others = [name for name in names if name != ADAPTIVE]
-    _ = list(_cells(model, samplers, others, num_steps, None))
+    for cell in _cells(model, samplers, others, num_steps, None):
+        warn_of_student(model, cell.sampler, cell.levels)
 
 
 def _only_name(model: DiffusionModule) -> str:

@@ -7,6 +7,7 @@ from typing import TypeVar, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -14,6 +15,7 @@ from ddim_pl.data.base import ImageDataModule, IndexBatches
 from ddim_pl.lightning_internals import without_callbacks_and_loggers
 from ddim_pl.runs import alone_in, read_checkpoint, run_of
 from ddim_pl.samplers import Sampler
+from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.training import DiffusionModule
 from ddim_pl.trust import stays_inside
 
@@ -102,14 +104,29 @@ class Worker:
         """The first worker's value, on all of them."""
         return self.trainer.strategy.broadcast(value)
 
-    def folder(self, output: str | None, name: str) -> Path:
+    def folder(
+        self,
+        output: str | None,
+        name: str,
+        *,
+        results: Sequence[str] = (),
+        removes: bool | None = None,
+    ) -> Path:
         """Where to write: `output`, or a folder of this name in the run; called on every worker.
 
         No other process can work there until this one's work is done.
 
+        Args:
+            output: The user's folder.
+            name: Of the run's own.
+            results: Patterns of files which another call may have left there.
+            removes: Remove those, and say so; by default in the run's own folder.
+
         Raises:
-            ValueError: If the folder cannot be made, or another process works there.
+            ValueError: If the folder cannot be made, another process works there, or it holds
+                results that are not to be removed.
         """
+        removes = output is None if removes is None else removes
         run = self.broadcast(self.run or self.trainer.default_root_dir)
         folder = Path(output) if output else Path(run, name)
         problem = None
@@ -117,6 +134,7 @@ class Worker:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.locks.enter_context(alone_in(folder))
+                _make_place(folder, results, removes=removes)
             except ValueError as error:
                 problem = str(error)
             except OSError as error:
@@ -160,6 +178,20 @@ class Worker:
         self.barrier()
         module.setup("test")
         return module
+
+
+def _make_place(folder: Path, results: Sequence[str], *, removes: bool) -> None:
+    """Remove the results of an earlier call and say so, or refuse to write over them."""
+    old = [file for pattern in results for file in sorted(folder.glob(pattern))]
+    if old and not removes:
+        raise ValueError(
+            f"output must be a folder without results of an earlier call, got {folder}, which has "
+            f"{old[0].relative_to(folder)}: give another folder, or remove them"
+        )
+    for file in old:
+        file.unlink()
+    if old:
+        print(f"{len(old)} files of an earlier call are removed from {folder}")
 
 
 class _Job(L.LightningModule):
@@ -246,6 +278,17 @@ def check_inside(**values: str) -> None:
                 f"{name} must be the name of a folder in the run, got {value!r}: give another "
                 "place as --output"
             )
+
+
+def warn_of_student(model: DiffusionModule, sampler: Sampler, levels: Tensor) -> None:
+    """Warn of steps that a distilled model was not made for."""
+    wanted, own = model.distilled_steps, default_sampler(model.noise)
+    if wanted is None or (len(levels) - 1 == wanted and sampler == own):
+        return
+    rank_zero_warn(
+        f"the model was distilled to {wanted} steps of {own}, and knows no others: "
+        f"{len(levels) - 1} steps of {sampler} give other images than it learned"
+    )
 
 
 def check_label(model: DiffusionModule, label: int | None) -> None:

@@ -128,7 +128,9 @@ def test_the_command_line_takes_a_student_like_any_checkpoint(run, tmp_path, cap
     path = str(student(version, 2))
     out = tmp_path / "images"
     main(["sample", "--ckpt_path", path, "--num_images", "4", "--output", str(out)])
-    drawn = torch.stack([torch.as_tensor(read_png(out / f"{i:06d}.png")) for i in range(4)])
+    drawn = torch.stack(
+        [torch.as_tensor(read_png(out / "images" / f"{i:06d}.png")) for i in range(4)]
+    )
     shown = read_png(version / "students" / "student-0002-steps.png")
     assert torch.equal(grid(drawn), torch.as_tensor(shown))
     capsys.readouterr()

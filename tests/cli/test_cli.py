@@ -94,9 +94,8 @@ def test_predict_writes_every_image_and_a_grid(run, tmp_path):
             f"--trainer.logger.save_dir={tmp_path}",
         ]
     )
-    assert sorted(f.name for f in out.iterdir()) == [f"{i:06d}.png" for i in range(7)] + [
-        "grid.png"
-    ]
+    assert sorted(f.name for f in out.iterdir()) == ["grid.png", "images"]
+    assert sorted(f.name for f in (out / "images").iterdir()) == [f"{i:06d}.png" for i in range(7)]
 
 
 def test_last_is_the_newest_checkpoint_of_the_experiment(run, tmp_path, monkeypatch, capsys):
@@ -118,8 +117,8 @@ def test_predicting_fewer_images_leaves_none_of_an_earlier_set(run):
     _, version, last = run
     for count in (9, 4):
         main(["predict", "--ckpt_path", str(last), "--data.num_predict", str(count)])
-    files = sorted(f.name for f in (version / "images").iterdir())
-    assert files == [f"{i:06d}.png" for i in range(4)] + ["grid.png"]
+    files = sorted(f.name for f in (version / "predict" / "images").iterdir())
+    assert files == [f"{i:06d}.png" for i in range(4)]
 
 
 def test_a_moved_checkpoint_of_a_resumed_run_begins_a_run_of_its_own(tmp_path, monkeypatch):
