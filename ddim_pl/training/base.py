@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerConfig, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from ddim_pl.training.hyperparameters import (
     describe,
     import_path,
 )
+from ddim_pl.training.resuming import apply_settings
 from ddim_pl.training.warmup import Warmup
 
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -298,9 +300,11 @@ class DiffusionModule(L.LightningModule, ABC):
     """Updates of the checkpoint that a trainer has read, also where it does not train."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Read the number of updates, unless the weights are spoiled."""
+        """Read the number of updates, unless the weights are spoiled; keep the settings given."""
         check_finite_weights(checkpoint["state_dict"], "give an earlier checkpoint")
         self.checkpoint_step = checkpoint.get("global_step", 0)
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            apply_settings(self, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the files before, if the weights are spoiled."""

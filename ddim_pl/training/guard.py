@@ -40,6 +40,7 @@ class RunGuard(Checkpoint):
         self._whole = False  # whether the state is that after an update
         self._failed = False
         self._saved_at = 0
+        self._warned = False
         self._before_validation: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -55,8 +56,16 @@ class RunGuard(Checkpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """From here on the state is that of no update."""
+        """From here on the state is that of no update. Warn, once, if nothing will be learned."""
         self._whole = False
+        rates = [group["lr"] for each in trainer.optimizers for group in each.param_groups]
+        # A tensor is not looked at: that would wait for the device.
+        if not self._warned and rates and all(type(rate) is float and rate == 0 for rate in rates):
+            self._warned = True
+            rank_zero_warn(
+                f"the rate of update {trainer.global_step + 1} is 0, so that nothing is learned: "
+                "give an lr_scheduler that ends later, or end the fit here"
+            )
 
     def on_train_batch_end(
         self,

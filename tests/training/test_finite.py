@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import yaml
 from ladders import ladder, same, save
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from small_trainer import trainer
-from tiny import some_ddpm, tiny_ddpm
+from tiny import some_ddpm, tiny_config, tiny_ddpm
 
+from ddim_pl.cli import main
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.training import DDPM
 from ddim_pl.training.finite import NotFiniteError
@@ -131,3 +133,14 @@ def test_a_teacher_that_is_nan_is_refused_when_it_is_loaded(spoiled):
         load(spoiled)
     with pytest.raises(NotFiniteError, match=wanted):
         ladder(spoiled)
+
+
+def test_a_teacher_that_is_nan_makes_no_pairs(spoiled, tmp_path, capsys):
+    checkpoint = torch.load(spoiled, weights_only=True)
+    checkpoint["ddim_pl_config"] = yaml.safe_dump(tiny_config(tmp_path))
+    torch.save(checkpoint, spoiled)
+    pairs = ["--folder", str(tmp_path / "pairs"), "--num_pairs", "4"]
+    with pytest.raises(SystemExit) as stop:
+        main(["pairs", "--ckpt_path", spoiled, *pairs])
+    assert "error: the weights must be finite, got nan or inf in average." in str(stop.value.code)
+    assert not list(tmp_path.glob("pairs/*"))
