@@ -373,7 +373,12 @@ def main() -> None:
                 print(json.dumps(rows[-1]), flush=True)
                 with log.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
-    print(report(rows))
+    table = report(rows)
+    print(table)
+    page = ROOT / "docs" / "reliability.md"
+    head, _, rest = page.read_text().partition("<!-- table -->")
+    tail = rest.partition("<!-- end -->")[2]
+    page.write_text(f"{head}<!-- table -->\n{table}\n<!-- end -->{tail}")
 
 
 if __name__ == "__main__":
