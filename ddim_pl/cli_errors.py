@@ -20,6 +20,9 @@ MOST_NAMES = 12
 """Names that a message lists at most."""
 
 LISTS = "--help and --print_config list what there is"
+FULL = r"os error \d+|No space left|PytorchStreamWriter failed"
+"""What the writers of tensors say where others raise an OSError."""
+
 KEY, OWNER = r'Parser key "([\w.]+)":', r"Problem with given class_path '([\w.]+)':"
 WRONG_CLASS = (
     r"Expected a dot import path string: (\S+)|module '?[\w.]+'? has no attribute '(\w+)'"
@@ -71,6 +74,8 @@ def run_message(error: Exception, options: Iterable[tuple[str, str]] = ()) -> st
         )
     if isinstance(error, OSError) and error.errno is not None:
         return _file_message(error, options)
+    if re.search(FULL, message):
+        return f"a file cannot be written ({message}): make room or give another place"
     if isinstance(error, ValueError | OSError | MisconfigurationException):
         return message
     return (

@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_config, write_config
 
 from ddim_pl.cli import main
+from ddim_pl.cli_errors import run_message
 
 HUGE = 10**23
 
@@ -162,6 +163,18 @@ def test_an_error_that_nobody_foresaw_is_one_line_or_with_the_variable_a_traceba
     monkeypatch.setenv("DDIM_PL_TRACEBACK", "1")
     with pytest.raises(KeyError):
         main(["sample", "--ckpt_path", str(checkpoint), "--num_images", "1"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed writing"),
+        OSError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_no_bug_whoever_writes(error):
+    assert run_message(error).startswith("a file cannot be written (")
+    assert "bug" not in run_message(error)
 
 
 def test_a_full_disk_is_one_line_that_names_the_argument(
