@@ -186,7 +186,9 @@ def test_a_full_disk_is_one_line_that_names_the_argument(
     monkeypatch.setattr("ddim_pl.commands.sample.write_png", full)
     given = ["--ckpt_path", str(checkpoint), "--num_images", "1", "--output", str(tmp_path)]
     text = error_of(["sample", *given], capsys)
-    assert text.startswith(f"error: output: {tmp_path}/000000.png cannot be used (no space left")
+    assert text.startswith(
+        f"error: output: {tmp_path}/images/000000.png cannot be used (no space left"
+    )
     assert len(text.splitlines()) == 1
 
 

@@ -140,4 +140,4 @@ def test_a_checkpoint_may_be_named_in_the_config_of_a_command(tmp_path):
     last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
     content = {"ckpt_path": str(last), "num_images": 2, "output": str(tmp_path / "out")}
     main(["sample", "--config", write_config(content, tmp_path / "sample.yaml")])
-    assert (tmp_path / "out" / "000001.png").is_file()
+    assert (tmp_path / "out" / "images" / "000001.png").is_file()

@@ -19,6 +19,15 @@ ROOT = Path(__file__).parents[1]
 NAMES = ["SIGINT", "SIGTERM", "SIGHUP"]
 
 
+@pytest.fixture
+def not_ignored():
+    """Signals as in a terminal; a test run in the background may be told to ignore them."""
+    before = {each: signal.signal(each, signal.default_int_handler) for each in signals.HANDLED}
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
 def start(folder, *arguments, prefix=()):
     return subprocess.Popen(
         [*prefix, sys.executable, "-u", ROOT / "main.py", *map(str, arguments)],
@@ -98,7 +107,7 @@ def test_a_signal_that_is_ignored_stays_so():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_signal_raises_at_once_or_when_it_is_let(name):
+def test_a_signal_raises_at_once_or_when_it_is_let(name, not_ignored):
     number = signal.Signals[name]
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop, signals.handled():

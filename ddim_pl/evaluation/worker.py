@@ -238,7 +238,9 @@ def on_every_worker(
     # Read before the loggers are left out.
     run = cast(str | None, getattr(trainer.logger, "log_dir", None))
     if ckpt_path is not None:
-        model.load_state_dict(read_checkpoint(Path(ckpt_path), "ckpt_path")["state_dict"])
+        checkpoint = read_checkpoint(Path(ckpt_path), "ckpt_path")
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
         run = str(run_of(Path(ckpt_path)))
 
     def run_work(trainer: L.Trainer) -> None:
