@@ -40,7 +40,7 @@ from ddim_pl.runs import read_checkpoint  # noqa: E402
 WORK = ROOT / "runs" / "faults"
 EVENTS = "DDIM_PL_FAULT_EVENTS"
 EPOCH = 20
-SECONDS_AT_MOST = 300
+SECONDS_AT_MOST = 900
 NETWORK = {"channels": 8, "groups": 4, "attention": []}
 KEYS = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "loops")
 MOMENTS = {
