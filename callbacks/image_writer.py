@@ -18,12 +18,14 @@ class ImageWriter(L.Callback):
     Every rank writes its own images; the first rank then lays out `grid.png`, apart from them.
 
     Args:
-        folder: Where to write; by default `predict` in the run's folder.
+        folder: Where to write, without images of an earlier call; by default `predict` in the
+            run's folder, from which those are removed.
         grid_images: Images in the grid at most.
         columns: Images in a row; by default the grid is about square.
 
     Raises:
-        ValueError: If `grid_images` or `columns` is less than 1.
+        ValueError: If `grid_images` or `columns` is less than 1; when it writes, if `folder` holds
+            images.
     """
 
     def __init__(
@@ -38,13 +40,18 @@ class ImageWriter(L.Callback):
         """Find the folder, the same on every rank."""
         run = Path(trainer.log_dir or trainer.default_root_dir)
         self._folder = Path(self.folder) if self.folder else run / "predict"
-        if trainer.is_global_zero and not self.folder:
-            # The run's own folder holds one set of images: remove an earlier one.
-            old = list(self._folder.glob("images/" + "[0-9]" * 6 + ".png"))
+        old = sorted(self._folder.glob("images/" + "[0-9]" * 6 + ".png"))
+        if old and self.folder:  # every rank finds them, because none writes before the barrier
+            raise ValueError(
+                f"folder must be one without images of an earlier call, got {self.folder}, which "
+                f"has images/{old[0].name}: give another, or remove them"
+            )
+        trainer.strategy.barrier("old images found")
+        if trainer.is_global_zero and old:
+            # The run's own folder holds one set of images.
             for file in old:
                 file.unlink()
-            if old:
-                rank_zero_info(f"{len(old)} images of an earlier call are removed from {run}")
+            rank_zero_info(f"{len(old)} images of an earlier call are removed from {run}")
         trainer.strategy.barrier("old images removed")
         self._last_index = -1
 

@@ -390,6 +390,8 @@ def main(args: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore", warning)
     if args and args[0] in ("levels", "reconstruct", "sweep"):  # they use levels of their own
         warnings.filterwarnings("ignore", ".*distinct levels")
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        signals.end_with_parent()
     trusted = ["*"] if "--trust" in args else []
     try:
         with trusting(*trusted), signals.handled():

@@ -23,6 +23,11 @@ LISTS = "--help and --print_config list what there is"
 FULL = r"os error \d+|No space left|PytorchStreamWriter failed"
 """What the writers of tensors say where others raise an OSError."""
 
+WORKER_FAILED = r"Caught \w+ in DataLoader worker process \d+\."
+WORKER_DIED = r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)"
+PEER_DIED = r"gloo|Connection (closed|reset) by peer|NCCL|TCPStore"
+"""What libraries say when another process is gone."""
+
 KEY, OWNER = r'Parser key "([\w.]+)":', r"Problem with given class_path '([\w.]+)':"
 WRONG_CLASS = (
     r"Expected a dot import path string: (\S+)|module '?[\w.]+'? has no attribute '(\w+)'"
@@ -65,7 +70,7 @@ def run_message(error: Exception, options: Iterable[tuple[str, str]] = ()) -> st
         error: Raised by the command.
         options: Names and values of the arguments, one of which may name a file that fails.
     """
-    message = one_line(_reason(str(error)))
+    message = one_line(_reason(_of_worker(str(error))))
     misfit = re.match(r"Error\(s\) in loading state_dict for \w+: ([^.:]*)", message)
     if isinstance(error, RuntimeError) and misfit:
         return (
@@ -78,10 +83,29 @@ def run_message(error: Exception, options: Iterable[tuple[str, str]] = ()) -> st
         return f"a file cannot be written ({message}): make room or give another place"
     if isinstance(error, ValueError | OSError | MisconfigurationException):
         return message
+    if re.search(WORKER_DIED, message):
+        return (
+            f"a process that loads data has died ({message}): most often the memory was full: "
+            "lower data.num_workers or data.batch_size"
+        )
+    if isinstance(error, RuntimeError) and re.search(PEER_DIED, message):
+        return (
+            f"another process of this run has ended ({message}): what it said itself tells why; "
+            "a fit goes on from its last checkpoint by --ckpt_path last"
+        )
     return (
         f"{type(error).__name__}: {message or 'no message'}: if no argument explains it, this is "
         "a bug: set DDIM_PL_TRACEBACK=1 to see where, and report it"
     )
+
+
+def _of_worker(message: str) -> str:
+    """Of an error within a process that loads data, what it says without its traceback."""
+    if not re.match(WORKER_FAILED, message):
+        return message
+    lines = message.rstrip().splitlines()
+    inner = max(i for i, line in enumerate(lines) if line.startswith("  ") or i == 0)
+    return re.sub(r"^[\w.]+: ", "", " ".join(lines[inner + 1 :]))
 
 
 def _file_message(error: OSError, options: Iterable[tuple[str, str]]) -> str:

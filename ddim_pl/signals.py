@@ -17,6 +17,9 @@ HANDLED = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "
 SAME = 0.3
 """Seconds within which a second signal is the first one: GNU `timeout` sends each twice."""
 
+GRACE = 10.0
+"""Seconds that a process may take to end by itself when the one that started it has ended."""
+
 
 class Interrupted(SystemExit):
     """A signal ended the command; unless caught, the exit status says which."""
@@ -77,6 +80,23 @@ def handled() -> Iterator[None]:
             signal.signal(each, handler)
         if signum is not None:
             raise Interrupted(signum)
+
+
+def end_with_parent() -> None:
+    """Let this process end soon after the one that started it, however that ends.
+
+    For the processes that share a run with the first one. If that is killed, they would wait for
+    it in a collective operation, which NCCL gives up after half an hour.
+    """
+    threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(GRACE)
+    os.write(2, b"error: the process that started this one has died: this one ends too\n")
+    os._exit(1)
 
 
 def _install() -> None:

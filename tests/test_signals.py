@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 from ladders import save
-from tiny import some_ddpm, tiny_config, write_config
+from processes import config_of, start, wait_for
+from tiny import some_ddpm
 
 from ddim_pl import signals
 
@@ -26,36 +27,6 @@ def not_ignored():
     yield
     for each, handler in before.items():
         signal.signal(each, handler)
-
-
-def start(folder, *arguments, prefix=()):
-    return subprocess.Popen(
-        [*prefix, sys.executable, "-u", ROOT / "main.py", *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(found, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not found():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def config_of(folder, **trainer):
-    config = tiny_config(folder, max_epochs=-1, limit_val_batches=0, **trainer)
-    config["trainer"]["callbacks"] = [
-        {
-            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-            "init_args": {"save_last": True, "every_n_train_steps": 20, "save_top_k": 0},
-        }
-    ]
-    return write_config(config, folder / "config.yaml")
 
 
 @pytest.mark.slow

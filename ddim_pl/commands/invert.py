@@ -77,10 +77,12 @@ def invert(
         max_seconds: Stop each batch after this time, if that comes first.
         seed: Seed of the noise; by default that of training.
         batch_size: Images at once, on each worker.
-        output: Folder to write to; by default `invert` in the checkpoint's run.
+        output: Folder to write to, without latents of an earlier call; by default `invert` in the
+            checkpoint's run, where those are replaced.
 
     Raises:
-        ValueError: If an image or the first latents cannot be read, or a number does not fit.
+        ValueError: If an image or the first latents cannot be read, a number does not fit, or the
+            folder holds the latents of an earlier call.
     """
     check_at_least(1, num_images=num_images, batch_size=batch_size, num_updates=num_updates)
     check_at_least(0, seed=seed, max_seconds=max_seconds)
@@ -95,7 +97,7 @@ def invert(
     )
 
     def work(worker: Worker) -> None:
-        folder = worker.folder(output, "invert")
+        folder = worker.folder(output, "invert", results=("latents.safetensors", "curves.*"))
         real = source(worker)
         _check_count(start, given, len(real.images))
         found, curve = _invert_all(worker, real, levels, first, optimise, batch_size)

@@ -90,7 +90,7 @@ def _folder(worker: Worker, output: str | None, first: int) -> Path:
     """Where to write: the run's own folder holds one set of images, another may be continued."""
     old = ("images/*.png", "*.png", "*.npz") if first == 0 else (f"images/{first:06d}.png",)
     alone = output is None and first == 0
-    return worker.folder(output, "sample", results=old, removes=alone)
+    return worker.folder(output, "sample", results=old, earlier="remove" if alone else "refuse")
 
 
 def _first_images(worker: Worker, mine: Tensor, count: int) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import lightning as L
 import torch
@@ -20,6 +20,7 @@ from ddim_pl.training import DiffusionModule
 from ddim_pl.trust import stays_inside
 
 T = TypeVar("T")
+Earlier = Literal["remove", "replace", "refuse"]
 
 
 class Worker:
@@ -110,7 +111,7 @@ class Worker:
         name: str,
         *,
         results: Sequence[str] = (),
-        removes: bool | None = None,
+        earlier: Earlier | None = None,
     ) -> Path:
         """Where to write: `output`, or a folder of this name in the run; called on every worker.
 
@@ -119,14 +120,15 @@ class Worker:
         Args:
             output: The user's folder.
             name: Of the run's own.
-            results: Patterns of files which another call may have left there.
-            removes: Remove those, and say so; by default in the run's own folder.
+            results: Patterns of files which an earlier call may have left there.
+            earlier: What becomes of those: "remove" now, "replace" when this call is done (by
+                default in the run's own folder), or "refuse" (by default in the user's).
 
         Raises:
             ValueError: If the folder cannot be made, another process works there, or it holds
-                results that are not to be removed.
+                results of an earlier call, which are to stay.
         """
-        removes = output is None if removes is None else removes
+        earlier = earlier or ("replace" if output is None else "refuse")
         run = self.broadcast(self.run or self.trainer.default_root_dir)
         folder = Path(output) if output else Path(run, name)
         problem = None
@@ -134,7 +136,7 @@ class Worker:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.locks.enter_context(alone_in(folder))
-                _make_place(folder, results, removes=removes)
+                _make_place(folder, results, earlier)
             except ValueError as error:
                 problem = str(error)
             except OSError as error:
@@ -180,18 +182,22 @@ class Worker:
         return module
 
 
-def _make_place(folder: Path, results: Sequence[str], *, removes: bool) -> None:
-    """Remove the results of an earlier call and say so, or refuse to write over them."""
+def _make_place(folder: Path, results: Sequence[str], earlier: Earlier) -> None:
+    """Remove the results of an earlier call or let them stay, and say so; or refuse them."""
     old = [file for pattern in results for file in sorted(folder.glob(pattern))]
-    if old and not removes:
+    if not old:
+        return
+    if earlier == "refuse":
         raise ValueError(
             f"output must be a folder without results of an earlier call, got {folder}, which has "
             f"{old[0].relative_to(folder)}: give another folder, or remove them"
         )
-    for file in old:
-        file.unlink()
-    if old:
+    if earlier == "remove":
+        for file in old:
+            file.unlink()
         print(f"{len(old)} files of an earlier call are removed from {folder}")
+    else:
+        print(f"{len(old)} files of an earlier call in {folder} are replaced by this one's")
 
 
 class _Job(L.LightningModule):

@@ -70,10 +70,18 @@ def test_it_writes_latents_pictures_curves_and_a_summary(checkpoint, tmp_path, c
     assert str(tmp_path) in capsys.readouterr().out
 
 
-def test_a_second_call_leaves_one_log(checkpoint, tmp_path):
+def test_a_second_call_replaces_the_runs_own_results_and_refuses_the_users(
+    checkpoint, tmp_path, capsys
+):
+    own = checkpoint.parent.parent / "invert"
+    few = ["--num_images", "1", "--num_steps", "5", "--num_updates", "1"]
     for _ in range(2):
-        run(checkpoint, tmp_path, "--num_updates", 1)
-    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+        main(["invert", "--ckpt_path", str(checkpoint), *few])
+    assert "files of an earlier call" in capsys.readouterr().out
+    assert len(list(own.glob("events.out.tfevents.*"))) == 1
+    with pytest.raises(SystemExit, match="output must be a folder without results"):
+        run(checkpoint, own)
+    assert load_file(own / "latents.safetensors")["latents"].shape[0] == 1
 
 
 def test_the_best_latents_draw_the_loss_that_is_told(checkpoint, tmp_path):
