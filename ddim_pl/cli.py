@@ -14,6 +14,7 @@ import pkgutil
 import shutil
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ from ddim_pl.commands import COMMANDS
 from ddim_pl.commands import Trainer as TrainerWithCommands
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.evaluation.measure import ChecksBeforeRun
+from ddim_pl.files import check_writable
 from ddim_pl.lightning_internals import (
     FILE_LOGGERS,
     callbacks_of,
@@ -263,28 +265,34 @@ class DiffusionCLI(LightningCLI):
             )
         run.mkdir(parents=True, exist_ok=True)
         with alone_in(run, ".fit-lock"):
-            self._continue_tables()
+            self._prepare_logs()
             self.trainer.fit(**kwargs)
 
     def test(self, **kwargs: Any) -> None:
         """Test, print a table and write it as `test-results.json` into the run."""
-        self._continue_tables()
+        self._prepare_logs()
         self.trainer.test(**{**kwargs, "verbose": False})
         self._report()
 
     def validate(self, **kwargs: Any) -> None:
         """Validate and print a table."""
-        self._continue_tables()
+        self._prepare_logs()
         self.trainer.validate(**{**kwargs, "verbose": False})
         self._report()
 
     def predict(self, **kwargs: Any) -> None:
         """Sample images; callbacks write them, so they are not kept in memory."""
+        self._prepare_logs()
         self.trainer.predict(**{**kwargs, "return_predictions": False})
 
-    def _continue_tables(self) -> None:
+    def _prepare_logs(self) -> None:
+        """See that logs can be written, and let tables go on."""
+        if getattr(rank_zero_only, "rank", 0) != 0:
+            return
         for logger in self.trainer.loggers:
-            if isinstance(logger, CSVLogger) and getattr(rank_zero_only, "rank", 0) == 0:
+            if isinstance(logger, FILE_LOGGERS):
+                check_writable("trainer.logger", Path(logger.log_dir))
+            if isinstance(logger, CSVLogger):
                 keep_table(logger)
 
     def _report(self) -> None:
@@ -393,6 +401,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if getattr(rank_zero_only, "rank", 0) != 0:
         signals.end_with_parent()
     trusted = ["*"] if "--trust" in args else []
+    before, threading.excepthook = threading.excepthook, _report_of_thread
     try:
         with trusting(*trusted), signals.handled():
             DiffusionCLI([arg for arg in args if arg != "--trust"])
@@ -400,3 +409,15 @@ def main(args: Sequence[str] | None = None) -> None:
         if os.environ.get("DDIM_PL_TRACEBACK"):
             raise
         sys.exit(f"error: {run_message(error, options(args))}")
+    finally:
+        threading.excepthook = before
+
+
+def _report_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """Report an error of a thread, unless the main thread will.
+
+    TensorBoard writes in a thread, whose error is raised in the main one at the next write.
+    """
+    writes = type(failed.thread).__module__.startswith("tensorboard.")
+    if not (writes and issubclass(failed.exc_type, OSError)):
+        threading.__excepthook__(failed)

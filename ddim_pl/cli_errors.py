@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -110,8 +111,12 @@ def _of_worker(message: str) -> str:
 
 def _file_message(error: OSError, options: Iterable[tuple[str, str]]) -> str:
     """A file that cannot be read or written, and the argument that says where it is."""
-    file = str(error.filename or "a file")
-    names = [name for name, value in options if value and file.startswith(value)]
+    file = os.fsdecode(error.filename or "a file")
+    names = [
+        name
+        for name, value in options
+        if value and (file.startswith(value) or value.startswith(f"{file}/"))
+    ]
     argument = f"{names[-1].lstrip('-')}: " if names else ""
     reason = (error.strerror or type(error).__name__).lower()
     return f"{argument}{file} cannot be used ({reason}): make room or give another place"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,27 @@ def write_tensors(value: Any, path: Path) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Make a folder and try to write into it, before work begins whose results go there.
+
+    Args:
+        name: The argument that gave the folder, for the error.
+        folder: It and its parents are made as needed.
+
+    Raises:
+        ValueError: If that cannot be done.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name} must be in a folder that can be written to, got {folder} "
+            f"({(error.strerror or type(error).__name__).lower()}): give another place"
+        ) from None
 
 
 def remove_parts(folder: Path) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ddim_pl.checks import check_at_least
 from ddim_pl.evaluation.worker import Worker, on_every_worker
+from ddim_pl.files import check_writable
 from ddim_pl.level_search import StepErrors, candidate_levels, cheapest_levels, one_step_errors
 from ddim_pl.timesteps import save_levels
 from ddim_pl.training import DiffusionModule
@@ -50,6 +51,8 @@ def levels(
 
     def work(worker: Worker) -> None:
         file = Path(output) if output else worker.folder(None, ".") / "levels.json"
+        if worker.is_first:
+            check_writable("output", file.parent)
         found = search_levels(worker, num_steps, num_images, batch_size)
         if worker.is_first:
             save_levels(file, model.schedule, found)

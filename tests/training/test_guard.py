@@ -156,9 +156,26 @@ SETTINGS = {
 }
 
 
+QUICK = [
+    ("validation at each epoch's end", "ladder"),
+    ("validation by updates", "ddpm"),
+    ("accumulated", "ddpm"),
+]
+"""The cases that are tried each time; the others take minutes."""
+
+CASES = [
+    pytest.param(
+        *(kind, settings),
+        id=f"{name}-{kind}",
+        marks=[] if (name, kind) in QUICK else [pytest.mark.slow],
+    )
+    for name, settings in SETTINGS.items()
+    for kind in ("ddpm", "ladder")
+]
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory")
-@pytest.mark.parametrize("kind", ["ddpm", "ladder"])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(("kind", "settings"), CASES)
 def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(tmp_path, kind, settings):
     expected_pages, pages = [], []
     expected = run(kind, tmp_path / "whole", expected_pages, **settings)
@@ -194,11 +211,19 @@ ENDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run that saves its end only."""
+    pages = []
+    return run("ddpm", tmp_path_factory.mktemp("whole"), pages, every=1000), pages
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory")
 @pytest.mark.parametrize(("callbacks", "arguments", "step"), ENDS.values(), ids=ENDS)
-def test_the_last_update_is_kept_however_a_fit_ends(tmp_path, callbacks, arguments, step):
-    expected_pages, pages, every = [], [], 1000
-    expected = run("ddpm", tmp_path / "whole", expected_pages, every=every)
+def test_the_last_update_is_kept_however_a_fit_ends(
+    unbroken, tmp_path, callbacks, arguments, step
+):
+    (expected, expected_pages), pages, every = unbroken, [], 1000
     folder = tmp_path / "part"
     run("ddpm", folder, pages, *callbacks, every=every, **arguments)
     last = folder / "last.ckpt"

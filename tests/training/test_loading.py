@@ -21,20 +21,18 @@ class StopAt(Callback):
             raise InterruptedError
 
 
-def train(folder, *, stop=None, resume=None, accumulate=1, steps_per_epoch=30, workers=0):
+def train(folder, *, stop=None, resume=None, accumulate=1, steps_per_epoch=9, workers=0):
     seed_everything(0 if resume is None else 99, verbose=False)
     module = tiny_ddpm(
-        lr_scheduler=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=70)
+        lr_scheduler=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=21)
     )
     data = DigitsDataModule(batch_size=8, steps_per_epoch=steps_per_epoch, num_workers=workers)
-    checkpoints = ModelCheckpoint(
-        folder, every_n_train_steps=100, save_top_k=-1, filename="{step}"
-    )
+    checkpoints = ModelCheckpoint(folder, every_n_train_steps=30, save_top_k=-1, filename="{step}")
     # Callbacks that checkpoint run last, so the file is written by an earlier hook of its own.
     callbacks = [checkpoints] + ([StopAt(stop + 1)] if stop else [])
     t = trainer(
         folder,
-        max_steps=200,
+        max_steps=60,
         max_epochs=-1,
         callbacks=callbacks,
         accumulate_grad_batches=accumulate,
@@ -49,19 +47,19 @@ def train(folder, *, stop=None, resume=None, accumulate=1, steps_per_epoch=30, w
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize(
     ("steps_per_epoch", "accumulate"),
-    [(30, 1), (100, 1), (60, 2)],
+    [(9, 1), (30, 1), (18, 2)],
     ids=["mid-epoch", "epoch's end", "accumulated"],
 )
 def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(tmp_path, steps_per_epoch, accumulate):
     arguments = {"steps_per_epoch": steps_per_epoch, "accumulate": accumulate}
     whole = train(tmp_path / "whole", **arguments)
-    train(tmp_path / "part", stop=100, **arguments)
-    resumed = train(tmp_path / "rest", resume=tmp_path / "part" / "step=100.ckpt", **arguments)
+    train(tmp_path / "part", stop=30, **arguments)
+    resumed = train(tmp_path / "rest", resume=tmp_path / "part" / "step=30.ckpt", **arguments)
     expected, got = whole.state_dict(), resumed.state_dict()
     assert expected.keys() == got.keys()
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name
-    assert got["average.n_averaged"] == 200
+    assert got["average.n_averaged"] == 60
     start = tiny_ddpm().state_dict()
     assert not torch.equal(start["network.time_in.weight"], got["network.time_in.weight"])
 

@@ -151,6 +151,7 @@ assert store.is_whole(0)
 """
 
 
+@pytest.mark.slow
 def test_a_file_that_the_system_will_not_let_grow_stops_cleanly(tmp_path):
     """As a quota does: safetensors raises an error of its own."""
     done = subprocess.run(

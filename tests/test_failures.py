@@ -1,19 +1,22 @@
-"""A process of a run dies: the others end too, with a line that says so, and no file is broken."""
+"""What a run needs dies or is full: it ends with one line, without a hang or a broken file."""
 
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from processes import config_of, start, wait_for
+from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 from tiny import tiny_config, write_config
 from torch.utils.data import get_worker_info
 
 from ddim_pl.cli import main
 from ddim_pl.data.base import TensorImages
 from ddim_pl.data.digits import DigitsDataModule
+from ddim_pl.files import check_writable
 
 WITHIN = 60
 """Seconds in which all processes of a run must have ended."""
@@ -53,7 +56,7 @@ class Failing(DigitsDataModule):
 def test_a_process_that_loads_data_fails(tmp_path, how, message):
     config = tiny_config(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[])
     config["data"] = {
-        "class_path": "test_deaths.Failing",
+        "class_path": "test_failures.Failing",
         "init_args": {"how": how, "batch_size": 8, "num_workers": 1},
     }
     with pytest.raises(SystemExit) as stop:
@@ -102,3 +105,33 @@ def test_when_a_rank_is_killed_the_other_ends_and_the_run_goes_on_from_its_check
     error = resumed.communicate(timeout=240)[1]
     assert resumed.returncode == 0, error
     assert torch.load(last, weights_only=True)["global_step"] == saved + 3
+
+
+def test_a_disk_that_is_full_in_a_thread_of_tensorboard_is_one_line(tmp_path, monkeypatch, capsys):
+    config = tiny_config(tmp_path, max_epochs=1, limit_val_batches=0)
+    config["trainer"]["callbacks"] = config["trainer"]["callbacks"][-1:]
+    path = write_config(config, tmp_path / "config.yaml")
+    main(["fit", "--config", path])
+    last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+
+    def full(self, filename, *arguments):
+        raise OSError(28, "No space left on device", filename)
+
+    monkeypatch.setattr(LocalFileSystem, "_write", full)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["test", "--config", path, "--ckpt_path", str(last)])
+    assert str(stop.value.code).startswith(f"error: {tmp_path}/tiny/version_0/events.out")
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch):
+    def denied(**place):
+        raise PermissionError(13, "Permission denied", str(place["dir"]))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    message = (
+        r"output must be in a folder that can be written to, got .*/new \(permission denied\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_writable("output", tmp_path / "new")
