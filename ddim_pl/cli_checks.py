@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ddim_pl.checks import check_at_least
 from ddim_pl.cli_errors import one_line
-from ddim_pl.evaluation.worker import warn_of_student
+from ddim_pl.evaluation.worker import check_noise, warn_of_student
 from ddim_pl.training import DiffusionModule
 from ddim_pl.trust import stays_inside
 
@@ -70,11 +70,7 @@ def check_module(module: DiffusionModule) -> None:
         ValueError: If the optimiser cannot train a network, or the sampler is made for another
             law of noise.
     """
-    if module.sampler.noise != module.noise:
-        raise ValueError(
-            f"sampler must be one of the model's noise {module.noise}, got {module.sampler}, "
-            f"which is made for {module.sampler.noise}: leave it out for the default one"
-        )
+    check_noise("sampler", module, module.sampler)
     warn_of_student(module, module.sampler, module.levels)
     number = nn.Parameter(torch.zeros(1, 1))
     number.grad = torch.zeros(1, 1)

@@ -19,6 +19,7 @@ from ddim_pl.evaluation.worker import (
     Worker,
     check_images,
     check_inside,
+    check_noise,
     on_every_worker,
     warn_of_student,
 )
@@ -80,8 +81,8 @@ def sweep(
         output: Folder to write to, in place of that.
 
     Raises:
-        ValueError: If a strategy or metric is unknown, an eta is given to samplers without one, or
-            a number does not fit.
+        ValueError: If a strategy or metric is unknown, an eta is given to samplers without one, a
+            sampler is made for another noise, or a number does not fit.
     """
     check_at_least(1, num_steps=min(num_steps, default=0))
     check_inside(name=name)
@@ -91,6 +92,8 @@ def sweep(
     check_images(datamodule)
     ways = _with_etas(samplers or [model.sampler], etas)
     strategies = list(timesteps or [_only_name(model)])
+    for sampler in ways:
+        check_noise("samplers", model, sampler)
     _check_strategies(model, ways, strategies, num_steps)
     checkpoint = fingerprint_of_file(model, ckpt_path)
 

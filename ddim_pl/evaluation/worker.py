@@ -288,6 +288,19 @@ def check_inside(**values: str) -> None:
             )
 
 
+def check_noise(name: str, model: DiffusionModule, sampler: Sampler) -> None:
+    """Check that a sampler is made for the model's law of noise.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if sampler.noise != model.noise:
+        raise ValueError(
+            f"{name} must be of the model's noise {model.noise}, got {sampler}, which is made for "
+            f"{sampler.noise}: leave it out for {default_sampler(model.noise)}"
+        )
+
+
 def warn_of_student(model: DiffusionModule, sampler: Sampler, levels: Tensor) -> None:
     """Warn of steps that a distilled model was not made for."""
     wanted, own = model.distilled_steps, default_sampler(model.noise)

@@ -15,7 +15,7 @@ from tiny import some_ddpm, tiny_ddpm
 
 from ddim_pl.images import read_png, to_uint8
 from ddim_pl.metrics.quality import SampleQuality
-from ddim_pl.samplers import DDIM, Ancestral
+from ddim_pl.samplers import DDIM, Ancestral, GammaQuantile
 from ddim_pl.timesteps import make_levels
 
 ROOT = Path(__file__).parents[2]
@@ -154,6 +154,10 @@ def test_etas_replace_that_of_samplers_that_have_one(tmp_path):
         ({"timesteps": ["adaptive"], "num_steps": [500]}, "num_steps of adaptive levels"),
         ({"num_samples": 1}, "num_samples must be at least 2"),
         ({"num_shown": 0}, "num_shown must be at least 1"),
+        (
+            {"samplers": [GammaQuantile(0.1)]},
+            "samplers must be of the model's noise GaussianNoise",
+        ),
     ],
 )
 def test_wrong_sweeps_are_errors_before_anything_is_drawn(tmp_path, arguments, message):
