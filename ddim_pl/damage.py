@@ -35,13 +35,26 @@ def read_archive(path: str | Path, name: str = "checkpoint_path") -> Any:
     Raises:
         DamagedError: If the file is damaged, or of another program.
     """
-    damage = _damage_of(path)
-    if damage is not None:
-        raise DamagedError(_no_checkpoint(path, name, damage))
+    check_archive(path, name)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # the bytes may name anything
         raise DamagedError(_no_checkpoint(path, name, reason_of(error))) from error
+
+
+def check_archive(path: str | Path, name: str = "ckpt_path") -> None:
+    """Compare the checksums of what `torch.save` wrote.
+
+    Args:
+        path: The file.
+        name: The argument that gave the path, for the error.
+
+    Raises:
+        DamagedError: If the file is damaged, or of another program.
+    """
+    damage = _damage_of(path)
+    if damage is not None:
+        raise DamagedError(_no_checkpoint(path, name, damage))
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.parsing import collect_init_args
 
+from ddim_pl.damage import check_archive
 from ddim_pl.files import remove_parts, write_tensors
 
 
@@ -183,7 +184,7 @@ def save_last(trainer: L.Trainer) -> list[str]:
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints that appear whole or not at all, in any folder.
+    """Checkpoints that appear whole or not at all, in any folder, and are read whole.
 
     Lightning writes to the folder of temporary files and moves the file from there, which is a
     copy where that lies on another disk: a kill or a full disk leaves a part of it.
@@ -197,6 +198,12 @@ class WholeFiles(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         write_tensors(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Compare a local file's checksums before it is read."""
+        if _is_local_file_protocol(path) and Path(path).is_file():
+            check_archive(path)
+        return super().load_checkpoint(path, *arguments, **options)
 
 
 def write_whole_files(trainer: L.Trainer) -> None:

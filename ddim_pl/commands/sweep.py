@@ -10,10 +10,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from ddim_pl.checks import check_at_least
 from ddim_pl.commands.levels import check_steps, search_levels
+from ddim_pl.damage import DamagedError, read_sealed
 from ddim_pl.evaluation.cells import Cell, Entry, cell_settings, report
 from ddim_pl.evaluation.worker import (
     Worker,
@@ -177,6 +179,11 @@ def _adaptive_file(
     """Levels for this checkpoint; those of an earlier start of the same sweep are kept."""
     file = folder / "cells" / f"adaptive-{checkpoint[:16]}.json"
     levels: dict[int, Tensor] = {}
+    if worker.is_first and file.exists():
+        try:
+            read_sealed(file)
+        except DamagedError as error:
+            rank_zero_warn(f"{error}: the levels are searched anew")
     # Of a larger sweep's earlier start, all stay in the file.
     for steps in range(1, len(candidate_levels(worker.model.schedule))):
         try:

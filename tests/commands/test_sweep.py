@@ -134,6 +134,11 @@ def test_adaptive_levels_of_an_earlier_start_stay(tmp_path, monkeypatch):
     sweep(tmp_path, model, num_steps=[3], **settings)
     (file,) = (tmp_path / "cells").glob("adaptive-*.json")
     assert sorted(json.loads(file.read_text())["levels"]) == ["2", "3"]
+    whole = file.read_text()
+    file.write_text(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match="cannot be read .* levels are searched anew"):
+        sweep(tmp_path, model, num_steps=[2, 3], **settings)
+    assert file.read_text() == whole
 
 
 def test_etas_replace_that_of_samplers_that_have_one(tmp_path):

@@ -238,6 +238,18 @@ def test_the_last_update_is_kept_however_a_fit_ends(
     ]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_damaged_checkpoint_is_no_beginning(tmp_path):
+    run("ddpm", tmp_path, [], max_steps=6)
+    damaged = tmp_path / "step=4.ckpt"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    message = r"ckpt_path must be a checkpoint, got .*step=4.ckpt, which is damaged .*last.ckpt"
+    with pytest.raises(ValueError, match=message):
+        run("ddpm", tmp_path, [], resume=damaged)
+
+
 def test_an_error_within_an_update_leaves_the_files_as_they_are(tmp_path):
     assert run("ddpm", tmp_path, [], FailAt(6, "on_after_backward")) is None
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
