@@ -40,7 +40,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/sampling_speed.py
 	$(BIN)/python benchmarks/training_speed.py
 
-# Runs killed and resumed: an hour or two; it can be stopped and called again.
+# Runs killed and resumed: half an hour or more; it can be stopped and called again.
 faults: export OMP_NUM_THREADS ?= 1
 faults: $(INSTALLED)
 	$(BIN)/python benchmarks/faults.py

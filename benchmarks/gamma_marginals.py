@@ -6,7 +6,7 @@ The true image stands for the network, so that the noise of a state is known: it
 own doing. Seconds on one core.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -106,10 +106,13 @@ def draw(path: Path, theta_0: float = 0.1) -> None:
 
 def main() -> None:
     """Print the tables and draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("figure", type=Path, nargs="?", help="PNG file to draw, if given")
+    figure = parser.parse_args().figure
     for theta_0 in (0.001, 0.1):
         table(theta_0)
-    if len(sys.argv) > 1:
-        draw(Path(sys.argv[1]))
+    if figure is not None:
+        draw(figure)
 
 
 if __name__ == "__main__":

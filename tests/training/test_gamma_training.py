@@ -103,13 +103,13 @@ def test_training_states_have_the_modules_noise(noise):
         NetworkDenoiser(module.network, module.schedule), (x,), step_generators(5, x.device)
     )
     again = step_generators(5, x.device)
-    level = module.schedule(draw_levels(module.schedule, 6, "uniform", again.host))
+    scales = module.schedule(draw_levels(module.schedule, 6, "uniform", again.host))
     eps = (
         randn(x.shape, again.device, x)
         if noise is None
-        else noise.draw(x.shape, level, again.device, x)
+        else noise.draw(x.shape, scales, again.device, x)
     )
-    assert torch.equal(module.network.seen[0], q_sample(x, eps, level))
+    assert torch.equal(module.network.seen[0], q_sample(x, eps, scales))
 
 
 class Missing(NetworkDenoiser):

@@ -55,12 +55,12 @@ def noise(*shape, seed=0):
 def papers_target(teacher, z, t, step):
     """`(z_s - sigma_s / sigma_t z_t) / (alpha_s - sigma_s / sigma_t alpha_t)`, and `z_s`."""
     schedule = teacher.schedule
-    level, mid, end = (schedule(each) for each in (t, t - step / 2, (t - step).clamp(min=0)))
-    z_mid = ddim_step(teacher(z, t), level, mid)
+    scales, mid, end = (schedule(each) for each in (t, t - step / 2, (t - step).clamp(min=0)))
+    z_mid = ddim_step(teacher(z, t), scales, mid)
     z_s = ddim_step(teacher(z_mid, t - step / 2), mid, end)
-    ratio = end.sigma / level.sigma
+    ratio = end.sigma / scales.sigma
     numerator = z_s - expand_like(ratio, z) * z
-    return numerator / expand_like(end.alpha - ratio * level.alpha, z), z_s
+    return numerator / expand_like(end.alpha - ratio * scales.alpha, z), z_s
 
 
 @pytest.mark.parametrize("student", ["x", "v"])
@@ -73,10 +73,10 @@ def test_a_student_of_the_target_lands_where_two_steps_do(schedule, steps, predi
     teacher, step = module.teacher_denoiser, 8192 / steps
     assert teacher.prediction == prediction
     t = step * torch.tensor([1, (steps + 1) // 2, steps], dtype=torch.float64)
-    z, level, end = noise(3, 1, 2, 2), schedule(t), schedule(t - step)
+    z, scales, end = noise(3, 1, 2, 2), schedule(t), schedule(t - step)
     wanted = two_steps(module.noise, teacher, z, t, step)
-    output = target(student, level, wanted, eps_from_x(level, z, wanted))
-    landed = ddim_step(decode(student, level, z, output), level, end)
+    output = target(student, scales, wanted, eps_from_x(scales, z, wanted))
+    landed = ddim_step(decode(student, scales, z, output), scales, end)
     expected, z_s = papers_target(teacher, z, t, step)
     error = (landed - z_s).flatten(1).norm(dim=1) / z_s.flatten(1).norm(dim=1)
     assert (error < 1e-10).all(), error
@@ -89,9 +89,9 @@ def test_the_last_target_is_the_teachers_last_estimate():
     schedule = LinearSchedule()
     x_t, x_mid = noise(2, 3, 1, 2, 2)
     for t in (1000.0, 4.0):
-        level, mid, end = schedule(t), schedule(t / 2), schedule(0.0)
+        scales, mid, end = schedule(t), schedule(t / 2), schedule(0.0)
         torch.testing.assert_close(
-            two_step_target(x_t, x_mid, level, mid, end), x_mid, rtol=0, atol=0
+            two_step_target(x_t, x_mid, scales, mid, end), x_mid, rtol=0, atol=0
         )
 
 
@@ -122,9 +122,9 @@ class Reproducing(NetworkDenoiser):
     def output(self, z, t):
         teacher, step, miss = self.parts
         self.seen.append(t)
-        level = self.schedule(t)
+        scales = self.schedule(t)
         x, _ = papers_target(teacher, z, t, step)
-        return target(self.prediction, level, x, eps_from_x(level, z, x)) + miss
+        return target(self.prediction, scales, x, eps_from_x(scales, z, x)) + miss
 
 
 @pytest.mark.parametrize("weight", ["truncated_snr", "snr_plus_one"])
@@ -138,9 +138,9 @@ def test_loss_is_the_weighted_error_of_x_against_the_target(schedule, prediction
         student.answer(module.teacher_denoiser, 8, miss)
         x = noise(64, 1, 2, 2).clamp(-1, 1)
         losses.append(module.loss(student, (x,), step_generators(3, x.device)))
-    level = module.schedule(student.seen[0])
-    per_x = 1.0 if prediction == "x" else level.sigma**2  # an error of v is sigma times one of x
-    expected = x_error_weight(weight, level) * per_x * 0.1**2
+    scales = module.schedule(student.seen[0])
+    per_x = 1.0 if prediction == "x" else scales.sigma**2  # an error of v is sigma times one of x
+    expected = x_error_weight(weight, scales) * per_x * 0.1**2
     assert losses[0].max() < 1e-16 * max(1, expected.max())
     torch.testing.assert_close(losses[1], expected, rtol=1e-8, atol=0)
 
@@ -488,7 +488,7 @@ def test_states_of_the_loss_are_noisy_images_at_the_students_levels():
     assert set(t.tolist()) == {500.0, 1000.0}
     torch.testing.assert_close(mid_index.double(), t - 250 - 1)
     for each in (500.0, 1000.0):
-        level, states = module.schedule(each), z[t == each]
+        scales, states = module.schedule(each), z[t == each]
         bound = 5 / states.numel() ** 0.5
-        assert abs(states.mean() - 0.5 * level.alpha) < bound
-        assert abs(states.std() - level.sigma) < bound
+        assert abs(states.mean() - 0.5 * scales.alpha) < bound
+        assert abs(states.std() - scales.sigma) < bound
