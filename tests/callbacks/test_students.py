@@ -268,7 +268,7 @@ def test_two_processes_end_the_ladder_leave_the_students_and_resume(tmp_path):
     inside = inside.rename(tmp_path / "inside.ckpt")
     (version / "checkpoints" / "last.ckpt").unlink()
     two_processes(tmp_path, "--ckpt_path", inside, "--trainer.logger.init_args.name", "resumed")
-    again = tmp_path / "resumed" / "version_0" / "checkpoints" / "last.ckpt"
+    again = tmp_path / "runs" / "resumed" / "version_0" / "checkpoints" / "last.ckpt"
     resumed = torch.load(again, weights_only=True)["state_dict"]
     for name, value in last["state_dict"].items():
         if name != "_extra_state":

@@ -42,6 +42,8 @@ def test_weights_load_from_a_file_and_the_number_is_called_fid(monkeypatch, tmp_
         torch.testing.assert_close(features(grey), expected)
     assert expected.shape == (2, 2048)
     callback = FrechetDistance(lambda: features, num_samples=10)
+    data = DigitsDataModule()
+    data.setup("test")
     with pytest.warns(UserWarning, match="singular covariance"):
-        callback.check(DigitsDataModule(), "test")
+        callback.check(data, "test")
     assert callback.settings.quality.keys[0] == "fid"
