@@ -128,7 +128,14 @@ def error_of(arguments, capsys):
     return capsys.readouterr().err + (f"{code}\n" if isinstance(code, str) else "")
 
 
-@pytest.mark.parametrize(("arguments", "named"), WRONG, ids=[line for line, _ in WRONG])
+CASES = [
+    # One of three each time: reading a command line takes half a second.
+    pytest.param(*case, id=case[0], marks=[pytest.mark.slow] if place % 3 else [])
+    for place, case in enumerate(WRONG)
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), CASES)
 def test_a_wrong_argument_is_one_line_that_names_it(
     arguments, named, checkpoint, tmp_path, monkeypatch, capsys
 ):

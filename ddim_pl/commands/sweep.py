@@ -94,9 +94,7 @@ def sweep(
     check_images(datamodule)
     ways = _with_etas(samplers or [model.sampler], etas)
     strategies = list(timesteps or [_only_name(model)])
-    for sampler in ways:
-        check_noise("samplers", model, sampler)
-    _check_strategies(model, ways, strategies, num_steps)
+    _check_ways(model, ways, strategies, num_steps)
     checkpoint = fingerprint_of_file(model, ckpt_path)
 
     def work(worker: Worker) -> None:
@@ -127,13 +125,15 @@ def _with_etas(samplers: Sequence[Sampler], etas: Sequence[float] | None) -> lis
     return found
 
 
-def _check_strategies(
+def _check_ways(
     model: DiffusionModule,
     samplers: Sequence[Sampler],
     names: Sequence[str],
     num_steps: Sequence[int],
 ) -> None:
-    """Check the names, and that every combination has its levels."""
+    """Check the samplers, the names, and that every combination has its levels."""
+    for sampler in samplers:
+        check_noise("samplers", model, sampler)
     known = sorted([ADAPTIVE, *known_strategies()])
     for name in names:
         if name not in known and not name.endswith(".json"):
