@@ -6,7 +6,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from PIL import Image
 from torchvision.datasets import CelebA
 from torchvision.datasets.utils import (
     check_integrity,
@@ -17,6 +16,7 @@ from torchvision.datasets.utils import (
 from ddim_pl.checks import check_at_least
 from ddim_pl.data.base import ImageDataModule, ImageSet
 from ddim_pl.data.image_folder import Box, image_set
+from ddim_pl.data.squares import Squaring
 
 HOME = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 ARCHIVE = "img_align_celeba.zip"
@@ -97,9 +97,8 @@ class CelebADataModule(ImageDataModule):
             1,
             image_size=self.image_size,
             channels=3,
-            resize=True,
+            squaring=Squaring("bilinear"),
             box=FACE,
-            resample=Image.Resampling.BILINEAR,
         )
 
     @property
