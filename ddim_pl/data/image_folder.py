@@ -166,9 +166,8 @@ class ImageFolderDataModule(ImageDataModule):
 
     Raises:
         ValueError: If a number is out of range, or there is a way to resize without `resize`; at
-            `setup`, if a folder is missing or empty or its
-            layout ambiguous, see `find_images` and `class_names`, or a file is broken or of the
-            wrong size.
+            `setup`, if a folder is missing or empty or its layout ambiguous, see `find_images` and
+            `class_names`, or a file is broken or of the wrong size.
     """
 
     def __init__(

@@ -24,8 +24,8 @@ class Squaring:
         resample: Filter to resize with, antialiased. [DDIM] and [PD] have "bilinear"; "box" is the
             mean of an area.
         crop_first: Whether the square is cropped before it is resized, as in the code of [PD].
-            After it, the longer side is rounded to whole pixels, which changes the image's
-            proportions by up to a pixel.
+            Otherwise the longer side is rounded to whole pixels in between, which stretches the
+            image by less than a pixel.
 
     Raises:
         ValueError: If the filter is unknown.
