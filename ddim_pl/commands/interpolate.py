@@ -65,7 +65,7 @@ def interpolate(
     check_at_least(0, seed=seed)
     check_label(model, label)
     check_deterministic(model.sampler)
-    files = read_images(model, _pairs(images), label) if images else None
+    files = read_images(model, datamodule, _pairs(images), label) if images else None
     if from_data:
         if images:
             raise ValueError("images must be left out with from_data, which takes the data's")

@@ -8,7 +8,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from ddim_pl.data.base import ImageDataModule
 from ddim_pl.data.image_folder import decode
+from ddim_pl.data.squares import Squaring
 from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.evaluation.worker import Worker, check_images, check_label
 from ddim_pl.images import from_uint8
@@ -23,8 +25,13 @@ class RealImages(NamedTuple):
     label: Tensor | None
 
 
-def read_images(model: DiffusionModule, files: Sequence[str], label: int | None) -> RealImages:
-    """Read image files in the model's size: the largest central square, resampled.
+def read_images(
+    model: DiffusionModule,
+    datamodule: L.LightningDataModule | None,
+    files: Sequence[str],
+    label: int | None,
+) -> RealImages:
+    """Read image files in the model's size, cropped and resized as the data module's own.
 
     Raises:
         ValueError: If a file cannot be read, the model's images are no squares, or it has classes
@@ -39,7 +46,8 @@ def read_images(model: DiffusionModule, files: Sequence[str], label: int | None)
             f"label must be given with images: the model has {model.num_classes} classes, and a "
             "file does not tell its own"
         )
-    pixels = torch.stack([decode(Path(file), height, channels, resize=True) for file in files])
+    squaring = datamodule.squaring if isinstance(datamodule, ImageDataModule) else Squaring()
+    pixels = torch.stack([decode(Path(file), height, channels, squaring) for file in files])
     return RealImages(
         from_uint8(pixels), None if label is None else torch.full((len(files),), label)
     )
@@ -72,7 +80,7 @@ def image_source(
         ValueError: As `read_images`, or if neither gives images.
     """
     if files:
-        given = read_images(model, files, label)
+        given = read_images(model, datamodule, files, label)
         return lambda worker: given
     check_images(datamodule)
     return lambda worker: validation_images(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ddim_pl.checks import check_at_least
+from ddim_pl.data.squares import Squaring
 from ddim_pl.images import from_uint8
 from ddim_pl.lightning_internals import batches_consumed
 
@@ -267,6 +268,9 @@ class ImageDataModule(LightningDataModule, ABC):
             order of the batches does not depend on it.
         num_predict: Number of images to generate when predicting, over all devices.
 
+    Attributes:
+        squaring: How a command that is given image files brings them to the model's size.
+
     Raises:
         ValueError: If a number is out of range.
     """
@@ -290,8 +294,14 @@ class ImageDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.steps_per_epoch = steps_per_epoch
         self.num_predict = num_predict
+        self.squaring = Squaring()
         self._train_set: ImageSet | None = None
         self._val_set: ImageSet | None = None
+
+    @property
+    def preparation(self) -> str:
+        """What the pixels depend on beside the source, in the name of the data."""
+        return ""
 
     @abstractmethod
     def load(self, train: bool) -> ImageSet:

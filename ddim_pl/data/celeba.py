@@ -1,6 +1,7 @@
 """CelebA: 202,599 aligned photographs of faces, cropped as in the experiments of DDIM."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +18,7 @@ from torchvision.datasets.utils import (
 from ddim_pl.checks import check_at_least
 from ddim_pl.data.base import ImageDataModule, ImageSet
 from ddim_pl.data.image_folder import Box, image_set
+from ddim_pl.data.squares import Squaring
 
 HOME = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 ARCHIVE = "img_align_celeba.zip"
@@ -26,6 +28,17 @@ PARTITION = "list_eval_partition.txt"
 TRAIN, VALID = "0", "1"
 # 128x128 pixels around column 89, row 121, of 178x218.
 FACE: Box = (89 - 64, 121 - 64, 89 + 64, 121 + 64)
+ALIGNED = (178, 218)
+
+
+@dataclass(frozen=True)
+class FaceSquaring(Squaring):
+    """As `Squaring`, after the face is cut out of what has the size of an aligned photograph."""
+
+    def __call__(self, image: Image.Image, image_size: int) -> Image.Image:
+        """Return the square of `image_size` by `image_size` pixels."""
+        face = image.crop(FACE) if image.size == ALIGNED else image
+        return super().__call__(face, image_size)
 
 
 class CelebADataModule(ImageDataModule):
@@ -65,6 +78,7 @@ class CelebADataModule(ImageDataModule):
         self.root = root
         self.download = download
         self.image_size = image_size
+        self.squaring = FaceSquaring()
 
     def prepare_data(self) -> None:
         """Unpack the archive, downloading it and the partition first if needed.
@@ -97,9 +111,8 @@ class CelebADataModule(ImageDataModule):
             1,
             image_size=self.image_size,
             channels=3,
-            resize=True,
+            squaring=Squaring(),
             box=FACE,
-            resample=Image.Resampling.BILINEAR,
         )
 
     @property

@@ -19,6 +19,7 @@ from tqdm.contrib.concurrent import thread_map
 from ddim_pl.checks import check_at_least, check_one_of
 from ddim_pl.data.base import ImageDataModule, ImageSet, TensorImages
 from ddim_pl.data.folders import class_names, find_images, labels_of
+from ddim_pl.data.squares import Resample, Squaring
 
 # Sets up to this many bytes as uint8 are decoded once and kept in memory, in every process.
 MEMORY_LIMIT = 4 * 2**30
@@ -35,28 +36,26 @@ def decode(
     path: Path,
     image_size: int,
     channels: int,
-    resize: bool,
+    squaring: Squaring | None,
     *,
     box: Box | None = None,
-    resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> Tensor:
     """Return an image file as uint8 (`channels`, `image_size`, `image_size`).
 
     An image is rotated as its EXIF entry says, laid on white where it is transparent, and
-    converted to RGB or gray. A `box` crops it. `resize` crops the largest central square and
-    resizes it by the filter `resample`, antialiased.
+    converted to RGB or gray. A `box` crops it. Then `squaring` brings it to its size.
 
     Raises:
         ValueError: If the file cannot be decoded, has more than 8 bits per channel, is animated,
-            does not hold the `box`, or, without `resize`, has another size.
+            does not hold the `box`, or, without `squaring`, has another size.
     """
     with _opened(path) as file:
         image = _with_channels(ImageOps.exif_transpose(file), channels)
-    _check_size(path, image.size, image_size, resize, box)
+    _check_size(path, image.size, image_size, squaring is not None, box)
     if box is not None:
         image = image.crop(box)
-    if resize:
-        image = ImageOps.fit(image, (image_size, image_size), resample)
+    if squaring is not None:
+        image = squaring(image, image_size)
     pixels = torch.from_numpy(np.array(image))
     return pixels.reshape(image_size, image_size, channels).permute(2, 0, 1).contiguous()
 
@@ -108,9 +107,8 @@ def image_set(
     *,
     image_size: int,
     channels: int,
-    resize: bool,
+    squaring: Squaring | None,
     box: Box | None = None,
-    resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> ImageSet:
     """Return image files as an image set, decoded now if they fit into `MEMORY_LIMIT`.
 
@@ -123,18 +121,18 @@ def image_set(
         num_classes: Number of classes.
         image_size: As in `decode`.
         channels: 3 for RGB, 1 for gray.
-        resize: Whether to resize the images; False requires that they have this size.
+        squaring: How to bring the images to this size; None requires that they have it.
         box: Part of each image to keep.
-        resample: Filter to resize with.
 
     Raises:
         ValueError: As in `decode`.
     """
     shape = (channels, image_size, image_size)
     decode_file = partial(
-        decode, image_size=image_size, channels=channels, resize=resize, box=box, resample=resample
+        decode, image_size=image_size, channels=channels, squaring=squaring, box=box
     )
     if len(paths) * channels * image_size**2 > MEMORY_LIMIT:
+        resize = squaring is not None
         check = partial(check_header, image_size=image_size, resize=resize, box=box)
         _for_each(check, paths, "Checking")
         return FileImages(paths, labels, num_classes, shape, decode_file)
@@ -158,16 +156,18 @@ class ImageFolderDataModule(ImageDataModule):
     Args:
         root: The folder of training images; subfolders are searched.
         image_size: Side of the square images, at least 1.
-        resize: True resizes the shorter side to `image_size` and crops the centre; False requires
-            that every file has that size.
+        resize: True resizes the shorter side to `image_size` and crops the centre, see
+            `Squaring`; False requires that every file has that size.
+        resample: Filter to resize with: "bilinear", "bicubic", "lanczos" or "box".
+        crop_first: Whether the centre is cropped before it is resized.
         channels: 3 for RGB, 1 for gray.
         val_root: Folder of the images to validate on, with the same classes; `root` if None.
         **kwargs: Arguments of `ImageDataModule`.
 
     Raises:
-        ValueError: If a number is out of range; at `setup`, if a folder is missing or empty or its
-            layout ambiguous, see `find_images` and `class_names`, or a file is broken or of the
-            wrong size.
+        ValueError: If a number is out of range, or there is a way to resize without `resize`; at
+            `setup`, if a folder is missing or empty or its layout ambiguous, see `find_images` and
+            `class_names`, or a file is broken or of the wrong size.
     """
 
     def __init__(
@@ -176,6 +176,8 @@ class ImageFolderDataModule(ImageDataModule):
         image_size: int,
         *,
         resize: bool = True,
+        resample: Resample = "bilinear",
+        crop_first: bool = False,
         channels: Channels = 3,
         val_root: str | None = None,
         **kwargs: Any,
@@ -183,11 +185,23 @@ class ImageFolderDataModule(ImageDataModule):
         super().__init__(**kwargs)
         check_at_least(1, image_size=image_size)
         check_one_of(Channels, channels=channels)
+        given = Squaring(resample, crop_first)
+        if not resize and given != Squaring():
+            raise ValueError(
+                f"resize must be true with resample {resample} and crop_first {crop_first}, got "
+                "false: leave these two out, or set `resize: true`"
+            )
         self.root = root
         self.image_size = image_size
         self.resize = resize
+        self.squaring = given
         self.channels = channels
         self.val_root = val_root
+
+    @property
+    def preparation(self) -> str:
+        """How the images are resized."""
+        return repr(self.squaring) if self.resize else ""
 
     def load(self, train: bool) -> ImageSet:
         """Return the images of `root` or of `val_root`."""
@@ -206,7 +220,7 @@ class ImageFolderDataModule(ImageDataModule):
             max(1, len(names)),
             image_size=self.image_size,
             channels=self.channels,
-            resize=self.resize,
+            squaring=self.squaring if self.resize else None,
         )
 
 

@@ -223,6 +223,7 @@ class TeacherPairsDataModule(ImageDataModule):
         check_at_least(1, num_pairs=num_pairs, num_validation=num_validation)
         check_at_least(1, shard_size=shard_size)
         self.source = images
+        self.squaring = images.squaring
         self.folder = Path(folder)
         self.num_pairs = num_pairs
         self.num_validation = num_validation
@@ -230,6 +231,11 @@ class TeacherPairsDataModule(ImageDataModule):
         self.pair_seed = pair_seed
         self._store: PairStore | None = None
         self._latents: Latents = gaussian_latents
+
+    @property
+    def preparation(self) -> str:
+        """That of the real images."""
+        return self.source.preparation
 
     def prepare_data(self) -> None:
         """Prepare the real images."""

@@ -217,10 +217,11 @@ def _found_or_measured(
 
 
 def identity_of(data: ImageDataModule) -> str:
-    """A name for the real images: how many they are, and what a hundred of them look like."""
+    """A name for the real images: how many, how prepared, and what a hundred of them look like."""
     count = data.num_reference
     some = torch.arange(min(count, 100)) * count // min(count, 100)
-    return f"{type(data).__name__} {count} {digest_of({'images': data.train_set.images(some)})}"
+    images = {"images": data.train_set.images(some)}
+    return f"{type(data).__name__} {count} {digest_of(images, data.preparation)}"
 
 
 def read_cell(path: Path) -> dict[str, float] | None:

@@ -11,8 +11,10 @@ follows the blocks at some resolutions. The caller chooses what `t` is (an index
 the log-SNR).
 """
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, Literal
 
 import torch
@@ -24,9 +26,13 @@ from ddim_pl.checks import check_at_least, check_one_of
 __all__ = ["UNet"]
 
 Resample = Literal["conv", "block"]
+Initialisation = Literal["xavier", "lecun", "torch"]
 
 # That of every GroupNorm in the code of both papers; torch's default is 1e-5.
 _EPS = 1e-6
+# Standard deviation of the standard normal law cut at -2 and 2, by which flax divides, as does
+# `jax.nn.initializers.variance_scaling`.
+_STD_OF_CUT_NORMAL = 0.87962566103423978
 
 
 class UNet(nn.Module):
@@ -34,7 +40,8 @@ class UNet(nn.Module):
 
     The defaults are the CIFAR-10 network of [DDPM], appendix B. That of Salimans & Ho
     (2022) has `channels=256, multipliers=(1, 1, 1), num_blocks=3, attention=(8, 16), dropout=0.2,
-    scale_shift=True, resample="block"`.
+    scale_shift=True, resample="block", initialisation="lecun"`; theirs for LSUN at 128x128 also
+    needs `embedding_width=768, head_width=64`, see `configs/lsun_bedroom/teacher.yaml`.
 
     Args:
         image_size: Height and width of the images; a multiple of `2 ** (len(multipliers) - 1)`.
@@ -44,7 +51,10 @@ class UNet(nn.Module):
         multipliers: Width of each level in units of `channels`, from the finest level down.
         num_blocks: Residual blocks of a level on the down path; the up path has one more.
         attention: Resolutions with attention after every block. The middle always has attention.
-        num_heads: Attention heads; divides the width of every level.
+        num_heads: Attention heads; divides the width of every level. 1 if neither this nor
+            `head_width` is given.
+        head_width: Channels of an attention head instead of their number, so that wider levels
+            have more heads; divides the width of every level with attention and of the middle.
         dropout: Probability in [0, 1) of dropping an activation in every residual block.
         num_classes: Number of classes; None for a network without labels.
         scale_shift: Whether the embedding scales and shifts a block's second norm (FiLM; Salimans
@@ -52,6 +62,12 @@ class UNet(nn.Module):
         resample: "conv" resamples with a convolution (Ho et al.); "block" within a residual
             block, by average pooling and nearest neighbours (Salimans & Ho).
         groups: Groups of every GroupNorm; divides the width of every level.
+        embedding_width: Width of the time embedding that enters the blocks, after the sinusoidal
+            one; `4 * channels` if None.
+        initialisation: How weights are drawn. "xavier" is that of the code of [DDPM], uniform with
+            variance 1 / fan_avg; "lecun" that of [PD], a normal law cut at two standard deviations
+            with variance 1 / fan_in; both have zero biases, and zeros in the last layer of every
+            residual branch and of the network. "torch" is PyTorch's own, as in the code of [DDIM].
 
     Attributes:
         init_args: The constructor's arguments as plain data, for checkpoints.
@@ -70,29 +86,20 @@ class UNet(nn.Module):
         multipliers: Sequence[int] = (1, 2, 2, 2),
         num_blocks: int = 2,
         attention: Sequence[int] = (16,),
-        num_heads: int = 1,
+        num_heads: int | None = None,
+        head_width: int | None = None,
         dropout: float = 0.1,
         num_classes: int | None = None,
         scale_shift: bool = False,
         resample: Resample = "conv",
         groups: int = 32,
+        embedding_width: int | None = None,
+        initialisation: Initialisation = "xavier",
     ) -> None:
+        given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
+        lists = {"multipliers": list(multipliers), "attention": list(attention)}
         super().__init__()
-        self.init_args: dict[str, Any] = {
-            "image_size": image_size,
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "channels": channels,
-            "multipliers": list(multipliers),
-            "num_blocks": num_blocks,
-            "attention": list(attention),
-            "num_heads": num_heads,
-            "dropout": dropout,
-            "num_classes": num_classes,
-            "scale_shift": scale_shift,
-            "resample": resample,
-            "groups": groups,
-        }
+        self.init_args: dict[str, Any] = {**given, **lists}
         _check_arguments(self.init_args)
         self.image_size: Final = image_size
         self.in_channels: Final = in_channels
@@ -102,7 +109,7 @@ class UNet(nn.Module):
 
     def _build(self, channels: int, multipliers: Sequence[int], groups: int) -> None:
         """Create and initialise the layers; their order fixes the random numbers they get."""
-        emb_width = 4 * channels
+        emb_width = self.init_args["embedding_width"] or 4 * channels
         self.time_in = nn.Linear(channels, emb_width)
         self.time_out = nn.Linear(emb_width, emb_width)
         classes = self.num_classes
@@ -124,7 +131,9 @@ class UNet(nn.Module):
         self.up = self._up_path(levels, kept)
         self.norm_out = nn.GroupNorm(groups, levels[0][0], eps=_EPS)
         self.conv_out = nn.Conv2d(levels[0][0], self.out_channels, 3, padding=1)
-        self.apply(_initialise)
+        draw = _DRAWS[self.init_args["initialisation"]]
+        if draw is not None:
+            self.apply(partial(_initialise, draw=draw))
 
     def _down_path(
         self, channels: int, levels: list[tuple[int, int]]
@@ -180,7 +189,8 @@ class UNet(nn.Module):
 
     def _attention(self, width: int) -> "SelfAttention":
         args = self.init_args
-        return SelfAttention(width, num_heads=args["num_heads"], groups=args["groups"])
+        num_heads = width // args["head_width"] if args["head_width"] else args["num_heads"] or 1
+        return SelfAttention(width, num_heads=num_heads, groups=args["groups"])
 
     def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Map images, each with its time, to images of the same size.
@@ -360,26 +370,49 @@ def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def _initialise(module: nn.Module) -> None:
-    """Initialise as the code of [DDPM] does; for `Module.apply`, children come first.
+def _xavier(weight: Tensor) -> None:
+    """Draw uniform weights of variance 1 / fan_avg."""
+    nn.init.xavier_uniform_(weight)
 
-    Weights are uniform with variance 1 / fan_avg (Xavier) and biases zero. The last layer of
-    every residual branch and of the network is zero (1e-10 in their code), as in Salimans & Ho's
-    code, so that all blocks start as the identity. The class table, which they do not have, keeps
-    torch's unit normal.
+
+def _lecun(weight: Tensor) -> None:
+    """Draw weights of variance 1 / fan_in from a normal law cut at two standard deviations."""
+    std = weight[0].numel() ** -0.5 / _STD_OF_CUT_NORMAL
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+_DRAWS: dict[Initialisation, Callable[[Tensor], None] | None] = {
+    "xavier": _xavier,
+    "lecun": _lecun,
+    "torch": None,
+}
+
+
+@torch.no_grad()
+def _initialise(module: nn.Module, draw: Callable[[Tensor], None]) -> None:
+    """Initialise as the code of [DDPM] or [PD] does; for `Module.apply`, children come first.
+
+    Biases are zero. The last layer of every residual branch and of the network is zero (1e-10 in
+    the code of [DDPM]), so that all blocks start as the identity. The class table, which [DDPM]
+    does not have, keeps torch's unit normal; in the code of [PD] it is a layer with one-hot input.
     """
     if isinstance(module, (nn.Conv2d, nn.Linear)):
-        nn.init.xavier_uniform_(module.weight)
+        draw(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding) and draw is _lecun:
+        draw(module.weight.T)
     elif isinstance(module, ResidualBlock):
         nn.init.zeros_(module.conv2.weight)
     elif isinstance(module, SelfAttention):
         for weight in module.qkv.weight.chunk(3):  # three layers in one: their own fans
-            nn.init.xavier_uniform_(weight)
+            draw(weight)
         nn.init.zeros_(module.proj.weight)
     elif isinstance(module, UNet):
         nn.init.zeros_(module.conv_out.weight)
+
+
+_ARGUMENTS = set(inspect.signature(UNet.__init__).parameters) - {"self"}
 
 
 def _check_arguments(args: dict[str, Any]) -> None:
@@ -391,8 +424,9 @@ def _check_arguments(args: dict[str, Any]) -> None:
 
 def _check_ranges(args: dict[str, Any]) -> None:
     """Check every argument that has a range of its own."""
-    counts = ("image_size", "in_channels", "out_channels", "num_blocks", "num_heads")
-    check_at_least(1, **{name: args[name] for name in (*counts, "num_classes", "groups")})
+    counts = ["image_size", "in_channels", "out_channels", "num_blocks", "num_heads", "head_width"]
+    counts += ["num_classes", "groups", "embedding_width"]
+    check_at_least(1, **{name: args[name] for name in counts})
     if args["channels"] < 4 or args["channels"] % 2:
         raise ValueError(
             f"channels must be even and at least 4, got {args['channels']}: the time embedding "
@@ -406,6 +440,7 @@ def _check_ranges(args: dict[str, Any]) -> None:
     if not 0 <= args["dropout"] < 1:
         raise ValueError(f"dropout must be in [0, 1), got {args['dropout']}: 0 turns it off")
     check_one_of(Resample, resample=args["resample"])
+    check_one_of(Initialisation, initialisation=args["initialisation"])
 
 
 def _check_resolutions(
@@ -433,10 +468,25 @@ def _check_resolutions(
 def _check_widths(args: dict[str, Any]) -> None:
     """Check that groups and heads divide the width of every level."""
     widths = [args["channels"] * multiplier for multiplier in (1, *args["multipliers"])]
-    for name in ("groups", "num_heads"):
-        bad = [width for width in widths if width % args[name]]
+    attended = [
+        width
+        for level, width in enumerate(widths[1:])
+        if args["image_size"] >> level in args["attention"]
+    ]
+    if args["num_heads"] is not None and args["head_width"] is not None:
+        raise ValueError(
+            f"num_heads must be left out where head_width is given, got {args['num_heads']} and "
+            f"{args['head_width']}: a level has as many heads as its width holds"
+        )
+    for name, those in (
+        ("groups", widths),
+        ("num_heads", widths),
+        ("head_width", [*attended, widths[-1]]),
+    ):
+        bad = [width for width in those if width % (args[name] or 1)]
         if bad:
             raise ValueError(
-                f"{name} must divide the width of every level, got {args[name]} and {bad[0]}: "
-                f"choose a divisor of {math.gcd(*widths)}"
+                f"{name} must divide the width of every level"
+                f"{' with attention' if name == 'head_width' else ''}, got {args[name]} and "
+                f"{bad[0]}: choose a divisor of {math.gcd(*those)}"
             )

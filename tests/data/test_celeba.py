@@ -16,6 +16,9 @@ from torchvision.transforms import functional
 
 from ddim_pl.data import celeba, image_folder
 from ddim_pl.data.celeba import ARCHIVE, IMAGES, PARTITION, CelebADataModule
+from ddim_pl.data.image_folder import decode
+from ddim_pl.data.squares import Squaring
+from ddim_pl.images import write_png
 
 # As in the real partition, a name and the number of its split: train, valid, test.
 SPLITS = {"000001.jpg": 0, "000002.jpg": 0, "000003.jpg": 1, "000004.jpg": 2, "000005.jpg": 0}
@@ -119,6 +122,23 @@ def test_images_are_those_of_the_ddim_code(
         expected = torch.stack([as_in_the_ddim_code(name, image_size) for name in names])
         found = source.images(torch.arange(len(source)))
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_photograph_given_to_a_command_is_cut_as_in_training(
+    tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    put(tmp_path, files)
+    data = prepared(tmp_path)
+    (name,) = [name for name, number in SPLITS.items() if number == 1]
+    path = tmp_path / "celeba" / IMAGES / name
+    (expected,) = data.val_set.images(torch.arange(1))
+    found = decode(path, 64, 3, data.squaring)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not torch.equal(decode(path, 64, 3, Squaring()), expected)
+    # What is no aligned photograph is taken as it is.
+    write_png(expected, tmp_path / "face.png")
+    found = decode(tmp_path / "face.png", 64, 3, data.squaring)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_marked_square_is_cut_out_to_the_pixel(

@@ -38,7 +38,7 @@ def test_all_endings_of_known_formats_are_read(tmp_path):
     assert count(tmp_path) == (len(EXTENSIONS), 1)
     red = torch.tensor([255, 0, 0])
     for path in find_images(tmp_path):
-        pixels = decode(path, 8, 3, resize=False)
+        pixels = decode(path, 8, 3, None)
         # JPEG and WebP lose a little; a PGM file is gray.
         tolerance = 255 if path.suffix == ".pgm" else 3
         assert (pixels[:, 4, 4].int() - red).abs().max() <= tolerance, path

@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+from torchvision.transforms.functional import pil_to_tensor
 
 from ddim_pl.data import image_folder
 from ddim_pl.data.image_folder import ImageFolderDataModule, check_header, decode
+from ddim_pl.data.squares import Squaring
 
 SIZE = 8
 
@@ -69,40 +72,59 @@ def test_gray_and_colour_become_what_channels_asks_for(tmp_path: Path) -> None:
     torch.testing.assert_close(images[0], torch.from_numpy(gray))
 
 
-def test_resizing_scales_the_shorter_side_and_keeps_the_centre(tmp_path: Path) -> None:
-    write(tmp_path / "0.png", size=(24, 16))
-    write(tmp_path / "1.png", size=(16, 24))
-    wide, tall = folder(tmp_path).train_set.images(torch.arange(2))
-    for image, name, size in ((wide, "0.png", (12, 8)), (tall, "1.png", (8, 12))):
-        with Image.open(tmp_path / name) as file:
-            whole = torch.from_numpy(np.array(file.resize(size, Image.Resampling.LANCZOS)))
-        top, left = (size[1] - SIZE) // 2, (size[0] - SIZE) // 2
-        expected = whole[top : top + SIZE, left : left + SIZE].permute(2, 0, 1)
-        torch.testing.assert_close(image, expected, rtol=0, atol=1)
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("size", [(24, 16), (17, 31), (9, 8)], ids=str)
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic", "lanczos", "box"])
+def test_resizing_is_that_of_torchvision(
+    tmp_path: Path, resample: str, size: tuple[int, int]
+) -> None:
+    write(tmp_path / "0.png", size=size)
+    mode = InterpolationMode(resample)
+    after = Compose([Resize(SIZE, mode), CenterCrop(SIZE)])
+    before = Compose([CenterCrop(min(size)), Resize(SIZE, mode)])
+    for crop_first, theirs in ((False, after), (True, before)):
+        data = folder(tmp_path, resample=resample, crop_first=crop_first)
+        with Image.open(tmp_path / "0.png") as file:
+            expected = pil_to_tensor(theirs(file))
+        found = data.train_set.images(torch.arange(1))[0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_photograph_of_4_to_3_keeps_its_pixels(tmp_path: Path) -> None:
+    """Every LSUN photograph of 4:3 is 341x256: there is nothing to interpolate."""
+    pixels = write(tmp_path / "0.png", size=(341, 256))
+    data = ImageFolderDataModule(str(tmp_path), 256)
+    data.setup("fit")
+    found = data.train_set.images(torch.arange(1))[0]
+    torch.testing.assert_close(found, torch.from_numpy(pixels[..., 42:298].copy()))
+
+
+def test_a_way_to_resize_without_resizing_is_refused(tmp_path: Path) -> None:
+    for arguments in ({"resample": "box"}, {"crop_first": True}):
+        with pytest.raises(ValueError, match="resize must be true with resample"):
+            folder(tmp_path, resize=False, **arguments)
 
 
 def test_transparent_pixels_turn_white_and_photographs_upright(tmp_path: Path) -> None:
     Image.new("RGBA", (SIZE, SIZE), (9, 9, 9, 0)).save(tmp_path / "clear.png")
-    assert (decode(tmp_path / "clear.png", SIZE, 3, resize=True) == 255).all()
+    assert (decode(tmp_path / "clear.png", SIZE, 3, Squaring()) == 255).all()
     pixels = np.zeros((SIZE, SIZE), dtype=np.uint8)
     pixels[0] = 255
     exif = Image.Exif()
     exif[0x0112] = 3  # taken upside down
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    turned = decode(tmp_path / "turned.png", SIZE, 1, resize=False)
+    turned = decode(tmp_path / "turned.png", SIZE, 1, None)
     torch.testing.assert_close(turned[0], torch.from_numpy(pixels[::-1].copy()))
 
 
 def test_a_box_is_cut_out_before_resizing(tmp_path: Path) -> None:
     pixels = write(tmp_path / "0.png", size=(24, 16))
-    cut = decode(tmp_path / "0.png", SIZE, 3, resize=False, box=(5, 2, 5 + SIZE, 2 + SIZE))
+    cut = decode(tmp_path / "0.png", SIZE, 3, None, box=(5, 2, 5 + SIZE, 2 + SIZE))
     torch.testing.assert_close(cut, torch.from_numpy(pixels)[:, 2 : 2 + SIZE, 5 : 5 + SIZE])
     flat = np.zeros((16, 24), dtype=np.uint8)
     flat[:, 12:] = 255
     Image.fromarray(flat).save(tmp_path / "halves.png")
-    assert (
-        decode(tmp_path / "halves.png", SIZE, 1, resize=True, box=(12, 4, 24, 16)) == 255
-    ).all()
+    assert (decode(tmp_path / "halves.png", SIZE, 1, Squaring(), box=(12, 4, 24, 16)) == 255).all()
 
 
 @pytest.mark.parametrize("box", [(20, 0, 28, 8), (0, 9, 8, 17)], ids=["right", "below"])
@@ -112,7 +134,7 @@ def test_a_box_that_leaves_the_image_is_refused(
     write(tmp_path / "0.png", size=(24, 16))
     message = r"0\.png must have columns .* and rows .*, got 24x16 pixels"
     with pytest.raises(ValueError, match=message):
-        decode(tmp_path / "0.png", SIZE, 3, resize=True, box=box)
+        decode(tmp_path / "0.png", SIZE, 3, Squaring(), box=box)
     with pytest.raises(ValueError, match=message):
         check_header(tmp_path / "0.png", SIZE, resize=True, box=box)
 

@@ -4,15 +4,21 @@ import csv
 from functools import partial
 
 import pytest
+import torch
 from sweeps import sweep, trainer
 from tiny import some_ddpm
 
 from callbacks import FrechetDistance
 from ddim_pl.data.base import TensorImages
 from ddim_pl.data.digits import DigitsDataModule, digits_arrays
+from ddim_pl.data.image_folder import ImageFolderDataModule
+from ddim_pl.data.teacher_pairs import TeacherPairsDataModule
+from ddim_pl.evaluation.cells import identity_of
+from ddim_pl.images import write_png
 from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.metrics.quality import SampleQuality
 from ddim_pl.samplers import DDIM
+from ddim_pl.training.fingerprint import digest_of
 
 
 def test_a_cell_has_the_distance_that_the_callback_measures(tmp_path):
@@ -104,3 +110,28 @@ def test_real_images_are_read_once(tmp_path):
 
     sweep(tmp_path, features=Counting)
     assert Counting.seen == 2 + 1797 + 6 * 40  # two black ones are tried first
+
+
+def test_images_that_are_resized_otherwise_are_other_images(tmp_path):
+    """Even if the hundred that are looked at are equal, as here, where none is resized."""
+    write_png(torch.zeros(1, 8, 8, dtype=torch.uint8), tmp_path / "0.png")
+
+    def name(**arguments):
+        data = ImageFolderDataModule(str(tmp_path), 8, **arguments)
+        data.setup("fit")
+        pairs = TeacherPairsDataModule(data, "unused", num_pairs=1)
+        pairs.setup("fit")
+        names = identity_of(data), identity_of(pairs)
+        assert names[0].split()[2] == names[1].split()[2]
+        return names[0]
+
+    ways = [{}, {"resample": "box"}, {"crop_first": True}, {"resize": False}]
+    assert len({name(**way) for way in ways}) == len(ways)
+
+
+def test_digits_have_the_name_they_always_had():
+    """Their pixels are the same, so their finished cells are found."""
+    data = DigitsDataModule()
+    data.setup("fit")
+    digest = digest_of({"images": data.train_set.images(torch.arange(100) * 1797 // 100)})
+    assert identity_of(data) == f"DigitsDataModule 1797 {digest}"

@@ -1,13 +1,15 @@
 """The U-Net against published sizes, an independent implementation, and its own promises."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from scipy.stats import kstest, truncnorm, uniform
 from torch import Tensor, nn
 
-from ddim_pl.networks.unet import UNet, sinusoidal_embedding
+from ddim_pl.networks.unet import SelfAttention, Stage, UNet, sinusoidal_embedding
 
 TINY: dict[str, Any] = {
     "image_size": 8,
@@ -81,6 +83,58 @@ def test_salimans_ho_network_has_the_size_its_description_gives() -> None:
 
     salimans_ho = {"channels": c, "multipliers": (1, 1, 1), "num_blocks": 3, "attention": (8, 16)}
     assert count(**salimans_ho, **FILM, dropout=0.2) == expected
+
+
+LSUN: dict[str, Any] = FILM | {
+    "image_size": 128,
+    "channels": 64,
+    "multipliers": (1, 2, 4, 6, 8),
+    "num_blocks": 3,
+    "attention": (8, 16, 32),
+    "dropout": 0.1,
+    "embedding_width": 768,
+    "head_width": 64,
+    "initialisation": "lecun",
+}
+
+
+@pytest.mark.parametrize(("outputs", "parameters"), [(6, 139_578_502), (3, 139_576_771)])
+def test_salimans_ho_network_for_lsun_has_the_size_of_their_code(
+    outputs: int, parameters: int
+) -> None:
+    """With x and eps at once, and with v."""
+    assert count(**LSUN, out_channels=outputs) == parameters
+
+
+def test_wider_levels_have_more_heads() -> None:
+    """4 at 32x32, 6 at 16x16 and 8 at 8x8 and in the middle, each of 64 channels."""
+    with torch.device("meta"):
+        network = UNet(**LSUN)
+    found = [
+        (module.qkv.in_features, module.num_heads)
+        for module in network.modules()
+        if isinstance(module, SelfAttention)
+    ]
+    down = [(256, 4)] * 3 + [(384, 6)] * 3 + [(512, 8)] * 3
+    up = [(512, 8)] * 4 + [(384, 6)] * 4 + [(256, 4)] * 4
+    assert sorted(found) == sorted([*down, (512, 8), *up])
+
+
+def test_head_width_gives_the_function_of_as_many_heads() -> None:
+    by_number, by_width = UNet(**TINY, num_heads=4), UNet(**TINY, head_width=8)
+    by_width.load_state_dict(randomised(by_number).state_dict())
+    torch.testing.assert_close(by_width.eval()(*batch()), by_number(*batch()), rtol=0, atol=0)
+    one = UNet(**TINY)
+    one.load_state_dict(by_number.state_dict())
+    assert not torch.allclose(one.eval()(*batch()), by_number(*batch()))
+
+
+def test_the_embedding_is_four_times_the_base_width_unless_given() -> None:
+    assert count(**TINY, embedding_width=64) == count(**TINY)
+    wide = randomised(UNet(**TINY, **FILM, embedding_width=96, num_classes=3))
+    assert wide.time_out.weight.shape == (96, 96)
+    assert wide.class_table.weight.shape == (3, 96)
+    assert wide(*batch(), torch.tensor([0, 1, 2])).shape == (3, 3, 8, 8)
 
 
 def test_digits_network_is_small() -> None:
@@ -229,6 +283,65 @@ def test_initial_weights_have_variance_one_over_the_average_fan() -> None:
         assert weight.std().item() == pytest.approx(fan**-0.5, rel=0.02)
 
 
+def drawn(network: UNet) -> dict[str, Tensor]:
+    """Weights of different kinds and their fans in, by the layers' names."""
+    block, attention = network.middle[0].block, network.middle[0].attention
+    parts = dict(zip(("q", "k", "v"), attention.qkv.weight.chunk(3), strict=True))
+    shortcut = next(
+        step.block.shortcut.weight
+        for step in network.up
+        if isinstance(step, Stage) and isinstance(step.block.shortcut, nn.Conv2d)
+    )
+    return parts | {
+        "conv_in": network.conv_in.weight,
+        "conv1": block.conv1.weight,
+        "emb_proj": block.emb_proj.weight,
+        "time_in": network.time_in.weight,
+        "shortcut": shortcut,
+    }
+
+
+def test_lecun_weights_are_normal_up_to_two_standard_deviations() -> None:
+    """As flax draws them by default, which the code of Salimans & Ho leaves at that."""
+    torch.manual_seed(0)
+    network = UNet(**TINY | {"channels": 64}, **FILM, num_classes=10, initialisation="lecun")
+    weights = drawn(network) | {"class": network.class_table.weight.T}
+    for name, weight in weights.items():
+        std = weight[0].numel() ** -0.5 / truncnorm(-2, 2).std()
+        law = truncnorm(-2, 2, scale=std)
+        assert kstest(weight.detach().flatten().double().numpy(), law.cdf).pvalue > 1e-3, name
+        assert weight.abs().max() <= 2 * std * (1 + 1e-6)
+        # The standard deviation is 1 / sqrt(fan in), to four of its errors.
+        assert weight.std().item() == pytest.approx(
+            weight[0].numel() ** -0.5, rel=4 / (2 * weight.numel()) ** 0.5
+        ), name
+    assert not network(*batch(), torch.tensor([0, 1, 2])).any()
+    assert not network.middle[0].attention.proj.weight.any()
+    assert not any(p.any() for name, p in network.named_parameters() if name.endswith(".bias"))
+
+
+def test_the_first_layer_for_lsun_has_the_deviation_seen_in_the_authors_code() -> None:
+    """0.194 in a draw of theirs: 27 ** -0.5 with an error of 1.7 %. Xavier's is 0.058."""
+    torch.manual_seed(0)
+    first = UNet(**TINY | {"channels": 64}, initialisation="lecun").conv_in.weight
+    assert first.shape == (LSUN["channels"], 3, 3, 3)
+    assert first.std().item() == pytest.approx(0.194, rel=0.05)
+
+
+def test_torchs_initialisation_is_that_of_its_layers() -> None:
+    """The code of DDIM leaves it at that: nothing is zero, not even a bias."""
+    torch.manual_seed(0)
+    network = UNet(**TINY | {"channels": 64}, initialisation="torch")
+    for name, weight in drawn(network).items():
+        bound = weight[0].numel() ** -0.5  # kaiming_uniform_ with a = sqrt(5)
+        law = uniform(-bound, 2 * bound)
+        assert kstest(weight.detach().flatten().double().numpy(), law.cdf).pvalue > 1e-3, name
+    assert network(*batch()).std() > 0.01
+    norms = {id(m.bias) for m in network.modules() if isinstance(m, nn.GroupNorm)}
+    biases = [p for name, p in network.named_parameters() if name.endswith(".bias")]
+    assert all(p.all() for p in biases if id(p) not in norms)
+
+
 @pytest.mark.parametrize("variant", [{}, FILM], ids=["ho", "salimans_ho"])
 def test_gradient_reaches_every_parameter(variant: dict[str, Any]) -> None:
     network = randomised(UNet(**TINY, **variant, num_classes=3))
@@ -374,6 +487,14 @@ def test_times_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         ({"attention": (4, 16)}, r"attention must be .*, got \[16\]: choose from \[8, 4\]"),
         ({"groups": 3}, "groups must divide .* got 3 and 16: choose a divisor of 16"),
         ({"num_heads": 3}, "num_heads must divide .* got 3 and 16: choose a divisor of 16"),
+        ({"head_width": 5}, "head_width must divide .* with attention, got 5 and 32: .* of 32"),
+        ({"head_width": 0}, "head_width must be at least 1, got 0"),
+        (
+            {"head_width": 8, "num_heads": 1},
+            "num_heads must be left out where head_width is given",
+        ),
+        ({"embedding_width": 0}, "embedding_width must be at least 1, got 0"),
+        ({"initialisation": "he"}, r"initialisation must be one of \('xavier', .*, got 'he'"),
         ({"channels": 15}, "channels must be even and at least 4, got 15"),
         ({"channels": 2}, "channels must be even and at least 4, got 2"),
         ({"multipliers": ()}, r"multipliers must be one or more positive integers, got \[\]"),
@@ -395,11 +516,13 @@ def test_wrong_arguments_are_refused_with_a_remedy(wrong: dict[str, Any], messag
 # Configuration
 
 
-def test_init_args_rebuild_the_network() -> None:
-    network = UNet(**TINY, **FILM, num_classes=3)
+@pytest.mark.parametrize("more", [{}, {"head_width": 16, "embedding_width": 24}], ids=str)
+def test_init_args_rebuild_the_network(more: dict[str, Any]) -> None:
+    network = UNet(**TINY, **FILM, num_classes=3, **more)
     again = UNet(**network.init_args)
     assert again.init_args == network.init_args
     assert network.init_args["multipliers"] == [1, 2]
+    assert network.init_args.keys() == inspect.signature(UNet).parameters.keys()
     again.load_state_dict(network.state_dict())
 
 
