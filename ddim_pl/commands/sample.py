@@ -35,7 +35,8 @@ def sample(
 
     Image i of a seed is the same for any number of devices and any batch size. The sampler is the
     checkpoint's own, or what is given as `--model.sampler`, `--model.timesteps` and
-    `--model.num_steps`.
+    `--model.num_steps`. With the `split_levels` of `DEQ` or `ParaDiGMS` the devices share the
+    levels of each image, otherwise the images.
 
     Args:
         trainer: Gives the devices.
@@ -65,18 +66,21 @@ def sample(
 
     def work(worker: Worker) -> None:
         folder = _folder(worker, output, first)
+        if getattr(model.sampler, "split_levels", False):
+            worker = worker.together()
+        writes = worker.is_first or worker.world_size > 1
         kept: list[Tensor] = []
         found = worker.sample_batches(indices, batch_size, "sampling", label=label, seed=seed)
         for batch, images in found:
             pixels = to_uint8(images).cpu()
             for index, image in zip(batch, pixels, strict=True):
-                if png:
+                if png and writes:
                     write_png(image, folder / "images" / f"{index:06d}.png")
             wanted = len(batch) if npz else sum(i - first < GRID_IMAGES for i in batch)
             kept.append(pixels[:wanted])
         mine = torch.cat([torch.empty(0, *model.image_shape, dtype=torch.uint8), *kept])
         shown = _first_images(worker, mine, min(num_images, GRID_IMAGES))
-        if npz:
+        if npz and writes:
             file = folder / f"samples{part}.npz"
             _write_npz(worker, file, mine, model.label_of(indices), label)
         if worker.is_first:
