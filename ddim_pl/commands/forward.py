@@ -1,7 +1,6 @@
 """`main.py forward`: how images become noise, on DDIM's paths ([DDIM], section 4.1)."""
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +14,11 @@ from ddim_pl.evaluation.plots import label_rows
 from ddim_pl.evaluation.tables import markdown, write_csv, write_text
 from ddim_pl.evaluation.worker import Worker, on_every_worker
 from ddim_pl.images import to_uint8
-from ddim_pl.prediction import Prediction, eps_from_x
-from ddim_pl.rng import Generators, image_generators, randn
-from ddim_pl.schedules import NoiseSchedule
+from ddim_pl.inversion import forward_trajectory
+from ddim_pl.prediction import eps_from_x
+from ddim_pl.rng import image_generators
 from ddim_pl.timesteps import make_levels
 from ddim_pl.training import DiffusionModule
-from ddim_pl.transitions import ddim_step, q_sample
 
 
 def forward(
@@ -42,12 +40,11 @@ def forward(
 ) -> None:
     """Draw the noisy states of images along DDIM's forward processes, one for each eta.
 
-    A process is given by `q(z_T | x)` and `q(z_s | z_t, x)` ([DDIM], eqs. 6 and 7); its forward
-    step `q(z_t | z_s, x)` (eq. 8) depends on x, except at eta = 1, which is DDPM's Markov chain.
-    At every level the state has the same law for every eta. Writes `grid.png`, a row for each
-    image and eta, clean to noisy; and `forward.csv` and `forward.md` with the mean and deviation
-    of the noise at these levels, 0 and 1 by construction, and its correlation with the noise at
-    the noisiest level: 1 at eta = 0.
+    A forward step depends on the image ([DDIM], eq. 8), except at eta = 1, which is DDPM's Markov
+    chain. At every level the state has the same law for every eta. Writes `grid.png`, a row for
+    each image and eta; and `forward.csv` and `forward.md` with the mean and deviation of the noise
+    at these levels, 0 and 1 by construction, and its correlation with the noise at the cleanest
+    level: 1 at eta = 0.
 
     Args:
         trainer: Gives the devices.
@@ -61,7 +58,7 @@ def forward(
         etas: Noise of the steps, each in [0, 1].
         timesteps: Strategy of the levels.
         num_steps: Steps of a path.
-        num_points: Levels that are shown, spread over the path.
+        num_points: States that are shown, the image included, spread over the path.
         seed: Seed of the noise; by default that of training.
         output: Folder to write to; by default `forward` in the checkpoint's run.
 
@@ -74,7 +71,8 @@ def forward(
     check_at_least(0, seed=seed)
     _check(model, etas)
     levels = make_levels(timesteps, model.schedule, num_steps)
-    places = torch.linspace(0, len(levels) - 1, min(num_points, len(levels))).round().int()
+    levels = levels.flip(0)[1:]  # without the image itself
+    points = torch.linspace(len(levels) - 1, 0, min(num_points - 1, len(levels))).round()
     source = image_source(model, datamodule, images, label, num_images)
 
     def work(worker: Worker) -> None:
@@ -84,58 +82,29 @@ def forward(
         if not worker.is_first:
             return
         x, chosen = real.images.double(), model.seed if seed is None else seed
-        found = {
-            eta: _follow(x, levels, places.tolist(), model.schedule, eta, chosen, num_shown)
-            for eta in etas
-        }
-        text = f"Noise of {len(x)} images on DDIM's forward paths of {len(levels) - 1} steps."
+        found = {eta: _follow(model, x, levels, eta, chosen, points.tolist()) for eta in etas}
+        found = {eta: Paths(p.pictures[:num_shown], p.rows) for eta, p in found.items()}
+        text = f"Noise of {len(x)} images on DDIM's forward paths of {len(levels)} steps."
         _write(folder, found, text)
 
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
 
 
-def path(
-    x: Tensor, levels: Tensor, schedule: NoiseSchedule, eta: float, generators: Generators
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Joint sample of the states at falling levels, given the images ([DDIM], eqs. 6 and 7).
-
-    Args:
-        x: Images `(B, ...)`.
-        levels: Falling levels, `(S + 1,)`.
-        schedule: Gives their scales.
-        eta: Noise of the steps: 0 is none, 1 that of DDPM's posterior.
-        generators: Sources of the noise, one for each image.
-
-    Yields:
-        The state at each level and its standardised noise, each `(B, ...)`. At a level without
-        noise, that of the level before.
-    """
-    scales = [schedule(t) for t in levels]
-    eps = randn(x.shape, generators, x)
-    yield q_sample(x, eps, scales[0]), eps
-    for t, s in pairwise(scales):
-        fresh = randn(x.shape, generators, x)
-        z = ddim_step(Prediction(x, eps), t, s, eta=eta, noise=fresh)
-        if s.sigma > 0:
-            eps = eps_from_x(s, z, x)
-        yield z, eps
-
-
 def _check(model: DiffusionModule, etas: Sequence[float]) -> None:
     if not model.noise.is_gaussian:
         raise ValueError(
-            f"noise must be Gaussian for forward, got {model.noise}: docs/gamma.md has its paths"
+            f"noise must be Gaussian for forward, got {model.noise}: give another checkpoint"
         )
     if not etas or not all(0 <= eta <= 1 for eta in etas):
         raise ValueError(f"etas must be one or more numbers in [0, 1], got {list(etas)}")
 
 
 class Paths(NamedTuple):
-    """What is kept of the paths of one eta, at the shown levels from clean to noisy.
+    """What is kept of the paths of one eta.
 
     Attributes:
-        pictures: Of the first images, uint8 `(images, levels, C, H, W)`.
-        rows: The noise at each level that has some.
+        pictures: Of the first images, `(images, points, C, H, W)` uint8, the image itself first.
+        rows: The noise at each of the other points.
     """
 
     pictures: Tensor
@@ -143,25 +112,19 @@ class Paths(NamedTuple):
 
 
 def _follow(
-    x: Tensor,
-    levels: Tensor,
-    places: Sequence[int],
-    schedule: NoiseSchedule,
-    eta: float,
-    seed: int,
-    num_shown: int,
+    model: DiffusionModule, x: Tensor, levels: Tensor, eta: float, seed: int, points: Sequence[int]
 ) -> Paths:
-    """Draw the paths of images `(B, ...)`."""
+    """Follow images `(B, ...)` along rising levels, and keep the states at some of them."""
     generators = image_generators(seed, range(len(x)))
-    pictures, rows, first = [], [], None
-    for place, (z, eps) in enumerate(path(x, levels, schedule, eta, generators)):
+    states = forward_trajectory(model.schedule, x, levels, eta=eta, generator=generators)
+    pictures, rows, first = [to_uint8(x)], [], None
+    for place, state in enumerate(states):
+        eps = eps_from_x(model.schedule(state.t), state.z, x)
         first = eps if first is None else first
-        if place not in places:
-            continue
-        pictures.append(to_uint8(z[:num_shown]))
-        if place < len(levels) - 1:  # the last state is the image
-            rows.append(_row(eta, float(levels[place]), eps, first))
-    return Paths(torch.stack(pictures[::-1], 1), rows[::-1])
+        if place in points:
+            pictures.append(to_uint8(state.z))
+            rows.append(_row(eta, float(state.t), eps, first))
+    return Paths(torch.stack(pictures, 1), rows)
 
 
 def _write(folder: Path, found: dict[float, Paths], text: str) -> None:
