@@ -10,7 +10,7 @@ from torch import Tensor
 from ddim_pl.checks import check_at_least
 from ddim_pl.commands.sources import RealImages, image_source, read_mask
 from ddim_pl.evaluation.plots import label_rows
-from ddim_pl.evaluation.worker import Worker, on_every_worker
+from ddim_pl.evaluation.worker import Earlier, Worker, on_every_worker
 from ddim_pl.images import to_uint8, write_png
 from ddim_pl.samplers import RePaint
 from ddim_pl.training import DiffusionModule
@@ -80,8 +80,8 @@ def inpaint(
 
     def work(worker: Worker) -> None:
         old = ("images/*.png", "grid.png")
-        removes = "remove" if output is None else "refuse"
-        folder = worker.folder(output, "inpaint", results=old, earlier=removes)
+        earlier: Earlier = "remove" if output is None else "refuse"
+        folder = worker.folder(output, "inpaint", results=old, earlier=earlier)
         real = source(worker)
         filled = _fill(worker, real, known, num_fills, method, batch_size, seed)
         if worker.is_first:
