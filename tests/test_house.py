@@ -40,7 +40,7 @@ def test_no_test_file_is_long():
 def test_tests_mirror_the_packages():
     """A test file is named after a module in the same place; a few are about the whole."""
     whole = {"tests/test_house.py", "tests/test_public_names.py", "tests/golden/test_golden.py"}
-    whole |= {"tests/test_failures.py", "tests/test_fuzz.py"}
+    whole |= {"tests/test_docs.py", "tests/test_failures.py", "tests/test_fuzz.py"}
     whole |= {"tests/samplers/test_against_diffusers.py", "tests/training/test_gamma_training.py"}
     whole |= {"tests/cli/test_configs.py", "tests/cli/test_help.py", "tests/cli/test_fuzz.py"}
     whole |= {"tests/callbacks/test_likelihood_callback.py"}  # tests/test_likelihood.py is another

@@ -1,5 +1,6 @@
 """`main.py sample`: images of a checkpoint."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
@@ -35,7 +36,8 @@ def sample(
 
     Image i of a seed is the same for any number of devices and any batch size. The sampler is the
     checkpoint's own, or what is given as `--model.sampler`, `--model.timesteps` and
-    `--model.num_steps`.
+    `--model.num_steps`. With the `split_levels` of `DEQ` or `ParaDiGMS` the devices share the
+    levels of each image, otherwise the images.
 
     Args:
         trainer: Gives the devices.
@@ -65,18 +67,18 @@ def sample(
 
     def work(worker: Worker) -> None:
         folder = _folder(worker, output, first)
+        worker, writes = _sharing(worker, model)
         kept: list[Tensor] = []
         found = worker.sample_batches(indices, batch_size, "sampling", label=label, seed=seed)
         for batch, images in found:
             pixels = to_uint8(images).cpu()
-            for index, image in zip(batch, pixels, strict=True):
-                if png:
-                    write_png(image, folder / "images" / f"{index:06d}.png")
+            if png and writes:
+                _write_each(folder, batch, pixels)
             wanted = len(batch) if npz else sum(i - first < GRID_IMAGES for i in batch)
             kept.append(pixels[:wanted])
         mine = torch.cat([torch.empty(0, *model.image_shape, dtype=torch.uint8), *kept])
         shown = _first_images(worker, mine, min(num_images, GRID_IMAGES))
-        if npz:
+        if npz and writes:
             file = folder / f"samples{part}.npz"
             _write_npz(worker, file, mine, model.label_of(indices), label)
         if worker.is_first:
@@ -91,6 +93,18 @@ def _folder(worker: Worker, output: str | None, first: int) -> Path:
     old = ("images/*.png", "*.png", "*.npz") if first == 0 else (f"images/{first:06d}.png",)
     alone = output is None and first == 0
     return worker.folder(output, "sample", results=old, earlier="remove" if alone else "refuse")
+
+
+def _sharing(worker: Worker, model: DiffusionModule) -> tuple[Worker, bool]:
+    """The worker with its share of the images, all where devices share levels; if it writes."""
+    if getattr(model.sampler, "split_levels", False):
+        return worker.together(), worker.is_first
+    return worker, True
+
+
+def _write_each(folder: Path, indices: Sequence[int], images: Tensor) -> None:
+    for index, image in zip(indices, images, strict=True):
+        write_png(image, folder / "images" / f"{index:06d}.png")
 
 
 def _first_images(worker: Worker, mine: Tensor, count: int) -> Tensor:

@@ -17,6 +17,9 @@ from ddim_pl.images import from_uint8
 from ddim_pl.samplers import Sampler
 from ddim_pl.training import DiffusionModule
 
+WHITE = 127
+"""Grey levels above it are white in a mask."""
+
 
 class RealImages(NamedTuple):
     """Images `(B, C, H, W)` in [-1, 1] and their classes `(B,)`, if the model has classes."""
@@ -51,6 +54,45 @@ def read_images(
     return RealImages(
         from_uint8(pixels), None if label is None else torch.full((len(files),), label)
     )
+
+
+def read_mask(model: DiffusionModule, mask: str) -> Tensor:
+    """What is known of an image, boolean `(H, W)`.
+
+    Args:
+        model: Gives the size.
+        mask: A name of `known_parts`, or an image file, white where known.
+
+    Raises:
+        ValueError: If it is neither, or leaves nothing to fill.
+    """
+    _, height, width = model.image_shape
+    parts = known_parts(height, width)
+    if mask in parts:
+        return parts[mask]
+    if not Path(mask).is_file():
+        raise ValueError(f"mask must be one of {sorted(parts)} or an image file, got {mask!r}")
+    if height != width:
+        raise ValueError(f"image_shape must be square to read files, got {model.image_shape}")
+    known = decode(Path(mask), height, 1, resize=True)[0] > WHITE
+    if known.all():
+        raise ValueError(f"mask must have a black part, which is filled, got {mask!r} without")
+    return known
+
+
+def known_parts(height: int, width: int) -> dict[str, Tensor]:
+    """Masks `(H, W)` as in [RePaint], section 5, by name; True where the image is known."""
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)
+    inside = (rows >= height // 4) & (rows < height - height // 4)
+    inside = inside & (columns >= width // 4) & (columns < width - width // 4)
+    every = torch.ones(height, width, dtype=torch.bool)
+    return {
+        "half": every & (columns < width // 2),
+        "expand": inside,
+        "centre": ~inside,
+        "lines": every & (rows % 2 == 0),
+        "pixels": (rows % 2 == 0) & (columns % 2 == 0),
+    }
 
 
 def validation_images(

@@ -4,6 +4,8 @@ import lightning as L
 
 from ddim_pl.commands.compare import compare
 from ddim_pl.commands.export import export
+from ddim_pl.commands.forward import forward
+from ddim_pl.commands.inpaint import inpaint
 from ddim_pl.commands.interpolate import interpolate
 from ddim_pl.commands.invert import invert
 from ddim_pl.commands.levels import levels
@@ -20,6 +22,8 @@ class Trainer(L.Trainer):
     interpolate = interpolate
     reconstruct = reconstruct
     invert = invert
+    inpaint = inpaint
+    forward = forward
     levels = levels
     pairs = pairs
     sweep = sweep

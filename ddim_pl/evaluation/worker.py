@@ -48,17 +48,23 @@ class Worker:
         self.run = run
         self.rank: int = trainer.global_rank
         self.world_size: int = trainer.world_size
+        self.is_first = self.rank == 0
+        """Whether this worker writes the results of all."""
         self.shows_progress = progress and self.rank == 0
         self.locks = ExitStack()
+
+    def together(self) -> "Worker":
+        """The same worker, of which each process does all the work: none is shared.
+
+        For samplers that split the work on an image themselves. The first process writes.
+        """
+        worker = Worker(self.trainer, self.model, run=self.run, progress=self.shows_progress)
+        worker.rank, worker.world_size, worker.locks = 0, 1, self.locks
+        return worker
 
     def with_model(self, model: DiffusionModule) -> "Worker":
         """The same worker for another model, which must be on its device already."""
         return Worker(self.trainer, model, run=self.run, progress=self.shows_progress)
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this worker writes the results of all."""
-        return self.rank == 0
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +92,8 @@ class Worker:
 
     def barrier(self) -> None:
         """Wait for the other workers."""
-        self.trainer.strategy.barrier("worker")
+        if self.world_size > 1:
+            self.trainer.strategy.barrier("worker")
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum of all workers' values, on the CPU."""

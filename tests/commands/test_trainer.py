@@ -116,7 +116,9 @@ def test_wrong_options_are_one_line(checkpoint, arguments, message, capsys):
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(checkpoint, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    split = ["--model.sampler", "DEQ", "--model.sampler.split_levels", "true"]
     commands = {
+        "split": [*split, "--model.num_steps", "6", "--num_images", "5", "--npz", "true"],
         "sample": ["--num_images", "5", "--npz", "true"],
         "reconstruct": ["--num_images", "5", "--num_steps", "[2,3]"],
         "sweep": [
@@ -126,11 +128,12 @@ def test_two_processes_give_what_one_gives(checkpoint, tmp_path):
     }
     common = ["--ckpt_path", str(checkpoint)]
     for command, arguments in commands.items():
-        main([command, *common, "--output", str(tmp_path / command / "1"), *arguments])
+        name, command = command, {"split": "sample"}.get(command, command)
+        main([command, *common, "--output", str(tmp_path / name / "1"), *arguments])
         done = subprocess.run(
             [
                 *(sys.executable, ROOT / "main.py", command, *common, "--trainer.devices", "2"),
-                *("--output", tmp_path / command / "2", *arguments),
+                *("--output", tmp_path / name / "2", *arguments),
             ],
             cwd=tmp_path,
             env=environment,
@@ -139,9 +142,11 @@ def test_two_processes_give_what_one_gives(checkpoint, tmp_path):
             timeout=300,
         )
         assert done.returncode == 0, done.stderr
-    one, two = (arrays_of(tmp_path / "sample" / n / "samples.npz") for n in "12")
-    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
-    assert (one["arr_1"] == two["arr_1"]).all()
+    for name in ("sample", "split"):
+        one, two = (arrays_of(tmp_path / name / n / "samples.npz") for n in "12")
+        assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+        assert (one["arr_1"] == two["arr_1"]).all()
+        assert len(list((tmp_path / name / "2" / "images").glob("*.png"))) == 5
     for command, key in (("reconstruct", "error"), ("sweep", "digits_fd")):
         one, two = (table(tmp_path / command / n / f"{command}.csv") for n in "12")
         for a, b in zip(one, two, strict=True):
