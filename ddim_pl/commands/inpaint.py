@@ -75,7 +75,7 @@ def inpaint(
         )
     method = RePaint(eta, jump_length, num_resamples)
     method.num_evaluations(model.levels)  # says what is wrong
-    known = read_mask(model, mask)
+    known = read_mask(model, datamodule, mask)
     source = image_source(model, datamodule, images, label, num_images)
 
     def work(worker: Worker) -> None:

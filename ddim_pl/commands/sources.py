@@ -49,18 +49,25 @@ def read_images(
             f"label must be given with images: the model has {model.num_classes} classes, and a "
             "file does not tell its own"
         )
-    squaring = datamodule.squaring if isinstance(datamodule, ImageDataModule) else Squaring()
+    squaring = _squaring_of(datamodule)
     pixels = torch.stack([decode(Path(file), height, channels, squaring) for file in files])
     return RealImages(
         from_uint8(pixels), None if label is None else torch.full((len(files),), label)
     )
 
 
-def read_mask(model: DiffusionModule, mask: str) -> Tensor:
+def _squaring_of(datamodule: L.LightningDataModule | None) -> Squaring:
+    return datamodule.squaring if isinstance(datamodule, ImageDataModule) else Squaring()
+
+
+def read_mask(
+    model: DiffusionModule, datamodule: L.LightningDataModule | None, mask: str
+) -> Tensor:
     """What is known of an image, boolean `(H, W)`.
 
     Args:
         model: Gives the size.
+        datamodule: Its images are cropped and resized as the mask is.
         mask: A name of `known_parts`, or an image file, white where known.
 
     Raises:
@@ -74,7 +81,7 @@ def read_mask(model: DiffusionModule, mask: str) -> Tensor:
         raise ValueError(f"mask must be one of {sorted(parts)} or an image file, got {mask!r}")
     if height != width:
         raise ValueError(f"image_shape must be square to read files, got {model.image_shape}")
-    known = decode(Path(mask), height, 1, resize=True)[0] > WHITE
+    known = decode(Path(mask), height, 1, _squaring_of(datamodule))[0] > WHITE
     if known.all():
         raise ValueError(f"mask must have a black part, which is filled, got {mask!r} without")
     return known
