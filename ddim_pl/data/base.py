@@ -9,7 +9,7 @@ with the batch that an uninterrupted run would have seen. A dataset is a subclas
 from abc import ABC, abstractmethod
 from collections import UserList
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -292,6 +292,18 @@ class ImageDataModule(LightningDataModule, ABC):
         self.num_predict = num_predict
         self._train_set: ImageSet | None = None
         self._val_set: ImageSet | None = None
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: Lightning's would build whatever classes the file names.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            f"{cls.__name__} must be made by its constructor, or by the command line from the "
+            "config in the checkpoint"
+        )
 
     @abstractmethod
     def load(self, train: bool) -> ImageSet:
