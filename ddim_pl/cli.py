@@ -9,6 +9,7 @@ import importlib
 import inspect
 import json
 import logging
+import math
 import os
 import pkgutil
 import shutil
@@ -45,6 +46,7 @@ from ddim_pl.commands import COMMANDS
 from ddim_pl.commands import Trainer as TrainerWithCommands
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.evaluation.measure import ChecksBeforeRun
+from ddim_pl.evaluation.tables import write_text
 from ddim_pl.files import check_writable
 from ddim_pl.lightning_internals import (
     FILE_LOGGERS,
@@ -312,9 +314,10 @@ class DiffusionCLI(LightningCLI):
         lines = [f"{name:<{width}}  {_format(value)}" for name, value in rows.items()]
         print("\n" + "\n".join(lines))
         if folder:
-            file = Path(folder) / f"{self.subcommand}-results.json"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(rows, indent=2) + "\n")
+            rows = {name: _json_number(value) for name, value in rows.items()}
+            write_text(
+                Path(folder) / f"{self.subcommand}-results.json", json.dumps(rows, indent=2)
+            )
 
 
 def _check_fit(module: DiffusionModule, data: ImageDataModule) -> None:
@@ -362,6 +365,11 @@ def _as_list(loggers: Any) -> list[dict[str, Any]]:
     """The loggers of a dumped config; `true` and `false` have no settings and are left out."""
     loggers = loggers if isinstance(loggers, list) else [loggers]
     return [logger for logger in loggers if isinstance(logger, dict)]
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no NaN or infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _format(value: Any) -> str:

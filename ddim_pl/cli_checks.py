@@ -109,10 +109,20 @@ def naming_trainer(config: Namespace) -> Iterator[None]:
     except Exception as error:
         reason = one_line(str(error)).rstrip(".") or type(error).__name__
         words = set(re.findall(r"\w+", reason))
+        words |= {"max_time"} if "Timer" in words else set()
         named = [name for name in vars(config) if name in words] or list(HARDWARE)
         given = {name: config.get(name) for name in named if config.get(name) is not None}
-        text = ", ".join(f"trainer.{name}={value}" for name, value in given.items())
+        text = ", ".join(f"trainer.{name}={_shown(value)}" for name, value in given.items())
         raise ValueError(f"{text} must be changed: {reason}") from error
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: of an object the name of its class."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    if isinstance(value, Namespace) and "class_path" in value:
+        return str(value.class_path).rpartition(".")[2]
+    return str(value)
 
 
 @contextlib.contextmanager

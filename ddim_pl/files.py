@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import re
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ def replacing(path: Path) -> Iterator[Path]:
     one of the two. Processes that write the same file have each a temporary of their own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
     try:
         yield part
         _to_disk(part)
@@ -71,10 +72,11 @@ def check_writable(name: str, folder: Path) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what processes that were killed left of `replacing`, in this folder alone."""
+    """Remove what killed processes of this machine left of `replacing`, in this folder alone."""
     for part in folder.glob("*.part"):
-        number = re.search(r"\.(\d+)\.part$", part.name)
-        if number is None or not _runs(int(number[1])):
+        number = re.search(rf"\.{re.escape(platform.node())}\.(\d+)\.part$", part.name)
+        ended = number is not None and not _runs(int(number[1]))
+        if ended or not re.search(r"\.\d+\.part$", part.name):
             part.unlink(missing_ok=True)
 
 

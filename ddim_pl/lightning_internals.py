@@ -219,6 +219,31 @@ def write_whole_files(trainer: L.Trainer) -> None:
             remove_parts(Path(folder))
 
 
+def forget_foreign_files(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Forget files that a `ModelCheckpoint`'s state names outside of the folders of this run.
+
+    It removes the files before, once it has written a new one; a checkpoint from elsewhere does
+    not say what is removed.
+    """
+    found = [getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks]
+    folders = [Path(each).resolve() for each in found if each and _is_local_file_protocol(each)]
+
+    def ours(path: Any) -> bool:
+        if not isinstance(path, str) or not _is_local_file_protocol(path):
+            return False
+        return any(folder in Path(path).resolve().parents for folder in folders)
+
+    for state in checkpoint.get("callbacks", {}).values():
+        if not isinstance(state, dict):
+            continue
+        for name in ("best_model_path", "last_model_path", "kth_best_model_path"):
+            if name in state and not ours(state[name]):
+                state[name] = ""
+        best = state.get("best_k_models")
+        if isinstance(best, dict):
+            state["best_k_models"] = {path: value for path, value in best.items() if ours(path)}
+
+
 def forwarder(trainer: L.Trainer) -> Callable[[int], Any] | None:
     """What sends a signal to the other processes that the trainer started, if it did."""
     return getattr(trainer.strategy.launcher, "kill", None)

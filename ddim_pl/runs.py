@@ -7,13 +7,13 @@ import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from ddim_pl.damage import read_archive
 from ddim_pl.training.hyperparameters import CONFIG_KEY
-from ddim_pl.trust import check_classes, without_places
+from ddim_pl.trust import check_classes, check_form, is_trusted, without_places
 
 SHARED = ("seed_everything", "trainer", "model", "data")
 """What a checkpoint holds of a config: all but the arguments of one command."""
@@ -89,6 +89,20 @@ def claim_version(experiment: Path) -> int:
             return number
 
 
+_held: set[IO[str]] = set()
+"""Files of the locks that this process holds."""
+
+
+def _leave_locks() -> None:
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+# A process that loads data may outlive the one that started it, and would keep its locks.
+os.register_at_fork(after_in_child=_leave_locks)
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path, lock: str = ".lock") -> Iterator[None]:
     """Let no other process work in a folder; the lock of one that has died counts for nothing.
@@ -114,9 +128,11 @@ def alone_in(folder: Path, lock: str = ".lock") -> Iterator[None]:
                 f"{folder} must be a folder in which no other process works, got one with "
                 f"{holder}: wait until it has finished, or give another folder"
             ) from None
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                break
         file.close()
+    _held.add(file)
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
@@ -124,6 +140,7 @@ def alone_in(folder: Path, lock: str = ".lock") -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+        _held.discard(file)
         file.close()
 
 
@@ -192,6 +209,8 @@ def checkpoint_config(path: Path, command: str) -> dict[str, Any]:
             "--config as well"
         )
     config = {key: config[key] for key in SHARED if key in config}
+    if not is_trusted("*"):
+        check_form(config, str(path))
     check_classes(config, str(path))
     config = without_places(config, str(path), command)
     if command != "fit":  # this may be another machine than the one that trained

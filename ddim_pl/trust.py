@@ -8,12 +8,14 @@ declared as such; everything else in a checkpoint is plain data.
 import copy
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import _common, set_parsing_settings
 
 PACKAGES = (
@@ -21,15 +23,31 @@ PACKAGES = (
     "callbacks",
     "torch.nn",
     "torch.optim",
-    "torchmetrics",
     "lightning.pytorch.callbacks",
-    "lightning.pytorch.loggers",
+    "lightning.pytorch.loggers.TensorBoardLogger",
+    "lightning.pytorch.loggers.tensorboard",
+    "lightning.pytorch.loggers.CSVLogger",
+    "lightning.pytorch.loggers.csv_logs",
     "lightning.pytorch.strategies",
 )
-"""Packages and modules whose classes a checkpoint may name."""
+"""Packages, modules and classes that a checkpoint may name.
+
+Not torchmetrics, whose networks read files of weights as pickles and download them; nor loggers
+that send what they log to others.
+"""
 
 ENVIRONMENT = "DDIM_PL_TRUSTED_MODULES"
 """Environment variable with more of them, separated by commas; `*` trusts everything."""
+
+
+LOGGER = "lightning.pytorch.loggers.TensorBoardLogger"
+
+FILE_NAME = r"[\w=.-]*(\{[A-Za-z_]\w*(/\w+)*(:[\d.]*[dfg]?)?\}[\w=.-]*)*"
+"""Names of checkpoint files: of letters and numbers, which format to no path that leads out."""
+
+
+DEEPEST_TEXT = 4
+"""Texts within texts that are looked into; what lies deeper is refused."""
 
 
 class UntrustedError(ValueError):
@@ -107,6 +125,60 @@ def check_classes(value: Any, source: str) -> None:
         raise UntrustedError(f"{source} names classes inside a text, which is refused: {value!r}")
 
 
+def check_form(config: Any, source: str) -> None:
+    """Check that a config is in the one form in which everything in it is seen.
+
+    That is the form that a fit stores: sections and arguments under plain names, and no objects
+    inside texts, which jsonargparse would read as YAML.
+
+    Args:
+        config: `trainer`, `model`, `data` and the seed.
+        source: What holds them, for the error.
+
+    Raises:
+        UntrustedError: If it is in another form.
+    """
+    for name in ("trainer", "model", "data"):
+        if not isinstance(config.get(name, {}), dict):
+            raise UntrustedError(
+                f"{source} holds a config whose {name} is no mapping, got {config[name]!r}: the "
+                "file is damaged, or of another program"
+            )
+    _check_names(config, source)
+
+
+def _check_names(value: Any, source: str) -> None:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if not (isinstance(name, str) and name.isidentifier()):
+                raise UntrustedError(
+                    f"{source} names an argument {name!r} in its config, which is refused: the "
+                    "file is damaged, or of another program"
+                )
+            _check_names(item, source)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_names(item, source)
+    elif isinstance(value, str) and _names_class(value):
+        raise UntrustedError(f"{source} names classes inside a text, which is refused: {value!r}")
+
+
+def _names_class(value: Any, depth: int = 0) -> bool:
+    """Whether plain data, or YAML inside a text of it, describes an object."""
+    if isinstance(value, dict):
+        names = {str(name).partition(".")[0] for name in value}
+        return bool(names & {"class_path", "init_args"}) or _names_class([*value.values()], depth)
+    if isinstance(value, list | tuple):
+        return any(_names_class(item, depth) for item in value)
+    if not isinstance(value, str) or depth > DEEPEST_TEXT:
+        return isinstance(value, str)
+    try:
+        inner = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return "class_path" in value
+    return inner != value and _names_class(inner, depth + 1)
+
+
 def without_places(config: dict[str, Any], checkpoint: str, command: str) -> dict[str, Any]:
     """A checkpoint's config without what would decide where files are written.
 
@@ -126,22 +198,26 @@ def without_places(config: dict[str, Any], checkpoint: str, command: str) -> dic
     if is_trusted("*"):
         return config
     config = copy.deepcopy(config)
-    trainer, data = config.get("trainer") or {}, config.get("data") or {}
-    trainer.pop("default_root_dir", None)
+    trainer, data = config.setdefault("trainer", {}), config.get("data") or {}
+    for name in ("default_root_dir", "model_registry"):
+        trainer.pop(name, None)
+    if not isinstance(trainer.get("logger"), dict | list):  # none, or Lightning's own choice
+        trainer["logger"] = {"class_path": LOGGER, "init_args": {"save_dir": "runs"}}
     for logger in _each(trainer.get("logger")):
         arguments = logger.get("init_args") or {}
-        for key in ("name", "sub_dir"):
+        for key in ("name", "sub_dir", "version"):
             if not stays_inside(arguments.get(key)):
                 raise UntrustedError(
                     f"{checkpoint} names the {key} {arguments[key]!r}, which leads out of the "
                     "folder of runs: give --trainer.logger, or trust the file with --trust"
                 )
-        arguments |= {key: "runs" for key in ("save_dir", "root_dir", "dir") if key in arguments}
+        arguments.pop("filename_suffix", None)
+        logger["init_args"] = arguments | {"save_dir": "runs"}
     for callback in _each(trainer.get("callbacks")):
         arguments = callback.get("init_args") or {}
         for key in ("dirpath", "folder"):
             arguments.pop(key, None)
-        if not stays_inside(arguments.get("filename")):
+        if not re.fullmatch(FILE_NAME, str(arguments.get("filename", ""))):
             arguments.pop("filename")
     while data:
         arguments = data.get("init_args") or {}

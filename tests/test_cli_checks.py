@@ -34,6 +34,8 @@ WRONG = [
     ("fit --trainer.limit_val_batches -1", "trainer.limit_val_batches"),
     ("fit --trainer.fast_dev_run -1", "trainer.fast_dev_run"),
     ("fit --trainer.profiler foo", "trainer.profiler"),
+    ("fit --trainer.max_time abc", "trainer.max_time=abc"),
+    ("fit --trainer.enable_checkpointing false", "trainer.enable_checkpointing=False"),
     ("fit --seed_everything -1", "seed_everything"),
     (f"fit --seed_everything {HUGE}", "seed_everything"),
     ("fit --trainer.logger.name ../../x", "trainer.logger.name"),

@@ -1,4 +1,5 @@
 import os
+import platform
 import subprocess
 import sys
 
@@ -65,7 +66,9 @@ def test_a_file_has_the_mode_that_the_users_mask_leaves(tmp_path):
 def test_only_parts_of_processes_that_are_gone_are_removed(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    for name in (f"a.{gone.pid}.part", f"b.{os.getpid()}.part", "c.part", "d.txt"):
+    here = platform.node()
+    kept = {f"b.{here}.{os.getpid()}.part", f"e.elsewhere.{gone.pid}.part", "d.txt"}
+    for name in (f"a.{here}.{gone.pid}.part", "c.part", *kept):
         (tmp_path / name).write_text("")
     remove_parts(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {f"b.{os.getpid()}.part", "d.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == kept

@@ -3,6 +3,7 @@
 import csv
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,26 @@ def test_a_folder_is_of_one_process_until_it_ends_or_dies(tmp_path):
     with alone_in(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_loads_data_does_not_keep_the_lock_of_one_that_died(tmp_path):
+    code = (
+        "import os, sys, time; from pathlib import Path; from ddim_pl.runs import alone_in\n"
+        "with alone_in(Path(sys.argv[1])):\n"
+        "    if os.fork() == 0: print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        child = int(other.stdout.readline())
+        other.kill()
+        other.wait()
+        try:
+            with alone_in(tmp_path):
+                os.kill(child, 0)  # it lives
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from tiny import tiny_config, write_config
 
 import ddim_pl
 from ddim_pl.cli import main
+from ddim_pl.data.digits import DigitsDataModule
+from ddim_pl.metrics.inception import InceptionFeatures
 from ddim_pl.training import DDPM
 from ddim_pl.training.hyperparameters import CONFIG_KEY
 from ddim_pl.trust import ENVIRONMENT, UntrustedError, is_trusted, trusted_class, trusting
@@ -125,6 +127,45 @@ CODE = {
     "the data": lambda config, hyper: config["data"].update(POPEN),
     "a class path that is no text": replace_network({"class_path": ["os", "system"]}),
 }
+ELSEWHERE = "lightning.pytorch.loggers.CSVLogger"
+HIDDEN = {
+    "a logger in a text with an escaped name": set_trainer(
+        "logger",
+        '{"class\\u005fpath": "%s", "init_args": {"save_dir": "elsewhere"}}' % ELSEWHERE,  # noqa: UP031
+    ),
+    "a text in a text": set_trainer("logger", yaml.safe_dump([yaml.safe_dump(POPEN)])),
+    "a dotted name": set_trainer(
+        "logger", {"class_path": ELSEWHERE, "init_args.save_dir": "elsewhere"}
+    ),
+    "a list that is added": set_trainer(
+        "callbacks+",
+        [
+            {
+                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "init_args": {"dirpath": "elsewhere"},
+            }
+        ],
+    ),
+    "a logger that sends": set_trainer(
+        "logger",
+        {
+            "class_path": "lightning.pytorch.loggers.MLFlowLogger",
+            "init_args": {"tracking_uri": "http://elsewhere"},
+        },
+    ),
+    "a network that reads a pickle": replace_network(
+        {
+            "class_path": "torchmetrics.image.fid.NoTrainInceptionV3",
+            "init_args": {
+                **{"name": "inception-v3-compat", "features_list": ["64"]},
+                "feature_extractor_weights_path": "weights.pth",
+            },
+        }
+    ),
+    "a trainer that is no mapping": lambda config, hyper: config.update(trainer="x"),
+    "data that is no mapping": lambda config, hyper: config.update(data="x"),
+}
+CODE |= HIDDEN
 IN_HYPERPARAMETERS = [
     name
     for name in CODE
@@ -150,7 +191,7 @@ IN_HYPERPARAMETERS = [
     [
         *(("sample", name) for name in CODE),
         *(("test", name) for name in list(CODE)[::6]),
-        *(("fit", name) for name in list(CODE)[2::6]),
+        *(("fit", name) for name in [*list(CODE)[2::6], "a dotted name", "a list that is added"]),
     ],
 )
 def test_a_command_runs_no_code_of_a_checkpoint(honest, alone, capsys, command, name):
@@ -179,8 +220,8 @@ def test_hyperparameters_run_no_code(honest, alone, capsys, name):
     Path("evil.yaml").unlink()
     assert "teacher" in str(stop.value.code)
     torch.save(honest, "honest.ckpt")
-    with pytest.raises(SystemExit):
-        main(["compare", "--ckpt_path", "honest.ckpt", "--others", f"[{path}]"])
+    with pytest.raises(SystemExit, match="students"):
+        main(["compare", "--ckpt_path", "honest.ckpt", "--students", f"[{path}]"])
     Path("honest.ckpt").unlink()
 
 
@@ -206,6 +247,10 @@ def test_only_seed_trainer_model_and_data_come_from_a_checkpoint(honest, alone):
         set_logger("name", "../elsewhere"),
         set_logger("sub_dir", "../../../elsewhere"),
         set_callbacks(folder="elsewhere", dirpath="elsewhere", filename="../../../elsewhere/x"),
+        set_callbacks(filename="{step:c}{step:c}/elsewhere", auto_insert_metric_name=False),
+        set_callbacks(filename="{/elsewhere/x}"),
+        set_trainer("logger", True),
+        set_trainer("logger", False),
     ],
 )
 @pytest.mark.parametrize(
@@ -224,6 +269,39 @@ def test_a_checkpoint_does_not_say_where_files_go(honest, tmp_path, monkeypatch,
     assert not list(tmp_path.rglob("elsewhere"))
     found = {each.name for each in inside.iterdir()} - {"evil.ckpt"}
     assert found <= {"runs", "evil-run"}
+
+
+def test_a_checkpoint_does_not_say_which_files_are_removed(honest, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    precious = tmp_path / "precious"
+    checkpoint = copy.deepcopy(honest)
+    (state,) = (s for key, s in checkpoint["callbacks"].items() if "ModelCheckpoint" in key)
+    del state["dirpath"]
+    for place in (f"local://{precious}", str(precious), f"{tmp_path}/runs/../precious/file"):
+        precious.mkdir(exist_ok=True)
+        (precious / "file").write_text("precious")
+        state |= {name: place for name in state if name.endswith("_model_path")}
+        state["best_k_models"] = {place: torch.tensor(1.0)}
+        torch.save(checkpoint, "evil.ckpt")
+        main(["fit", "--ckpt_path", "evil.ckpt", "--trainer.max_epochs", "2"])
+        assert (precious / "file").read_text() == "precious"
+
+
+def test_weights_of_a_feature_extractor_are_no_pickle_that_runs(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "pwned"), "w")
+
+    path = tmp_path / "weights.pth"
+    torch.save(Evil(), path)
+    with pytest.raises(ValueError, match="could not be read"):
+        InceptionFeatures(str(path))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_data_module_is_not_built_from_a_checkpoint():
+    with pytest.raises(TypeError, match="DigitsDataModule must be made by its constructor"):
+        DigitsDataModule.load_from_checkpoint("evil.ckpt")
 
 
 def test_nothing_is_downloaded_into_a_folder_that_a_checkpoint_names(honest, alone, capsys):

@@ -9,7 +9,7 @@ with the batch that an uninterrupted run would have seen. A dataset is a subclas
 from abc import ABC, abstractmethod
 from collections import UserList
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -302,6 +302,18 @@ class ImageDataModule(LightningDataModule, ABC):
     def preparation(self) -> str:
         """What the pixels depend on beside the source, in the name of the data."""
         return ""
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: Lightning's would build whatever classes the file names.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            f"{cls.__name__} must be made by its constructor, or by the command line from the "
+            "config in the checkpoint"
+        )
 
     @abstractmethod
     def load(self, train: bool) -> ImageSet:

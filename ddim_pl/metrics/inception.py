@@ -2,6 +2,7 @@
 
 import pickle
 
+import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -25,6 +26,9 @@ class InceptionFeatures(nn.Module):
     def __init__(self, weights_path: str | None = None) -> None:
         super().__init__()
         try:
+            if weights_path is not None:
+                # torch-fidelity would read a pickle, which may run code.
+                torch.load(weights_path, map_location="cpu", weights_only=True)
             self.network = NoTrainInceptionV3(
                 name="inception-v3-compat",
                 features_list=[str(self.num_features)],

@@ -20,7 +20,7 @@ from ddim_pl.checks import check_at_least
 from ddim_pl.damage import read_archive
 from ddim_pl.data.batches import BatchReader
 from ddim_pl.denoiser import NetworkDenoiser, TimeInput
-from ddim_pl.lightning_internals import callbacks_of, constructor_arguments
+from ddim_pl.lightning_internals import callbacks_of, constructor_arguments, forget_foreign_files
 from ddim_pl.noise import GaussianNoise, Noise, latents
 from ddim_pl.prediction import PredictionType
 from ddim_pl.rng import StepGenerators, derive_seed, step_generators
@@ -305,6 +305,7 @@ class DiffusionModule(L.LightningModule, ABC):
         self.checkpoint_step = checkpoint.get("global_step", 0)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             apply_settings(self, checkpoint)
+            forget_foreign_files(self.trainer, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the files before, if the weights are spoiled."""

@@ -29,7 +29,8 @@ class RunGuard(Checkpoint):
     A resumed run first ends the batch within which its checkpoint was saved, with the validation
     that follows it. When a fit ends, by its limits, by an error or by a signal, `last.ckpt` of
     each `ModelCheckpoint` with `save_last` holds the state of the last update. A signal that comes
-    in an update ends the fit after it; within a validation, on one device, at once. An error
+    in an update ends the fit after it; within a validation, on one device, at once, unless
+    gradients are being accumulated. An error
     within an update leaves the files as they are. A kill or a full disk leaves no part of a file
     in the place of a whole one.
 
@@ -97,7 +98,8 @@ class RunGuard(Checkpoint):
                 for each in callbacks_of(trainer)
                 if not isinstance(each, Checkpoint)
             }
-            if trainer.world_size == 1:  # else the processes would wait for each other
+            # Else the processes would wait for each other, or gradients are not applied yet.
+            if trainer.world_size == 1 and self._whole:
                 signals.undefer()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from small_trainer import trainer
 from tiny import some_ddpm, tiny_ddpm, tiny_unet
 
+from ddim_pl import signals
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.schedules import CosineLogSNRSchedule
 from ddim_pl.training.guard import RunGuard
@@ -236,6 +238,36 @@ def test_the_last_update_is_kept_however_a_fit_ends(
     assert [p for p in of_kind("validation", pages) if p[2] > step] == [
         p for p in of_kind("validation", expected_pages) if p[2] > step
     ]
+
+
+class SignalIn(Callback):
+    """SIGTERM in the first validation."""
+
+    def __init__(self):
+        self.sent = False
+
+    def on_validation_batch_end(self, *arguments):
+        if not self.sent:
+            self.sent = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory")
+def test_a_signal_in_a_validation_within_accumulated_gradients_loses_no_update(tmp_path):
+    settings = {
+        **{"accumulate_grad_batches": 4, "val_check_interval": 6, "every": 1000},
+        **{"check_val_every_n_epoch": None, "max_epochs": 6},
+    }
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(signals.Interrupted), signals.handled():
+            run("ddpm", tmp_path / "part", [], SignalIn(), **settings)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    last = tmp_path / "part" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] >= 1
+    found = run("ddpm", tmp_path / "part", [], resume=last, **settings)
+    assert_equal_states(found, run("ddpm", tmp_path / "whole", [], **settings))
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
