@@ -2,13 +2,13 @@
 
     .venv/bin/python benchmarks/deq_inversion.py --config configs/digits/teacher.yaml CHECKPOINT
         [--steps 10 100] [--seconds 60 300] [--images 32] [--lr 0.02] [--device cuda]
-        [--output docs/results/deq-inversion]
+        [--output docs/results/deq-inversion] [--gradients]
 
 The latents of held-out images are sought by each method from the same first latents, noise and
 the DDIM encoding, for the same time. Losses are `||x - x_hat||^2` of an image in [-1, 1], as
 sequential DDIM draws it from the latents that were kept, and given as mean and standard error over
 the images. Each finished run is kept in OUTPUT.json, and not repeated when the script is called
-again.
+again. `--gradients` prints instead how near the gradient of each method is to the exact one.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from ddim_pl.data.base import ImageDataModule
 from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.fixed_point import Anderson, Picard
 from ddim_pl.images import from_uint8
-from ddim_pl.inversion import Implicit, Method, Sequential, encode, invert
+from ddim_pl.inversion import Implicit, InverseJacobian, Method, Sequential, encode, invert
 from ddim_pl.noise import latents
 from ddim_pl.samplers import DEQ
 from ddim_pl.timesteps import linear
@@ -45,7 +45,29 @@ def methods() -> dict[str, Method]:
         "DEQ, the paper's solver": Implicit(DEQ(paper)),
         "DEQ, one sweep": Implicit(DEQ(Picard(tolerance=0, max_sweeps=1), first_guess=10)),
         "DEQ, tolerance 3e-2": Implicit(DEQ(loose)),
+        "DEQ, inverse Jacobian": InverseJacobian(DEQ(paper)),
     }
+
+
+def gradients(denoiser: NetworkDenoiser, x: Tensor, levels: Tensor, z: Tensor) -> None:
+    """Print the cosine with the exact gradient and the relative error, mean over the images."""
+    tight = DEQ(Picard(tolerance=0, max_sweeps=len(levels) - 1))
+    kinds: dict[str, Method] = {"1-step": Implicit(tight)}
+    kinds |= {f"phantom, 3, damping {d}": Implicit(tight, 3, d) for d in (0.1, 1.0)}
+    kinds |= {f"phantom, 5, damping {d}": Implicit(tight, 5, d) for d in (0.1, 1.0)}
+    kinds |= {f"inverse Jacobian, {n}": InverseJacobian(tight, n) for n in (1, 3, 5, 8)}
+
+    def of(method: Method) -> Tensor:
+        latents = z.clone().requires_grad_(True)
+        images = method.generate(denoiser, latents, levels, None).images
+        return torch.autograd.grad((images - x).square().sum(), latents)[0].flatten(1).double()
+
+    exact = of(Sequential())
+    for name, method in kinds.items():
+        found = of(method)
+        cosine = torch.cosine_similarity(found, exact).mean()
+        error = ((found - exact).norm(dim=1) / exact.norm(dim=1)).mean()
+        print(f"| {len(levels) - 1} | {name} | {cosine:.4f} | {error:.3g} |", flush=True)
 
 
 def held_out(config: str, count: int) -> tuple[Tensor, Tensor]:
@@ -74,6 +96,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", default="runs/deq-inversion")
+    parser.add_argument("--gradients", action="store_true", help="compare gradients instead")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     device = torch.device(options.device)
@@ -95,6 +118,10 @@ def main() -> None:
                 if start == "encoding"
                 else latents(options.seed, range(len(x)), model.image_shape)[0].to(device)
             )
+            if options.gradients:
+                print(start)
+                gradients(denoiser, x, levels, z)
+                continue
             for name in options.methods:
                 for lr in options.lr:
                     key = f"{steps} | {start} | {name} | {lr:g} | {seconds:g} s"
@@ -102,7 +129,8 @@ def main() -> None:
                         done[key] = run(denoiser, x, levels, z, methods()[name], lr, seconds)
                         file.write_text(json.dumps(done, indent=0))
                     print(key, row(done[key]), flush=True)
-    write(stem, done)
+    if not options.gradients:
+        write(stem, done)
 
 
 def run(

@@ -7,14 +7,22 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from ddim_pl.checks import check_at_least
+from ddim_pl.checks import check_at_least, check_one_of
 from ddim_pl.data.base import shared_batches
 from ddim_pl.evaluation.worker import Worker, check_images
 from ddim_pl.images import from_uint8
 from ddim_pl.lightning_internals import datamodule_of
-from ddim_pl.likelihood import ode_bits_per_dim, ode_levels, variational_bound
+from ddim_pl.likelihood import (
+    DecoderVariance,
+    ode_bits_per_dim,
+    ode_levels,
+    variational_bound,
+)
+from ddim_pl.noise import GammaNoise
+from ddim_pl.noise.reverse import reverse_model
 from ddim_pl.rng import image_generators
 from ddim_pl.training import DiffusionModule
+from ddim_pl.transitions import Variance
 
 
 class BitsPerDim(L.Callback):
@@ -32,13 +40,20 @@ class BitsPerDim(L.Callback):
         batch_size: Images in a batch, on each device.
         num_terms: Terms of the bound to draw for each image, an unbiased estimate; by default all
             are summed, which takes as many network calls for a batch as there are levels.
+        first_level: Level of the bound's first state. A model of Gamma noise needs one whose shape
+            is at least 1: the densities of cleaner levels have poles.
+        variance: That of the model's steps: "small", or "large" as in [DDPM]'s figures of
+            CIFAR-10.
+        decoder_variance: That of the last step: "transition" from clean data, or "posterior" as in
+            [DDPM]'s figures, see `variational_bound`.
+        gaussian_share: For Gamma noise, see `variational_bound`; by default 0.001.
         ode: Measure the ODE as well, in float32 whatever the trainer's precision, and without
             clipping, which the ODE does not allow.
         ode_steps: Steps of the ODE, 4 network calls and 4 backward passes each.
         ode_probes: Random directions for its divergence.
 
     Raises:
-        ValueError: If a number is too small.
+        ValueError: If a number is too small, or a variance unknown.
     """
 
     def __init__(
@@ -47,6 +62,10 @@ class BitsPerDim(L.Callback):
         *,
         batch_size: int = 128,
         num_terms: int | None = None,
+        first_level: int = 1,
+        variance: Variance = "small",
+        decoder_variance: DecoderVariance = "transition",
+        gaussian_share: float | None = None,
         ode: bool = False,
         ode_steps: int = 50,
         ode_probes: int = 1,
@@ -56,12 +75,19 @@ class BitsPerDim(L.Callback):
             num_images=num_images,
             batch_size=batch_size,
             num_terms=num_terms,
+            first_level=first_level,
             ode_steps=ode_steps,
             ode_probes=ode_probes,
         )
+        check_one_of(Variance, variance=variance)
+        check_one_of(DecoderVariance, decoder_variance=decoder_variance)
         self.num_images = num_images
         self.batch_size = batch_size
         self.num_terms = num_terms
+        self.first_level = first_level
+        self.variance = variance
+        self.decoder_variance = decoder_variance
+        self.gaussian_share = gaussian_share
         self.ode = ode
         self.ode_steps = ode_steps
         self.ode_probes = ode_probes
@@ -70,23 +96,41 @@ class BitsPerDim(L.Callback):
         """Check that there will be images and terms to measure, before the run begins.
 
         Raises:
-            ValueError: If the data module has no images, `num_terms` is above the bound's, or the
-                model's noise is not Gaussian.
+            ValueError: If the data module has no images, or an argument does not fit the model.
         """
         if stage not in ("validate", "test"):
             return
         check_images(datamodule_of(trainer))
         assert isinstance(pl_module, DiffusionModule)
-        if not pl_module.noise.is_gaussian:
+        reverse_model(pl_module.noise, self.variance, self.gaussian_share)
+        most = pl_module.schedule.num_levels - self.first_level
+        if most < 1:
             raise ValueError(
-                f"noise must be Gaussian for BitsPerDim, got {pl_module.noise}: leave it out "
-                "of the callbacks"
+                f"first_level must be below {pl_module.schedule.num_levels}, the schedule's last, "
+                f"got {self.first_level}"
             )
-        most = pl_module.schedule.num_levels - 1
         if self.num_terms is not None and self.num_terms > most:
             raise ValueError(
-                f"num_terms must be at most {most}, one less than the schedule's levels, got "
+                f"num_terms must be at most {most}, one less than the bound's levels, got "
                 f"{self.num_terms}: None sums all terms"
+            )
+        if isinstance(pl_module.noise, GammaNoise):
+            self._check_gamma(pl_module)
+
+    def _check_gamma(self, pl_module: DiffusionModule) -> None:
+        noise, schedule = pl_module.noise, pl_module.schedule
+        assert isinstance(noise, GammaNoise)
+        if self.ode:
+            raise ValueError(
+                f"ode must be False for {noise}, got True: the differential equation is that of "
+                "Gaussian noise"
+            )
+        shapes = noise.concentration(schedule(torch.arange(1.0, schedule.num_levels + 1)))
+        least = int((shapes < 1).sum()) + 1
+        if self.first_level < least:
+            raise ValueError(
+                f"first_level must be at least {least} for {noise}, got {self.first_level}: the "
+                "shapes of cleaner levels are below 1, and the densities have poles"
             )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -132,7 +176,12 @@ class BitsPerDim(L.Callback):
                 denoiser,
                 x,
                 generator=image_generators(seed, images),
+                levels=torch.arange(self.first_level, module.schedule.num_levels + 1),
                 num_terms=self.num_terms,
+                variance=self.variance,
+                decoder_variance=self.decoder_variance,
+                noise=module.noise,
+                gaussian_share=self.gaussian_share,
                 progress=worker.shows_progress,
             )
         values = [bound.total, *bound]

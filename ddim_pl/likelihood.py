@@ -10,18 +10,22 @@ over `D ln 2`, D being the number of values in an image: lower is better.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddim_pl.checks import check_at_least
+from ddim_pl.checks import check_at_least, check_one_of
 from ddim_pl.denoiser import Denoiser
-from ddim_pl.rng import Generators, randn, uniform
-from ddim_pl.scales import Scales, expand_like, float64, to_device
+from ddim_pl.noise import Noise
+from ddim_pl.noise.reverse import reverse_model
+from ddim_pl.rng import Generators, uniform
+from ddim_pl.scales import Scales, expand_like, float64
 from ddim_pl.schedules import NoiseSchedule
-from ddim_pl.transitions import q_sample
+from ddim_pl.transitions import Variance, q_sample, transition_variance
+
+DecoderVariance = Literal["transition", "posterior"]
 
 BITS_PER_BIN = math.log2(127.5)
 """Bits per dimension from a density on [-1, 1] to the probability of a bin: -log2 of its width."""
@@ -54,23 +58,36 @@ def variational_bound(
     generator: Generators,
     levels: Tensor | None = None,
     num_terms: int | None = None,
+    variance: Variance = "small",
+    decoder_variance: DecoderVariance = "transition",
+    noise: Noise | None = None,
+    gaussian_share: float | None = None,
     progress: bool = False,
 ) -> Bound:
     """Unbiased estimate of the variational bound on `-log2 P(x) / D` ([DDPM], eq. 5).
 
     The latents are the states at the levels `t_1 < ... < t_n`. The model is ancestral sampling
-    through them with small variance (`Ancestral("small")`): `p(z_s | z_t)` is the posterior
-    `q(z_s | z_t, xhat)`. It has the variance of `q(z_s | z_t, x)`, and its mean differs by
-    `alpha_s var_ts / sigma_t^2 (x - xhat)` with `var_ts = sigma_t^2 - alpha_t^2 sigma_s^2 /
+    through them, by default with small variance (`Ancestral("small")`): `p(z_s | z_t)` is the
+    posterior `q(z_s | z_t, xhat)`. It has the variance of `q(z_s | z_t, x)`, and its mean differs
+    by `alpha_s var_ts / sigma_t^2 (x - xhat)` with `var_ts = sigma_t^2 - alpha_t^2 sigma_s^2 /
     alpha_s^2`. So the divergence of the two is ([VDM], eq. 13)
 
         L_{t-1} = (SNR_s - SNR_t) / 2 ||x - xhat(z_t, t)||^2.
 
+    With large variance, `var_ts` in place of `r var_ts`, `r = sigma_s^2 / sigma_t^2`, it is `r` of
+    this and `(r - 1 - log r) / 2` for each dimension.
+
     The prior `N(0, I)` has `L_T = 1/2 sum(alpha^2 x^2 - alpha^2 - log sigma^2)` at `t_n`. The
     decoder is `N(xhat(z, t_1), v)` integrated over the bins ([DDPM], eq. 13). The small variance
     is 0 there, which gives an infinite bound. `v = sigma_{t_1}^2` is the variance of the
-    transition from the clean image (`beta_1` in [DDPM]; the authors' code has the smaller
-    `betatilde_2`), and that of x given z for Gaussian data of variance 1.
+    transition from the clean image (`beta_1` in [DDPM]), and that of x given z for Gaussian data
+    of variance 1. The authors' code takes the posterior's from `t_2` to `t_1` (`betatilde_2`);
+    their published figures have it, and the large variance.
+
+    For Gamma noise the posterior is `thinning_step`, the forward process is Gamma's, and the
+    integrals of the divergences are numeric ([Report], eq. 20). As they are infinite wherever
+    `xhat > x`, a share of each model step is Gaussian, see `thinning_divergence`. Begin at a level
+    whose shape is above 1: below, the densities have poles, and the bound is large.
 
     There is no state at level 0. The bound holds for any denoiser, clipped or not, and for any
     levels. A grid even in t is coarse near the data, where the log-SNR changes fastest: with 1,000
@@ -86,13 +103,19 @@ def variational_bound(
         num_terms: Number of diffusion terms to draw for each image, at most n - 1; by default all
             are summed. They are drawn by systematic sampling in proportion to the terms of
             Gaussian data of variance 1, and divided by their probability: no bias.
+        variance: That of the model's steps, as in `Ancestral`; Gamma steps have none to choose.
+        decoder_variance: "transition" for the one from clean data to `t_1`, "posterior" for the
+            one from `t_2` to `t_1`, which needs two levels.
+        noise: Law of the noise; by default Gaussian.
+        gaussian_share: For Gamma noise, the share of the Gaussian step in each step of the model
+            and in the prior, in (0, 1]; by default 0.001.
         progress: Show a progress bar.
 
     Returns:
         The parts for each image, after n network evaluations, or `num_terms + 1`.
 
     Raises:
-        ValueError: If the pixels are not on the grid, or `levels` or `num_terms` do not fit.
+        ValueError: If the pixels are not on the grid, or an argument does not fit.
     """
     _check_pixels(x)
     if levels is None:
@@ -103,25 +126,38 @@ def variational_bound(
             "levels must be above 0 for the bound, which has no state there, got 0 as the first: "
             "leave it out"
         )
+    model = reverse_model(noise, variance, gaussian_share)
     scales = denoiser.schedule(levels)
+    deviation = _decoder_deviation(scales, decoder_variance)
     first, last = Scales(*(c[0] for c in scales)), Scales(*(c[-1] for c in scales))
-    squares = _sum(float64(x).square())
-    constant = last.alpha**2 + 2 * last.sigma.log()
-    prior = (squares * last.alpha**2 - x[0].numel() * constant) / 2
+    prior = model.prior(x, last)
 
-    z = q_sample(x, randn(x.shape, generator, x), first)
-    variance = first.sigma**2
-    decoder = -_sum(log_discretised(x, denoiser(z, levels[0]).x, variance.sqrt()))
+    z = q_sample(x, model.noise.draw(x.shape, first, generator, x), first)
+    decoder = -_sum(log_discretised(x, denoiser(z, levels[0]).x, deviation))
 
-    weight = -scales.snr.diff() / 2
     terms = _choose(scales.snr, len(x), num_terms, generator)
-    diffusion = torch.zeros_like(decoder)
+    diffusion = torch.zeros_like(decoder) + model.constant(scales) * x[0].numel()
     for index, factor in tqdm(terms, desc="bound", disable=not progress, leave=False):
-        t = Scales(scales.alpha[index + 1], scales.sigma[index + 1])
-        z = q_sample(x, randn(x.shape, generator, x), t)
-        error = _sum(float64(x - denoiser(z, levels[index + 1]).x).square())
-        diffusion += to_device(weight[index] * factor, error) * error
+        t, s = (Scales(scales.alpha[i], scales.sigma[i]) for i in (index + 1, index))
+        eps = model.noise.draw(x.shape, t, generator, x)
+        z = q_sample(x, eps, t)
+        error = denoiser(z, levels[index + 1]).x - x
+        diffusion += model.term(eps, error, t, s, factor)
     return Bound(*(part / (x[0].numel() * math.log(2)) for part in (prior, diffusion, decoder)))
+
+
+def _decoder_deviation(scales: Scales, kind: DecoderVariance) -> Tensor:
+    """Standard deviation of the decoder, `()`, see `variational_bound`."""
+    check_one_of(DecoderVariance, decoder_variance=kind)
+    if kind == "transition":
+        return scales.sigma[0]
+    if len(scales.sigma) < 2:
+        raise ValueError(
+            "decoder_variance must be 'transition' with one level, got 'posterior': that is of "
+            "the step from the second level to the first"
+        )
+    s, t = (Scales(scales.alpha[i], scales.sigma[i]) for i in (0, 1))
+    return s.sigma / t.sigma * transition_variance(t, s).sqrt()
 
 
 def log_discretised(x: Tensor, mean: Tensor, std: Tensor | float) -> Tensor:

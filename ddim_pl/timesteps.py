@@ -5,7 +5,7 @@ at the first. Index `i` of a network trained on 0-based indices is level `i + 1`
 
 To add a strategy, write a function here; configs refer to it by its name. Its arguments are
 `(num_levels, num_steps)`; or `(schedule, num_steps)`, if it depends on the noise; or
-`(num_levels)`, if it fixes the number of steps.
+`(num_levels)` or `(schedule)`, if it fixes the number of steps.
 """
 
 import inspect
@@ -141,6 +141,18 @@ def karras(schedule: NoiseSchedule, num_steps: int) -> Tensor:
     return _from_log_snr(schedule, -2 * ratio.log())
 
 
+def doubling(schedule: NoiseSchedule) -> Tensor:
+    """Levels whose signal-to-noise ratios double, from T to the last above 1, then 0.
+
+    The shapes of Gamma noise halve with each step, as the derivation of [Report], eq. 18, assumes:
+    `k_{t+1} = sum_{i <= t} k_i`. They are real numbers, not rounded.
+    """
+    start, end = schedule(torch.tensor([schedule.num_levels, 1.0])).log_snr.tolist()
+    count = math.floor((end - start) / math.log(2)) + 1
+    ratios = start + math.log(2) * torch.arange(count, dtype=torch.float64)
+    return _from_log_snr(schedule, ratios)
+
+
 def explicit(num_levels: int, levels: Sequence[float]) -> Tensor:
     """The given decreasing levels in (0, T]; the final 0 may be omitted.
 
@@ -248,7 +260,12 @@ def load_levels(path: Path, schedule: NoiseSchedule, num_steps: int) -> Tensor:
 
 def _functions() -> dict[str, Callable[..., Tensor]]:
     """The public functions of this module with the arguments of a strategy."""
-    kinds = {("schedule", "num_steps"), ("num_levels", "num_steps"), ("num_levels",)}
+    kinds = {
+        ("schedule", "num_steps"),
+        ("schedule",),
+        ("num_levels", "num_steps"),
+        ("num_levels",),
+    }
     return {
         name: function
         for name, function in inspect.getmembers(sys.modules[__name__], inspect.isfunction)

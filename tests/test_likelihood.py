@@ -19,7 +19,6 @@ from tiny import tiny_unet
 from torch import Tensor, nn
 from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
 
-from ddim_pl import likelihood
 from ddim_pl.denoiser import Denoiser, NetworkDenoiser
 from ddim_pl.likelihood import (
     BITS_PER_BIN,
@@ -28,6 +27,7 @@ from ddim_pl.likelihood import (
     ode_levels,
     variational_bound,
 )
+from ddim_pl.noise import GaussianNoise
 from ddim_pl.prediction import Prediction
 from ddim_pl.rng import image_generators
 from ddim_pl.samplers import DDIM
@@ -68,7 +68,7 @@ def expected_diffusion(schedule: NoiseSchedule, levels: Tensor) -> float:
 
 @pytest.fixture
 def signs_for_noise(monkeypatch):
-    monkeypatch.setattr(likelihood, "randn", lambda shape, generator, like: NOISE.to(like))
+    monkeypatch.setattr(GaussianNoise, "draw", lambda self, shape, t, generator, like: NOISE)
 
 
 # The bound
@@ -145,7 +145,7 @@ def test_few_terms_are_all_the_same_to_a_denoiser_of_unit_variance(monkeypatch):
     x = torch.tensor([[-1.0, 1.0]]).double()[..., None].expand(1, 2, 2)
     x = x.expand(50, 2, 2)
     noise = SIGNS.expand(50, 2, 2)
-    monkeypatch.setattr(likelihood, "randn", lambda shape, generator, like: noise)
+    monkeypatch.setattr(GaussianNoise, "draw", lambda self, shape, t, generator, like: noise)
     levels = fine_levels(COSINE, 2000, 0.03)
     few, whole = (
         variational_bound(denoiser, x, generator=generators(50), levels=levels, num_terms=n)
@@ -191,6 +191,47 @@ def test_one_level_is_a_bound_too():
     bound = variational_bound(law(COSINE), X, generator=torch.Generator(), levels=level)
     assert (bound.diffusion == 0).all()
     assert bound.total > ENTROPY + BITS_PER_BIN
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_the_published_quantity_is_that_of_ddpms_script(variance, signs_for_noise):
+    """Its arithmetic in betas: KL of normals, and the decoder with betatilde_2, not beta_1."""
+    schedule = LinearSchedule(20)
+    model = ExactGaussian(schedule, MEAN, STD)
+    betas = schedule.betas()
+    product = (1 - betas).cumprod(0)
+    before = torch.cat([torch.ones(1).double(), product[:-1]])
+    tilde = betas * (1 - before) / (1 - product)
+    true_variance = torch.cat([tilde[1:2], tilde[1:]])
+    kinds = {"small": true_variance, "large": torch.cat([tilde[1:2], betas[1:]])}
+    total = torch.zeros(()).double()
+    for i in range(20):
+        z = product[i].sqrt() * X + (1 - product[i]).sqrt() * NOISE
+        xhat = model(z, torch.tensor(i + 1.0)).x
+        from_x = betas[i] * before[i].sqrt() / (1 - product[i])
+        std_q, std_p = true_variance[i].sqrt(), kinds[variance][i].sqrt()
+        if i:
+            term = kl_divergence(Normal(from_x * X, std_q), Normal(from_x * xhat, std_p))
+        else:
+            k = (X * 127.5 + 127.5).round() / 127.5 - 1
+            edges = [(k + d / 127.5 - xhat) / std_p for d in (-0.5, 0.5)]
+            term = -(torch.special.ndtr(edges[1]) - torch.special.ndtr(edges[0])).log()
+        total = total + term.mean()
+    last = product[-1]
+    total += kl_divergence(Normal(last.sqrt() * X, (1 - last).sqrt()), Normal(0, 1)).mean()
+    for arguments in ({}, {"num_terms": 19}):
+        bound = variational_bound(
+            model,
+            X,
+            generator=torch.Generator(),
+            variance=variance,
+            decoder_variance="posterior",
+            **arguments,
+        )
+        if arguments:  # drawn with replacement: the constant is exact, the rest an estimate
+            assert bound.total.item() == pytest.approx(total.item() / math.log(2), rel=0.2)
+        else:
+            assert bound.total.item() == pytest.approx(total.item() / math.log(2), rel=1e-9)
 
 
 # The decoder
@@ -466,6 +507,11 @@ def test_ode_and_ddim_agree_on_the_flow():
         ({"levels": torch.empty(0)}, "levels must be a vector of at least 1"),
         ({"num_terms": 0}, r"num_terms must lie in \[1, 999\].*got 0"),
         ({"num_terms": 1000}, r"num_terms must lie in \[1, 999\].*got 1000"),
+        ({"decoder_variance": "beta"}, "decoder_variance must be one of .*got 'beta'"),
+        (
+            {"decoder_variance": "posterior", "levels": torch.tensor([5.0])},
+            "decoder_variance must be 'transition' with one level, got 'posterior'",
+        ),
         ({"generator": generators(2)}, "one generator per image, got 2"),
         ({"generator": generators(2), "num_terms": 2}, "one generator per image, got 2"),
     ],

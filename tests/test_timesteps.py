@@ -15,7 +15,7 @@ from ddim_pl import timesteps
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
 from ddim_pl.timesteps import explicit, has_own_length, make_levels, save_levels, strategies
 
-OWN_LENGTH = {"exponential": 12, "last100": 101, "first100last100": 200}
+OWN_LENGTH = {"exponential": 12, "last100": 101, "first100last100": 200, "doubling": 28}
 every_strategy = pytest.mark.parametrize("strategy", sorted(set(strategies()) - set(OWN_LENGTH)))
 SIZES = [
     *((1000, s) for s in (1, 2, 3, 7, 10, 16, 20, 32, 48, 50, 100, 103, 199, 250, 333, 600, 1000)),
@@ -217,6 +217,16 @@ def test_exponential_levels_of_any_schedule(num_levels: int) -> None:
     assert levels[0] == num_levels
     assert levels[-2:].tolist() == [1, 0]
     assert (levels.diff() < 0).all()
+
+
+@pytest.mark.parametrize("schedule", [LinearSchedule(), CosineLogSNRSchedule()])
+def test_doubling_doubles_the_signal_to_noise_ratio(schedule: NoiseSchedule) -> None:
+    levels = make_levels("doubling", schedule, 7)
+    snr = schedule(levels[:-1]).snr
+    torch.testing.assert_close(snr[1:] / snr[:-1], torch.full_like(snr[1:], 2), rtol=1e-8, atol=0)
+    assert levels[-2] >= 1
+    assert 2 * snr[-1] > schedule(1.0).snr  # one more would be below level 1
+    assert levels[-1] == 0
 
 
 @pytest.mark.parametrize(

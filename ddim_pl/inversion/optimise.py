@@ -4,12 +4,13 @@ Minimise `||x - x_hat(z_T)||^2` over the latent `z_T` of each image ([DEQ], sect
 generates the images and defines the gradient with respect to the latents: `Sequential`
 differentiates through the whole chain, `Implicit` solves the chain as a fixed point and uses a
 cheap gradient. The exact gradient of a fixed point needs the inverse of `I - J`, J being the
-Jacobian of the map.
+Jacobian of the map ([DEQ], eq. 13); `InverseJacobian` approximates it by a matrix of low rank.
 """
 
 import time
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -141,7 +142,7 @@ class Implicit(Method):
         self, denoiser: Denoiser, z: Tensor, levels: Tensor, carry: Carry | None
     ) -> Generated:
         """Generate images by solving the chain; its states are carried."""
-        chain = self._solve(denoiser, z.detach(), levels, carry)
+        chain = _solve(self.deq, denoiser, z.detach(), levels, carry)
         carry = Carry(z.detach().clone(), chain.states)
         count = chain.evaluations + 1
         first = denoiser(z, levels[0])
@@ -160,19 +161,114 @@ class Implicit(Method):
         rest = self.applications * (len(levels) - 2)
         return Generated(images, carry, count + rest, is_exact=False)
 
-    def _solve(self, denoiser: Denoiser, z: Tensor, levels: Tensor, carry: Carry | None) -> Chain:
-        """Solve the chain from the carried solution; warn if it does not converge."""
-        start = None
-        if carry is not None:
-            start = carry.states + _response(denoiser.schedule(levels), z - carry.latents)
-        chain = self.deq.solve(denoiser, z, levels, start=start)
-        if self.deq.solver.tolerance > 0 and not chain.converged.all():
-            warnings.warn(
-                f"{int((~chain.converged).sum())} of {len(z)} chains did not converge in "
-                f"{self.deq.solver.max_sweeps} sweeps: raise max_sweeps or the tolerance",
-                stacklevel=3,
+
+@dataclass(frozen=True)
+class InverseJacobian(Method):
+    """DDIM as a fixed point, with the gradient of [DEQ], eq. 13, and an approximate inverse.
+
+    The gradient is that of the map by the latents, after the adjoint `u = v + J^T u` of the
+    gradient v by the states is solved. Broyden's method solves it from `u = v`: each product with
+    `J^T` adds one to the rank of its approximation of the inverse of `I - J^T`. Since J is
+    strictly triangular, the first product corrects by the sum of all paths of two estimates.
+
+    Args:
+        deq: Solves the chain, as in `Implicit`.
+        products: Number of products with `J^T`, one backward pass of the network on all states
+            each; none would be the 1-step gradient of `Implicit`.
+
+    Raises:
+        ValueError: If there are no products.
+    """
+
+    deq: DEQ = field(
+        default_factory=lambda: DEQ(Anderson(memory=3, damping=0.9, tolerance=1e-2, max_sweeps=15))
+    )
+    products: int = 5
+
+    def __post_init__(self) -> None:
+        check_at_least(1, products=self.products)
+
+    def generate(
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor, carry: Carry | None
+    ) -> Generated:
+        """Generate images by solving the chain; its states are carried."""
+        chain = _solve(self.deq, denoiser, z.detach(), levels, carry)
+        carry = Carry(z.detach().clone(), chain.states)
+        y = _first_state(denoiser, denoiser(z, levels[0]), levels)
+        alpha = expand_like(denoiser.schedule(levels[1:]).alpha[None], chain.states)
+        direct = alpha * y[:, None]
+        # The solution's value; all states depend on the latent through the first of them.
+        states = chain.states + (direct - direct.detach())
+        inner = len(levels) - 2
+        if states.requires_grad and inner:
+            states.register_hook(
+                lambda v: self._adjoint(denoiser, y.detach(), chain.states, levels, v)
             )
-        return chain
+        return Generated(states[:, -1], carry, chain.evaluations + 1 + inner, is_exact=False)
+
+    def _adjoint(
+        self, denoiser: Denoiser, y: Tensor, states: Tensor, levels: Tensor, v: Tensor
+    ) -> Tensor:
+        """`(I - J^T)^-1 v` at the fixed point, `(B, S, ...)`."""
+        with torch.enable_grad():
+            states = states.detach().requires_grad_(True)
+            image = eps_chain(self.deq, denoiser, y, states, levels)
+
+        def product(u: Tensor) -> Tensor:
+            return torch.autograd.grad(image, states, u, retain_graph=True)[0]
+
+        return broyden_adjoint(product, v, self.products)
+
+
+def broyden_adjoint(product: Callable[[Tensor], Tensor], v: Tensor, products: int) -> Tensor:
+    """Solve `u = v + J^T u` for each sample by Broyden's method ([Broyden]).
+
+    Args:
+        product: The product with `J^T`, `(B, ...)` to `(B, ...)`.
+        v: Right-hand sides, `(B, ...)`.
+        products: Number of calls of `product`, at least 1.
+    """
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return unsqueeze_like((a * b).flatten(1).sum(1), v)
+
+    lefts: list[Tensor] = []
+    rights: list[Tensor] = []  # the inverse is I + sum of left right^T
+
+    def inverse(r: Tensor) -> Tensor:
+        return r + sum(a * dot(b, r) for a, b in zip(lefts, rights, strict=True))
+
+    def transposed(r: Tensor) -> Tensor:
+        return r + sum(b * dot(a, r) for a, b in zip(lefts, rights, strict=True))
+
+    u = v
+    residual = -product(u)
+    for _ in range(products - 1):
+        step = -inverse(residual)
+        u = u + step
+        before, residual = residual, u - product(u) - v
+        change = inverse(residual - before)
+        right = transposed(step)
+        scale = dot(step, change)
+        usable = scale.abs() > torch.finfo(v.dtype).eps * dot(step, step)
+        lefts.append(torch.where(usable, (step - change) / torch.where(usable, scale, 1), 0))
+        rights.append(right)
+    return u - inverse(residual)
+
+
+def _solve(deq: DEQ, denoiser: Denoiser, z: Tensor, levels: Tensor, carry: Carry | None) -> Chain:
+    """Solve the chain from the carried solution; warn if it does not converge."""
+    start = None
+    if carry is not None:
+        start = carry.states + _response(denoiser.schedule(levels), z - carry.latents)
+    chain = deq.solve(denoiser, z, levels, start=start)
+    if deq.solver.tolerance > 0 and not chain.converged.all():
+        warnings.warn(
+            f"{int((~chain.converged).sum())} of {len(z)} chains did not converge in "
+            f"{deq.solver.max_sweeps} sweeps: raise max_sweeps or the tolerance",
+            stacklevel=3,
+        )
+    return chain
 
 
 def eps_chain(deq: DEQ, denoiser: Denoiser, y: Tensor, states: Tensor, levels: Tensor) -> Tensor:

@@ -83,8 +83,17 @@ def log_density(eps: Tensor, shape: Tensor) -> Tensor:
     mu = eps / shape.sqrt()
     inside = mu > -1
     u = torch.log1p(torch.where(inside, mu, 0))
-    value = -shape * _eta(u).square() / 2 - u - _log_gamma_star(shape) - math.log(2 * math.pi) / 2
+    value = -shape * _eta(u).square() / 2 - u - log_gamma_star(shape) - math.log(2 * math.pi) / 2
     return torch.where(inside, value, -math.inf)
+
+
+def log_gamma_star(shape: Tensor) -> Tensor:
+    """`log Gamma*(K)`, float64 of any shape; by Stirling's series where K is large."""
+    k = shape.clamp(max=10)
+    exact = torch.lgamma(k) - (k - 0.5) * k.log() + k - math.log(2 * math.pi) / 2
+    w = 1 / shape.clamp(min=10)
+    series = w * _polynomial([1 / 12, -1 / 360, 1 / 1260, -1 / 1680], w.square())
+    return torch.where(shape < 10, exact, series)
 
 
 def normal_score(eps: Tensor, shape: Tensor) -> Tensor:
@@ -128,7 +137,7 @@ def from_normal_score(score: Tensor, shape: Tensor) -> Tensor:
 
 def _newton(u: Tensor, low: Tensor, high: Tensor, y: Tensor, shape: Tensor) -> Tensor:
     found = _score(u, shape)
-    log_slope = (found.square() - shape * _eta(u).square()) / 2 - _log_gamma_star(shape)
+    log_slope = (found.square() - shape * _eta(u).square()) / 2 - log_gamma_star(shape)
     u = u - (found - y) / (shape.sqrt() * log_slope.exp())
     return torch.minimum(torch.maximum(u, low), high)
 
@@ -211,15 +220,6 @@ def _eta(u: Tensor) -> Tensor:
     series = _polynomial([2 / math.factorial(n + 2) for n in range(14)], near)
     far = 2 * (torch.expm1(u) - u) / torch.where(u == 0, 1, u.square())
     return u * torch.where(u.abs() < 0.5, series, far).sqrt()
-
-
-def _log_gamma_star(shape: Tensor) -> Tensor:
-    """`log Gamma*(K)`; Stirling's series for large shapes."""
-    k = shape.clamp(max=10)
-    exact = torch.lgamma(k) - (k - 0.5) * k.log() + k - math.log(2 * math.pi) / 2
-    w = 1 / shape.clamp(min=10)
-    series = w * _polynomial([1 / 12, -1 / 360, 1 / 1260, -1 / 1680], w.square())
-    return torch.where(shape < 10, exact, series)
 
 
 def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 from ddim_pl.noise.gamma import GammaNoise
 from ddim_pl.prediction import Prediction
 from ddim_pl.scales import Scales, expand_like, float64, to_device
-from ddim_pl.transitions import ddim_noise_scale, ddim_step, transition_variance
+from ddim_pl.transitions import ddim_step, transition_variance
 
 
 def thinning_step(
@@ -48,26 +48,28 @@ def thinning_shapes(noise: GammaNoise, t: Scales, s: Scales) -> tuple[Tensor, Te
     return k_t * (s.sigma / t.sigma * (t.alpha / s.alpha)).square(), k_t * share
 
 
-def report_step(
-    prediction: Prediction, fresh: Tensor, t: Scales, s: Scales, *, eta: float = 1.0
-) -> Tensor:
+def report_step(prediction: Prediction, fresh: Tensor, c: Tensor, t: Scales, s: Scales) -> Tensor:
     """Gamma-DDIM step `C z_t + D x + c (g - E g)`, `(B, ...)` ([Report], eq. 18).
 
     `C = (alpha_s - c alpha_t) / (alpha_t (1 + alpha_s))`, `D = (alpha_s^2 + c alpha_t) / (1 +
-    alpha_s)`, `g ~ Gamma(K_t - K_s, theta_t)` and `c` of `ddim_noise_scale`. As `C alpha_t + D =
-    alpha_s` it keeps the mean. The variance becomes `C^2 sigma_t^2 + c^2 (1 - alpha_t^2 /
-    alpha_s^2)`, which is not `sigma_s^2`: the derivation equates variables that are equal in law
-    only, and whose shapes double at every step.
+    alpha_s)` and `g ~ Gamma(K_t - K_s, theta_t)`. As `C alpha_t + D = alpha_s` it keeps the mean.
+    The variance becomes `C^2 sigma_t^2 + c^2 (1 - alpha_t^2 / alpha_s^2)`, which is not
+    `sigma_s^2`: the derivation equates variables that are equal in law only, and whose shapes
+    double at every step. It keeps the law only for `K_t = 2 K_s` and `c = alpha_s / alpha_t`,
+    where C is 0 and all noise is fresh; docs/gamma.md has the proof.
 
     Args:
         prediction: Estimates at `t`, each `(B, ...)`.
         fresh: Standardised Gamma noise of shape `K_t - K_s`, `(B, ...)`.
+        c: Scale of the fresh noise, `sigma_t` in [Report], `()`; DDIM's is `ddim_noise_scale`.
         t: Scales of the state.
         s: Scales at a cleaner level.
-        eta: Scale of the fresh noise, as in `ddim_step`.
     """
     x, eps = prediction
-    c = ddim_noise_scale(t, s, eta)
-    kept = (s.alpha - c * t.alpha) / (t.alpha * (1 + s.alpha)) * t.sigma
-    std = c * transition_variance(t, s).sqrt()
+    kept, std = report_kept(c, t, s), c * transition_variance(t, s).sqrt()
     return expand_like(s.alpha, x) * x + expand_like(kept, x) * eps + expand_like(std, x) * fresh
+
+
+def report_kept(c: Tensor, t: Scales, s: Scales) -> Tensor:
+    """Factor `C sigma_t` of the standardised noise in `report_step`."""
+    return (s.alpha - c * t.alpha) / (t.alpha * (1 + s.alpha)) * t.sigma

@@ -7,11 +7,13 @@ its mean; docs/gamma.md has the proofs. The start states must have Gamma noise t
 `ddim_pl.noise.latents` draws.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, zip_longest
 
+import torch
 from torch import Tensor
 
 from ddim_pl.denoiser import Denoiser
@@ -23,7 +25,7 @@ from ddim_pl.rng import Generators
 from ddim_pl.samplers.base import Sampler, State
 from ddim_pl.samplers.ddim import DDIM
 from ddim_pl.scales import Scales, expand_like
-from ddim_pl.transitions import ddim_step
+from ddim_pl.transitions import ddim_noise_scale, ddim_step
 
 
 @dataclass(frozen=True)
@@ -101,28 +103,71 @@ class GammaReport(GammaSampler):
 
     Args:
         theta_0: Scale of the noise, that of the model's `GammaNoise`.
-        eta: Scale of the fresh noise as in `DDIM`; [Report] does not specify it.
+        eta: Scale of the fresh noise as in `DDIM`; [Report] does not specify it. By default 1, if
+            `sigma` is not given.
+        sigma: In place of eta, `sigma_t` itself: a constant, or a value for each step but that to
+            a level without noise. With the levels `doubling`, `alpha_s / alpha_t` is the one that
+            keeps the marginals: the noise is then drawn afresh in every step.
 
     Raises:
-        ValueError: If `theta_0` is not positive or `eta` lies outside [0, 1].
+        ValueError: If `theta_0` is not positive, `eta` lies outside [0, 1], a sigma is negative or
+            not finite, or both are given.
     """
 
-    eta: float = 1.0
+    eta: float | None = None
+    sigma: float | tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        DDIM(self.eta)
+        DDIM(1.0 if self.eta is None else self.eta)
+        if self.sigma is None:
+            return
+        if self.eta is not None:
+            raise ValueError(
+                f"sigma must be None with eta {self.eta}, got {self.sigma}: give one of them"
+            )
+        if not isinstance(self.sigma, (int, float)):
+            object.__setattr__(self, "sigma", tuple(self.sigma))
+        values = self.sigma if isinstance(self.sigma, tuple) else (self.sigma,)
+        for value in values:
+            if not 0 <= value < math.inf:
+                raise ValueError(
+                    f"sigma must be at least 0 and finite, got {value}: 0 is deterministic"
+                )
 
     def step(
         self, prediction: Prediction, t: Scales, s: Scales, generator: Generators | None
     ) -> Tensor:
-        """`report_step`."""
+        """`report_step`; `sigma` must not be a list here."""
         x = prediction.x
         if s.sigma == 0:
             return expand_like(s.alpha, x) * x
+        assert not isinstance(self.sigma, tuple)
+        if self.sigma is None:
+            c = ddim_noise_scale(t, s, 1.0 if self.eta is None else self.eta)
+        else:
+            c = torch.tensor(self.sigma, dtype=torch.float64)
         _, fresh = thinning_shapes(self.noise, t, s)
         noise = standardised_gamma(x.shape, fresh, generator, x)
-        return report_step(prediction, noise, t, s, eta=self.eta)
+        return report_step(prediction, noise, c, t, s)
+
+    def steps(
+        self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None
+    ) -> Iterator[State]:
+        """Yield the state after each step."""
+        if not isinstance(self.sigma, tuple):
+            yield from super().steps(denoiser, z, levels, generator)
+            return
+        noisy = int((denoiser.schedule(levels[1:]).sigma > 0).sum())
+        if len(self.sigma) != noisy:
+            raise ValueError(
+                f"sigma must have {noisy} values, one for each step to a level with noise, got "
+                f"{len(self.sigma)}: change num_steps, or give a single number"
+            )
+        for pair, sigma in zip_longest(levels.unfold(0, 2, 1), self.sigma):
+            for state in replace(self, sigma=sigma).steps(denoiser, z, pair, generator):
+                z = state.z
+                yield state
 
 
 @dataclass(frozen=True)

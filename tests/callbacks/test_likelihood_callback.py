@@ -13,6 +13,7 @@ from callbacks import BitsPerDim
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.images import from_uint8
 from ddim_pl.likelihood import Bound, ode_bits_per_dim, ode_levels, variational_bound
+from ddim_pl.noise import GammaNoise
 from ddim_pl.rng import image_generators
 from ddim_pl.schedules import LinearSchedule
 
@@ -143,12 +144,85 @@ def test_two_ranks_share_the_images(module, monkeypatch):
     assert {k.removeprefix("test/"): v for k, v in logged.items()} == near(want)
 
 
+@pytest.mark.parametrize("num_terms", [None, 3])
+def test_the_options_are_those_of_the_bound(tmp_path, module, num_terms):
+    """DDPM's published quantity, from the fourth level on."""
+    options = {"variance": "large", "decoder_variance": "posterior", "num_terms": num_terms}
+    t = trainer(tmp_path, BitsPerDim(5, first_level=4, **options))
+    t.test(module, DigitsDataModule(), verbose=False)
+    indices, data = torch.arange(5) * 1797 // 5, DigitsDataModule()
+    data.setup()
+    x, label = from_uint8(data.val_set.images(indices)), data.val_set.labels(indices)
+    denoiser = module.denoiser.condition(label if module.num_classes else None)
+    bound = variational_bound(
+        denoiser,
+        x,
+        generator=image_generators(5, indices),
+        levels=torch.arange(4, LEVELS + 1),
+        **options,
+    )
+    want = dict(zip(NAMES, [v.mean().item() for v in (bound.total, *bound)], strict=False))
+    assert measured(t, "test") == near(want)
+
+
+def gamma_module(theta_0=0.01):
+    noise = GammaNoise(theta_0)
+    return tiny_ddpm(schedule=LinearSchedule(LEVELS), seed=5, noise=noise, sampler=None)
+
+
+@pytest.mark.parametrize("share", [None, 0.1])
+def test_gamma_models_are_measured(tmp_path, share):
+    module = gamma_module()
+    t = trainer(tmp_path, BitsPerDim(6, batch_size=4, gaussian_share=share, first_level=2))
+    t.test(module, DigitsDataModule(), verbose=False)
+    indices, data = torch.arange(6) * 1797 // 6, DigitsDataModule()
+    data.setup()
+    bound = variational_bound(
+        module.denoiser,
+        from_uint8(data.val_set.images(indices)),
+        generator=image_generators(5, indices),
+        levels=torch.arange(2, LEVELS + 1),
+        noise=GammaNoise(0.01),
+        gaussian_share=share,
+    )
+    want = dict(zip(NAMES, [v.mean().item() for v in (bound.total, *bound)], strict=False))
+    assert measured(t, "test") == near(want)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variance": "large"}, "variance must be 'small' for GammaNoise.*got 'large'"),
+        ({"ode": True}, "ode must be False for GammaNoise.*got True"),
+        ({"gaussian_share": 0.0}, "gaussian_share must lie in .*got 0.0"),
+        ({}, "first_level must be at least 8 for GammaNoise.*got 1: the shapes"),
+    ],
+)
+def test_what_a_gamma_model_cannot_have_is_refused_before_the_run(tmp_path, options, message):
+    module = gamma_module(0.01 if options else 0.2)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, BitsPerDim(**options)).test(module, DigitsDataModule())
+
+
+def test_what_a_gaussian_model_cannot_have_is_refused_before_the_run(tmp_path, module):
+    for options, message in (
+        ({"gaussian_share": 0.1}, "gaussian_share must be None for Gaussian noise, got 0.1"),
+        ({"first_level": LEVELS}, f"first_level must be below {LEVELS}.*got {LEVELS}"),
+        ({"first_level": 9, "num_terms": 4}, "num_terms must be at most 3.*got 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, BitsPerDim(**options)).test(module, DigitsDataModule())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"num_images": 0}, "num_images must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"num_terms": 0}, "num_terms must be at least 1, got 0"),
+        ({"first_level": 0}, "first_level must be at least 1, got 0"),
+        ({"variance": "middle"}, "variance must be one of .*got 'middle'"),
+        ({"decoder_variance": "beta"}, "decoder_variance must be one of .*got 'beta'"),
         ({"ode_steps": 0}, "ode_steps must be at least 1, got 0"),
         ({"ode_probes": 0}, "ode_probes must be at least 1, got 0"),
     ],

@@ -77,7 +77,7 @@ def test_the_reports_step_is_its_equation_18() -> None:
     big_d = (low.alpha**2 + c * high.alpha) / (1 + low.alpha)
     g = transition_variance(high, low).sqrt() * fresh
     expected = big_c * q_sample(x, eps, high) + big_d * x + c * g
-    found = report_step(Prediction(x, eps), fresh, high, low, eta=eta)
+    found = report_step(Prediction(x, eps), fresh, c, high, low)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
 
@@ -88,7 +88,9 @@ def test_the_drift_of_the_reports_variance() -> None:
         """Variance after a step, over what it should be."""
         eps = Prediction(torch.zeros(2).double(), torch.tensor([1.0, 0.0]).double())
         fresh = torch.tensor([0.0, 1.0]).double()
-        terms = report_step(eps, fresh, SCHEDULE(t), SCHEDULE(s), eta=eta) / SCHEDULE(s).sigma
+        high, low = SCHEDULE(t), SCHEDULE(s)
+        c = ddim_noise_scale(high, low, eta)
+        terms = report_step(eps, fresh, c, high, low) / low.sigma
         return float(terms.square().sum())
 
     assert ratio(60.0, 59.0, 0.0) == pytest.approx(0.265, abs=0.005)

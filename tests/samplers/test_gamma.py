@@ -19,7 +19,7 @@ from ddim_pl.denoiser import Denoiser
 from ddim_pl.inversion import encode
 from ddim_pl.noise import GammaNoise, latents
 from ddim_pl.noise.gamma_quantiles import normal_score
-from ddim_pl.noise.gamma_steps import thinning_shapes
+from ddim_pl.noise.gamma_steps import report_step, thinning_shapes
 from ddim_pl.prediction import Prediction, eps_from_x
 from ddim_pl.rng import image_generators
 from ddim_pl.samplers import DDIM, GammaExact, GammaMoment, GammaQuantile, GammaReport, Sampler
@@ -131,6 +131,111 @@ def test_the_reports_step_keeps_the_mean_and_not_the_variance(
         + 6 / float(thinning_shapes(sampler.noise, high, low)[1])
     )
     assert abs(eps.var() / expected - 1) < 6 * math.sqrt((kurtosis - 1) / len(eps))
+
+
+# The report's step with any sigma_t, and with doubling shapes
+
+
+def spread(sampler: GammaSampler, levels: Tensor) -> Tensor:
+    """Standardised noise after all levels, from the Gamma law at the first."""
+    first, last = SCHEDULE(levels[0]), SCHEDULE(levels[-1])
+    x, eps = draws(100_000, sampler.noise, first, 4)
+    generator = torch.Generator().manual_seed(5)
+    z = sampler(Known(SCHEDULE, x), q_sample(x, eps, first), levels, generator=generator)
+    return eps_from_x(last, z, x)[:, 0]
+
+
+def test_with_doubling_shapes_only_all_fresh_noise_keeps_the_law() -> None:
+    """`sigma_t = alpha_s / alpha_t` makes C zero; any other sigma misses, see docs/gamma.md."""
+    levels = timesteps.doubling(SCHEDULE)[:21]  # to level 17, whose shape is 0.4 at theta_0 = 0.1
+    alpha = SCHEDULE(levels).alpha
+    fresh = tuple((alpha[1:] / alpha[:-1]).tolist())
+    noise = GammaNoise(0.1)
+    exact = GammaReport(0.1, sigma=fresh)
+    assert p_value(spread(exact, levels), noise, float(levels[-1])) > 0.01
+    for sigma in (0.0, 0.5, 0.9):
+        other = spread(GammaReport(0.1, sigma=sigma), levels)
+        assert p_value(other, noise, float(levels[-1])) < 1e-10
+    for t, s in ((1000.0, 500.0), (120.0, 60.0), (60.0, 59.0)):  # without the doubling
+        ratio = float(SCHEDULE(s).alpha / SCHEDULE(t).alpha)
+        assert p_value(after(GammaReport(0.1, sigma=ratio), t, s), noise, s) < 1e-10
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.3, 1.0])
+def test_the_variance_with_doubling_shapes(kappa: float) -> None:
+    """`2 (1 - kappa)^2 / (1 + alpha_s)^2 + kappa^2`, `kappa = sigma alpha_t / alpha_s`."""
+    levels = timesteps.doubling(SCHEDULE)
+    for t, s in ((levels[0], levels[1]), (levels[9], levels[10]), (levels[15], levels[16])):
+        high, low = SCHEDULE(t), SCHEDULE(s)
+        sampler = GammaReport(0.01, sigma=float(kappa * low.alpha / high.alpha))
+        wanted = 2 * (1 - kappa) ** 2 / (1 + low.alpha) ** 2 + kappa**2
+        assert after(sampler, float(t), float(s)).var() == pytest.approx(float(wanted), rel=0.03)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.4, 1.5])
+def test_in_the_reports_sense_the_step_is_exact_with_doubling_shapes(sigma: float) -> None:
+    """One Z for the noise of all levels, as in its annex: the step gives `alpha_s theta_0 Z`."""
+    levels = timesteps.doubling(SCHEDULE)
+    for t, s in ((levels[3], levels[4]), (levels[12], levels[13]), (levels[26], levels[27])):
+        high, low = SCHEDULE(t), SCHEDULE(s)
+        noise = GammaNoise(0.1)
+        _, shape = thinning_shapes(noise, high, low)
+        unit = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
+        z = shape.sqrt() * unit
+        # Its recursion has sqrt(abar) of the cleaner level as well: (1 + alpha_s), not 2.
+        eps = high.alpha * noise.theta_0 * (1 + low.alpha) * z / high.sigma
+        x = torch.full_like(unit, IMAGE)
+        found = report_step(Prediction(x, eps), unit, torch.tensor(sigma).double(), high, low)
+        wanted = low.alpha * (x + noise.theta_0 * z)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_sigma_may_be_a_constant_ddims_or_a_list() -> None:
+    levels = timesteps.linear(1000, 6)
+    scales = SCHEDULE(levels)
+    ddims = [
+        float(ddim_noise_scale(SCHEDULE(t), SCHEDULE(s), 1.0)) for t, s in pairwise(levels[:-1])
+    ]
+    assert scales.sigma[-1] == 0
+    x, eps = draws(10, GammaNoise(0.1), SCHEDULE(1000.0))
+    known, z = Known(SCHEDULE, x), q_sample(x, eps, SCHEDULE(1000.0))
+
+    def run(sampler: GammaReport, to: int = 7) -> Tensor:
+        return sampler(known, z, levels[:to], generator=torch.Generator().manual_seed(0))
+
+    for to in (6, 7):  # to a level with noise, and to clean data
+        same = run(GammaReport(0.1, sigma=tuple(ddims)), to)
+        torch.testing.assert_close(same, run(GammaReport(0.1), to))
+        constant = run(GammaReport(0.1, sigma=(0.2,) * 5), to)
+        torch.testing.assert_close(constant, run(GammaReport(0.1, sigma=0.2), to))
+    assert not torch.equal(
+        run(GammaReport(0.1, sigma=0.2), 6), run(GammaReport(0.1, sigma=0.3), 6)
+    )
+    assert GammaReport(0.1, sigma=[0.1, 0.2]) == GammaReport(0.1, sigma=(0.1, 0.2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [1, 4, 6])
+def test_a_list_of_sigmas_has_a_value_for_each_noisy_level(count: int) -> None:
+    x, eps = draws(2, GammaNoise(0.1), SCHEDULE(1000.0))
+    sampler = GammaReport(0.1, sigma=(0.1,) * count)
+    with pytest.raises(ValueError, match=f"sigma must have 5 values.*got {count}"):
+        sampler(
+            Known(SCHEDULE, x),
+            eps,
+            timesteps.linear(1000, 6),
+            generator=torch.Generator().manual_seed(0),
+        )
+
+
+@pytest.mark.parametrize("sigma", [-0.1, math.inf, math.nan, (0.1, -1.0)])
+def test_a_sigma_is_a_finite_scale(sigma: float | tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="sigma must be at least 0 and finite, got"):
+        GammaReport(sigma=sigma)
+
+
+def test_eta_and_sigma_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match=r"sigma must be None with eta 1\.0, got 0\.1"):
+        GammaReport(eta=1.0, sigma=0.1)
 
 
 @every_theta

@@ -9,7 +9,6 @@ from exact import Distilled, ExactGaussian, ExactMixture
 from tiny import some_ddpm, tiny_ddpm, tiny_unet
 from torch import nn
 
-from callbacks import BitsPerDim
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.data.teacher_pairs import PairBatch, TeacherPairsDataModule
 from ddim_pl.denoiser import NetworkDenoiser
@@ -182,11 +181,6 @@ def test_the_noise_is_part_of_the_fingerprint():
         for noise in (None, GaussianNoise(), NOISE, GammaNoise(0.2))
     }
     assert len(names) == 3
-
-
-def test_bits_per_dim_are_those_of_gaussian_noise(teacher, tmp_path):
-    with pytest.raises(ValueError, match=r"noise must be Gaussian for BitsPerDim.*theta_0"):
-        trainer(tmp_path, callbacks=[BitsPerDim()]).test(teacher, DigitsDataModule())
 
 
 # Progressive students
