@@ -31,6 +31,8 @@ from ddim_pl.schedules import ImprovedCosineSchedule as ImprovedCosineSchedule
 from ddim_pl.schedules import LinearSchedule as LinearSchedule
 from ddim_pl.schedules import NoiseSchedule as NoiseSchedule
 from ddim_pl.schedules import ScaledLinearSchedule as ScaledLinearSchedule
+from ddim_pl.schedules import ZeroTerminalSNR as ZeroTerminalSNR
+from ddim_pl.timesteps import ddim_uniform as ddim_uniform
 from ddim_pl.timesteps import explicit as explicit
 from ddim_pl.timesteps import exponential as exponential
 from ddim_pl.timesteps import first100last100 as first100last100

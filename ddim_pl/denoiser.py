@@ -82,7 +82,8 @@ class NetworkDenoiser(Denoiser):
         label: Class labels `(B,)` for a network with classes, see `condition`.
 
     Raises:
-        ValueError: If `prediction` or `time_input` is unknown.
+        ValueError: If `prediction` or `time_input` is unknown, or eps is predicted where the last
+            level has no signal.
     """
 
     network: nn.Module
@@ -95,6 +96,11 @@ class NetworkDenoiser(Denoiser):
     def __post_init__(self) -> None:
         check_one_of(PredictionType, prediction=self.prediction)
         check_one_of(TimeInput, time_input=self.time_input)
+        if self.prediction == "eps" and self.schedule(self.schedule.num_levels).alpha == 0:
+            raise ValueError(
+                f"prediction must be 'v' or 'x' for {self.schedule}, got 'eps': at its last level "
+                "there is no signal, and eps says nothing of the image"
+            )
 
     @property
     def estimates_noise_of_clean_data(self) -> bool:  # type: ignore[override]

@@ -63,7 +63,7 @@ def reconstruct(
     check_at_least(1, num_images=num_images, batch_size=batch_size)
     check_deterministic(model.sampler)
     steps = num_steps or [n for n in STEPS if n <= model.schedule.num_levels]
-    all_levels = [make_levels(timesteps, model.schedule, n) for n in steps]
+    all_levels = [make_levels(timesteps, model.schedule, n, model.last_level) for n in steps]
     if has_own_length(timesteps):
         all_levels = all_levels[:1]
     source = image_source(model, datamodule, images, label, num_images)

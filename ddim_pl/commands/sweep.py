@@ -168,7 +168,7 @@ def _cells(
             with warnings.catch_warnings():
                 # The table says how many steps are left of a strategy with duplicates.
                 warnings.filterwarnings("ignore", ".*distinct levels")
-                levels = make_levels(source, model.schedule, steps)
+                levels = make_levels(source, model.schedule, steps, model.last_level)
             for sampler in samplers:
                 yield Cell(sampler, strategy, levels)
 

@@ -54,6 +54,11 @@ class Sampler(ABC):
         return self.encodes
 
     @property
+    def divides_by_signal(self) -> bool:
+        """Whether the steps divide by alpha, so that no level may be without signal."""
+        return False
+
+    @property
     def encodes(self) -> bool:
         """Whether this sampler also takes rising levels, deterministically from data to noise."""
         return False
@@ -78,7 +83,8 @@ class Sampler(ABC):
             progress: Show a progress bar.
 
         Raises:
-            ValueError: If the levels are not a falling vector within the schedule.
+            ValueError: If the levels are not a falling vector within the schedule, or one has no
+                signal and the sampler divides by it.
         """
         levels = self._check_levels(denoiser, levels)  # before the first state is requested
         return iter(
@@ -130,5 +136,10 @@ class Sampler(ABC):
         if levels.min() < 0 or levels.max() > num_levels:
             raise ValueError(
                 f"levels must lie in [0, {num_levels}], got [{levels.min():g}, {levels.max():g}]"
+            )
+        if self.divides_by_signal and denoiser.schedule(levels.max()).alpha == 0:
+            raise ValueError(
+                f"levels must have some signal for {self}, which divides by it, got "
+                f"{levels.max():g}: start at a lower level, or use DDIM"
             )
         return levels

@@ -39,6 +39,7 @@ class Heun(Sampler):
     """
 
     encodes = True
+    divides_by_signal = True
 
     def steps(
         self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None

@@ -54,6 +54,7 @@ class PNDM(Sampler):
 
     warmup: Warmup = "plms"
     encodes = True
+    divides_by_signal = True
 
     def __post_init__(self) -> None:
         check_one_of(Warmup, warmup=self.warmup)

@@ -67,6 +67,8 @@ class DiffusionModule(L.LightningModule, ABC):
             wrote, or the levels themselves.
         num_steps: Steps of the sampler; not used when `timesteps` is a list, or a strategy with a
             length of its own.
+        last_level: Level that sampling ends at, in place of 0; levels at or below it are left out.
+            1 is `set_alpha_to_one: false` of diffusers.
         optimizer: Makes the optimiser from the parameters; by default Adam with rate 2e-4. A
             `functools.partial` of a class is stored in checkpoints, a lambda is not.
         lr_scheduler: Makes a learning-rate schedule, stepped once per update; stored likewise.
@@ -95,6 +97,7 @@ class DiffusionModule(L.LightningModule, ABC):
         sampler: Sampler | None = None,
         timesteps: str | list[float] = "trailing",
         num_steps: int = 50,
+        last_level: float = 0.0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
@@ -108,12 +111,11 @@ class DiffusionModule(L.LightningModule, ABC):
         self.schedule = schedule or LinearSchedule()
         self.noise = noise or GaussianNoise()
         self.sampler = sampler or default_sampler(self.noise)
-        self.timesteps, self.num_steps = timesteps, num_steps
+        self.timesteps, self.num_steps, self.last_level = timesteps, num_steps, last_level
         self.image_shape = _image_shape(network, image_shape)
         self.network = network
         self.average = exponential_average(network, ema_decay)
-        self.prediction, self.time_input = prediction, time_input
-        self.clip = clip
+        self.prediction, self.time_input, self.clip = prediction, time_input, clip
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.warmup_steps = warmup_steps
@@ -141,6 +143,11 @@ class DiffusionModule(L.LightningModule, ABC):
                 "as many"
             )
         _ = self.denoiser
+        if not self.noise.is_gaussian and self.schedule(self.schedule.num_levels).alpha == 0:
+            raise ValueError(
+                f"noise must be Gaussian for {self.schedule}, got {self.noise}, whose scale is 0 "
+                "where there is no signal: use the schedule without ZeroTerminalSNR"
+            )
 
     distilled_steps: int | None = None
     """Steps that the averaged network was distilled to; None if it was trained at all levels."""
@@ -195,7 +202,7 @@ class DiffusionModule(L.LightningModule, ABC):
     @property
     def levels(self) -> Tensor:
         """Levels that the sampler visits, `(S + 1,)`."""
-        return make_levels(self.timesteps, self.schedule, self.num_steps)
+        return make_levels(self.timesteps, self.schedule, self.num_steps, self.last_level)
 
     @property
     def denoiser(self) -> NetworkDenoiser:

@@ -17,6 +17,7 @@ from ddim_pl.fixed_point import Solver
 from ddim_pl.noise import latents
 from ddim_pl.prediction import Prediction
 from ddim_pl.samplers import DDIM, DEQ, PNDM, Ancestral, DPMSolverPP, Heun, ParaDiGMS, Sampler
+from ddim_pl.schedules import ZeroTerminalSNR
 
 
 def samplers() -> Iterator[type[Sampler]]:
@@ -90,6 +91,30 @@ def test_an_image_does_not_depend_on_its_batch(
     together = images(kind, gaussian, range(4))
     alone = torch.cat([images(kind, gaussian, range(i, i + 1)) for i in range(4)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@every_sampler
+def test_a_level_without_signal_is_the_limit_of_one_with_little_or_is_refused(
+    kind: type[Sampler],
+) -> None:
+    """Level 1000 - 1e-9 has alpha = 1e-14; the slope of the multistep solver is 1 / log-SNR."""
+    if not kind().noise.is_gaussian:
+        pytest.skip("refused by the model, whose noise has no scale there")
+    denoiser = ExactGaussian(ZeroTerminalSNR())
+    levels = timesteps.linear(1000, 5)
+    z, generators = latents(0, range(4), SHAPE)
+    if kind().divides_by_signal:
+        with pytest.raises(ValueError, match=r"levels must have some signal for .*got 1000"):
+            kind()(denoiser, z.double(), levels, generator=generators)
+        return
+    at = kind()(denoiser, z.double(), levels, generator=generators)
+    levels[0] -= 1e-9
+    z, generators = latents(0, range(4), SHAPE)
+    below = kind()(denoiser, z.double(), levels, generator=generators)
+    torch.testing.assert_close(at, below, rtol=0, atol=1e-4 if kind is DPMSolverPP else 1e-9)
+    if kind().encodes:
+        rising = timesteps.linear(1000, 5).flip(0)
+        assert kind()(denoiser, at, rising).isfinite().all()
 
 
 @every_sampler
