@@ -1,5 +1,8 @@
 """The public names. `ddim_pl/__init__.py` reads their homes from here, and imports when used."""
 
+from ddim_pl.clipping import Clipping as Clipping
+from ddim_pl.clipping import ClipRange as ClipRange
+from ddim_pl.clipping import DynamicThreshold as DynamicThreshold
 from ddim_pl.data.base import ImageDataModule as ImageDataModule
 from ddim_pl.data.celeba import CelebADataModule as CelebADataModule
 from ddim_pl.data.cifar10 import CIFAR10DataModule as CIFAR10DataModule

@@ -94,8 +94,6 @@ def sweep(
     check_images(datamodule)
     ways = _with_etas(samplers or [model.sampler], etas)
     strategies = list(timesteps or [_only_name(model)])
-    for sampler in ways:
-        check_noise("samplers", model, sampler)
     _check_strategies(model, ways, strategies, num_steps)
     checkpoint = fingerprint_of_file(model, ckpt_path)
 
@@ -118,12 +116,12 @@ def _with_etas(samplers: Sequence[Sampler], etas: Sequence[float] | None) -> lis
         return list(samplers)
     found: list[Sampler] = []
     for sampler in samplers:
-        if "eta" not in {field.name for field in fields(sampler)}:  # type: ignore[arg-type]
+        if "eta" not in {field.name for field in fields(sampler)}:
             raise ValueError(
                 f"etas must be left out for {sampler}, which has no eta, got {list(etas)}: list "
                 "samplers with the eta of each, such as DDIM with init_args eta"
             )
-        found += [replace(sampler, eta=eta) for eta in etas]  # type: ignore[type-var]
+        found += [replace(sampler, **{"eta": eta}) for eta in etas]  # type: ignore[arg-type]
     return found
 
 
@@ -133,7 +131,9 @@ def _check_strategies(
     names: Sequence[str],
     num_steps: Sequence[int],
 ) -> None:
-    """Check the names, and that every combination has its levels."""
+    """Check the samplers' noise, the names, and that every combination has its levels."""
+    for sampler in samplers:
+        check_noise("samplers", model, sampler)
     known = sorted([ADAPTIVE, *known_strategies()])
     for name in names:
         if name not in known and not name.endswith(".json"):

@@ -134,6 +134,11 @@ class Implicit(Method):
 
     def __post_init__(self) -> None:
         check_at_least(1, applications=self.applications)
+        if self.deq.clip:
+            raise ValueError(
+                f"deq must not clip, got {self.deq}, whose gradient is 0 where it does: leave its "
+                "clip out"
+            )
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must lie in (0, 1], got {self.damping}: the paper has 0.1")
 

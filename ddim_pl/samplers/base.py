@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ddim_pl.clipping import Clipping
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.noise import GaussianNoise, Noise
 from ddim_pl.rng import Generators
@@ -27,11 +29,26 @@ class State(NamedTuple):
     x: Tensor
 
 
+@dataclass(frozen=True)
 class Sampler(ABC):
     """Generates images from noise. Subclasses are frozen dataclasses that implement `steps`.
 
     A sampler holds hyperparameters only: no network, no device, no state between calls.
+
+    Args:
+        clip: Clip estimates of the clean image to [-1, 1], or by a rule of `ddim_pl.clipping`, in
+            place of the model's own setting; by default as the model does.
     """
+
+    # Named by `__str__`, and only if given: finished cells and pairs have the text in their names.
+    clip: bool | Clipping | None = field(default=None, kw_only=True, repr=False)
+
+    def __str__(self) -> str:
+        """The sampler with its arguments, as tables and files name it."""
+        text = repr(self)
+        if self.clip is None:
+            return text
+        return f"{text[:-1]}{'' if text.endswith('()') else ', '}clip={self.clip})"
 
     @abstractmethod
     def steps(
@@ -87,6 +104,8 @@ class Sampler(ABC):
                 signal and the sampler divides by it.
         """
         levels = self._check_levels(denoiser, levels)  # before the first state is requested
+        if self.clip is not None:
+            denoiser = denoiser.with_clipping(self.clip)
         return iter(
             tqdm(
                 self.steps(denoiser, z, levels, generator),

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ddim_pl.checks import check_at_least
+from ddim_pl.clipping import Clipping
 from ddim_pl.damage import read_archive
 from ddim_pl.data.batches import BatchReader
 from ddim_pl.denoiser import NetworkDenoiser, TimeInput
@@ -60,7 +61,8 @@ class DiffusionModule(L.LightningModule, ABC):
             for which it needs twice the output channels; see `ddim_pl.prediction`.
         time_input: What the network is fed for a level, see `NetworkDenoiser`.
         image_shape: `(C, H, W)` of an image; by default read off the network.
-        clip: Clip estimates of the clean image to [-1, 1] when sampling.
+        clip: Clip estimates of the clean image to [-1, 1], or by a rule of `ddim_pl.clipping`,
+            when sampling, unless the sampler has a `clip` of its own.
         sampler: Sampler for evaluation; by default the deterministic one of the noise, which for
             Gaussian noise is DDIM with eta = 0.
         timesteps: Name of a strategy in `ddim_pl.timesteps`, a `.json` file that `main.py levels`
@@ -93,7 +95,7 @@ class DiffusionModule(L.LightningModule, ABC):
         prediction: PredictionType = "eps",
         time_input: TimeInput = "index",
         image_shape: tuple[int, int, int] | None = None,
-        clip: bool = True,
+        clip: bool | Clipping = True,
         sampler: Sampler | None = None,
         timesteps: str | list[float] = "trailing",
         num_steps: int = 50,

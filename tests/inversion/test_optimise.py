@@ -242,3 +242,8 @@ def test_wrong_arguments_are_errors(arguments, message):
 def test_wrong_gradients_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         Implicit(**arguments)
+
+
+def test_a_solver_that_clips_has_no_gradient():
+    with pytest.raises(ValueError, match=r"deq must not clip, got DEQ\(.*clip=True"):
+        Implicit(DEQ(clip=True))
