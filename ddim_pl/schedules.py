@@ -55,6 +55,16 @@ class NoiseSchedule(ABC):
         log_alpha, log_sigma = self.log_alpha_sigma(t)
         return Scales(log_alpha.exp(), log_sigma.exp())
 
+    def step_end(self, s: Tensor | float) -> Scales:
+        """Scales at the level that a step leads to: at level 0 those of clean data, (1, 0).
+
+        A step to level 0 ends in the estimate of x, also where the schedule has noise left there,
+        as in the sampler and the target of [PD]'s code. Arguments and errors as for a call.
+        """
+        alpha, sigma = self(s)
+        clean = torch.as_tensor(s, device=alpha.device) == 0
+        return Scales(torch.where(clean, 1.0, alpha), torch.where(clean, 0.0, sigma))
+
     def level_at(self, log_snr: Tensor | float) -> Tensor:
         """Level that has this log-SNR: the inverse of `schedule(t).log_snr`, by bisection.
 

@@ -90,6 +90,18 @@ def test_levels_outside_the_schedule_are_refused(schedule: NoiseSchedule, t: flo
 
 
 @every_schedule
+def test_a_step_to_level_0_ends_in_clean_data(schedule: NoiseSchedule) -> None:
+    t = torch.tensor([0.0, 1e-9, 1.0, 1000.0]).double()
+    found, own = schedule.step_end(t), schedule(t)
+    assert found.alpha[0] == 1
+    assert found.sigma[0] == 0
+    for a, b in zip(found, own, strict=True):
+        assert torch.equal(a[1:], b[1:])
+    assert schedule.step_end(0).sigma == 0
+    assert schedule.step_end(0.0).alpha.dtype == torch.float64
+
+
+@every_schedule
 def test_the_ends_are_data_and_noise(schedule: NoiseSchedule) -> None:
     """sqrt(abar_T): 0.0064 (linear), 0.068 (scaled linear), 5e-5 (both cosines)."""
     assert schedule(0).sigma < 5e-5

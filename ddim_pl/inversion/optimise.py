@@ -92,7 +92,7 @@ class Sequential(Method):
         """Generate images by DDIM; nothing is carried."""
 
         def step(z: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            return ddim_step(denoiser(z, t), denoiser.schedule(t), denoiser.schedule(s))
+            return ddim_step(denoiser(z, t), denoiser.schedule(t), denoiser.schedule.step_end(s))
 
         steps = len(levels) - 1
         for t, s in pairwise(levels):
@@ -152,7 +152,7 @@ class Implicit(Method):
         first = denoiser(z, levels[0])
         y = _first_state(denoiser, first, levels)
         if self.applications == 1 or len(levels) == 2:
-            scale = denoiser.schedule(levels[-1]).alpha
+            scale = denoiser.schedule.step_end(levels[-1]).alpha
             # The solution's value, with the gradient of the first terms of the sum.
             images = chain.states[:, -1] + expand_like(scale, y) * (y - y.detach())
             return Generated(images, carry, count, is_exact=False)
@@ -169,7 +169,7 @@ class Implicit(Method):
         """Solve the chain from the carried solution; warn if it does not converge."""
         start = None
         if carry is not None:
-            start = carry.states + _response(denoiser.schedule(levels), z - carry.latents)
+            start = carry.states + _response(denoiser.schedule.step_end(levels), z - carry.latents)
         chain = self.deq.solve(denoiser, z, levels, start=start)
         if self.deq.solver.tolerance > 0 and not chain.converged.all():
             warnings.warn(
@@ -190,7 +190,7 @@ def eps_chain(deq: DEQ, denoiser: Denoiser, y: Tensor, states: Tensor, levels: T
         states: States at all levels but the first, `(B, S, ...)`.
         levels: Falling levels, `(S + 1,)`.
     """
-    scales = denoiser.schedule(levels[1:])
+    scales = denoiser.schedule.step_end(levels[1:])
     values = (*scales, scales.sigma / scales.alpha)
     alpha, sigma, ratio = (expand_like(each[None], states) for each in values)
     inner = states[:, :-1]
@@ -213,7 +213,7 @@ def _response(scales: Scales, change: Tensor) -> Tensor:
 
 def _first_state(denoiser: Denoiser, first: Prediction, levels: Tensor) -> Tensor:
     """`y_1 = z_1 / alpha_1` by a DDIM step; alpha at the last level is too small to divide by."""
-    t, s = denoiser.schedule(levels[0]), denoiser.schedule(levels[1])
+    t, s = denoiser.schedule(levels[0]), denoiser.schedule.step_end(levels[1])
     z = ddim_step(first, t, s)
     return expand_like(1 / s.alpha, z) * z
 

@@ -61,6 +61,6 @@ class DPMSolverPP(Sampler):
                 weight = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1]) / 2
                 mid = x + expand_like(weight, x) * (x - previous)
                 mid_eps = eps_from_x(scales, z, mid)
-            z = ddim_step(Prediction(mid, mid_eps), scales, denoiser.schedule(s))
+            z = ddim_step(Prediction(mid, mid_eps), scales, denoiser.schedule.step_end(s))
             yield State(s, z, x)
             previous = x
