@@ -1,5 +1,8 @@
 """The public names. `ddim_pl/__init__.py` reads their homes from here, and imports when used."""
 
+from ddim_pl.clipping import Clipping as Clipping
+from ddim_pl.clipping import ClipRange as ClipRange
+from ddim_pl.clipping import DynamicThreshold as DynamicThreshold
 from ddim_pl.data.base import ImageDataModule as ImageDataModule
 from ddim_pl.data.celeba import CelebADataModule as CelebADataModule
 from ddim_pl.data.cifar10 import CIFAR10DataModule as CIFAR10DataModule
@@ -31,6 +34,8 @@ from ddim_pl.schedules import ImprovedCosineSchedule as ImprovedCosineSchedule
 from ddim_pl.schedules import LinearSchedule as LinearSchedule
 from ddim_pl.schedules import NoiseSchedule as NoiseSchedule
 from ddim_pl.schedules import ScaledLinearSchedule as ScaledLinearSchedule
+from ddim_pl.schedules import ZeroTerminalSNR as ZeroTerminalSNR
+from ddim_pl.timesteps import ddim_uniform as ddim_uniform
 from ddim_pl.timesteps import doubling as doubling
 from ddim_pl.timesteps import explicit as explicit
 from ddim_pl.timesteps import exponential as exponential

@@ -6,13 +6,14 @@ input of the network at a level.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from ddim_pl.checks import check_one_of
+from ddim_pl.clipping import Clipping, clipping_of
 from ddim_pl.prediction import Prediction, PredictionType, decode, eps_from_x, merge_both
 from ddim_pl.scales import to_device
 from ddim_pl.schedules import NoiseSchedule
@@ -25,14 +26,14 @@ class Denoiser(ABC):
 
     Attributes:
         schedule: The noise schedule that the states follow.
-        clip: Whether estimates of the clean image are clipped to [-1, 1].
+        clip: Whether estimates of the clean image are clipped to [-1, 1], or by another rule.
         label: Class labels `(B,)` of the batch, if there are any.
         estimates_noise_of_clean_data: Whether eps is defined at a level without noise, where
             encoding starts.
     """
 
     schedule: NoiseSchedule
-    clip: bool = False
+    clip: bool | Clipping = False
     label: Tensor | None = None
     estimates_noise_of_clean_data: bool = True
 
@@ -46,7 +47,19 @@ class Denoiser(ABC):
 
     def without_clipping(self) -> Self:
         """The same denoiser with `clip=False`, for encoding and gradients."""
-        return replace(self, clip=False) if self.clip else self  # type: ignore[type-var]
+        return self.with_clipping(False)
+
+    def with_clipping(self, clip: bool | Clipping) -> Self:
+        """The same denoiser with another `clip`.
+
+        Raises:
+            ValueError: If this denoiser cannot clip.
+        """
+        if clip == self.clip:
+            return self
+        if "clip" not in {each.name for each in fields(self)}:  # type: ignore[arg-type]
+            raise ValueError(f"clip must be False for {type(self).__name__}, got {clip}")
+        return replace(self, clip=clip)  # type: ignore[type-var]
 
     def select(self, samples: Tensor) -> Self:
         """The same denoiser for the samples `(N,)` int64 of its batch."""
@@ -62,7 +75,8 @@ class Denoiser(ABC):
         """
         if self.clip:
             raise ValueError(
-                f"denoiser must not clip, got clip=True, {reason}: use denoiser.without_clipping()"
+                f"denoiser must not clip, got clip={self.clip}, {reason}: use "
+                "denoiser.without_clipping()"
             )
 
 
@@ -75,26 +89,33 @@ class NetworkDenoiser(Denoiser):
             and `t` a float32 tensor `(B,)`.
         schedule: Noise schedule.
         prediction: What the network predicts.
-        clip: Clip the estimate of x to [-1, 1] and compute eps from the clipped value.
+        clip: Clip the estimate of x to [-1, 1], or by another rule, and compute eps from the
+            clipped value.
         time_input: Time input of the network at a level. "index" is `t - 1`, the 0-based index of
             DDPM networks, at least 0. "log_snr" is `1000 arctan(exp(-lambda_t / 2)) / (pi / 2)`
             with lambda bounded by +-20, as in the code of [PD].
         label: Class labels `(B,)` for a network with classes, see `condition`.
 
     Raises:
-        ValueError: If `prediction` or `time_input` is unknown.
+        ValueError: If `prediction` or `time_input` is unknown, or eps is predicted where the last
+            level has no signal.
     """
 
     network: nn.Module
     schedule: NoiseSchedule
     prediction: PredictionType = "eps"
-    clip: bool = True
+    clip: bool | Clipping = True
     time_input: TimeInput = "index"
     label: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_one_of(PredictionType, prediction=self.prediction)
         check_one_of(TimeInput, time_input=self.time_input)
+        if self.prediction == "eps" and self.schedule(self.schedule.num_levels).alpha == 0:
+            raise ValueError(
+                f"prediction must be 'v' or 'x' for {self.schedule}, got 'eps': at its last level "
+                "there is no signal, and eps says nothing of the image"
+            )
 
     @property
     def estimates_noise_of_clean_data(self) -> bool:  # type: ignore[override]
@@ -133,7 +154,8 @@ class NetworkDenoiser(Denoiser):
         t = torch.as_tensor(t, dtype=torch.float64)
         scales = self.schedule(t)
         prediction = decode(self.prediction, scales, z, self.output(z, t))
-        if not self.clip:
+        rule = clipping_of(self.clip)
+        if rule is None:
             return prediction
-        x = prediction.x.clamp(-1, 1)
+        x = rule(prediction.x)
         return Prediction(x, eps_from_x(scales, z, x))

@@ -90,7 +90,7 @@ def one_step_errors(
     misses = torch.zeros(len(levels), len(levels), dtype=torch.float64)
     for i in range(len(levels) - 1):
         x, eps = denoiser(states[i], levels[i])
-        s = schedule(levels[i + 1 :])  # to all later levels at once
+        s = schedule.step_end(levels[i + 1 :])  # to all later levels at once
         miss = ddim_step(Prediction(x[None], eps[None]), schedule(levels[i]), s) - states[i + 1 :]
         misses[i, i + 1 :] = _sum(miss.square())
     size = torch.tensor(z.numel(), dtype=torch.float64)

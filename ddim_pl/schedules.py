@@ -10,7 +10,7 @@ zero-dimensional CPU tensor multiplies a tensor on any device without a synchron
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -55,6 +55,16 @@ class NoiseSchedule(ABC):
         log_alpha, log_sigma = self.log_alpha_sigma(t)
         return Scales(log_alpha.exp(), log_sigma.exp())
 
+    def step_end(self, s: Tensor | float) -> Scales:
+        """Scales at the level that a step leads to: at level 0 those of clean data, (1, 0).
+
+        A step to level 0 ends in the estimate of x, also where the schedule has noise left there,
+        as in the sampler and the target of [PD]'s code. Arguments and errors as for a call.
+        """
+        alpha, sigma = self(s)
+        clean = torch.as_tensor(s, device=alpha.device) == 0
+        return Scales(torch.where(clean, 1.0, alpha), torch.where(clean, 0.0, sigma))
+
     def level_at(self, log_snr: Tensor | float) -> Tensor:
         """Level that has this log-SNR: the inverse of `schedule(t).log_snr`, by bisection.
 
@@ -76,7 +86,8 @@ class DiscreteSchedule(NoiseSchedule):
     """A schedule given by variances `beta_1 ... beta_T` ([DDPM]).
 
     `abar_t = prod_{i <= t} (1 - beta_i)` at the integers, `abar_0 = 1` exactly; between them
-    `log abar` is linear, that is, noise is added at a constant rate.
+    `log abar` is linear, that is, noise is added at a constant rate. The last variance may be 1,
+    which leaves no signal at level T; there alpha falls linearly from level T - 1.
     """
 
     @abstractmethod
@@ -93,7 +104,10 @@ class DiscreteSchedule(NoiseSchedule):
         """Interpolate `log abar` linearly between the integer levels."""
         table = self._log_abar.to(t.device)
         lower = t.floor().long().clamp(max=self.num_levels - 1)
-        log_abar = torch.lerp(table[lower], table[lower + 1], t - lower)
+        low, high, weight = table[lower], table[lower + 1], t - lower
+        # log abar_T is -inf if the last variance is 1.
+        to_no_signal = low + 2 * torch.log1p(-weight)
+        log_abar = torch.where(high.isinf(), to_no_signal, torch.lerp(low, high, weight))
         # expm1 keeps the digits of 1 - abar at the first levels, where it is 1e-4.
         return log_abar / 2, torch.log(-torch.expm1(log_abar)) / 2
 
@@ -180,6 +194,36 @@ class ImprovedCosineSchedule(DiscreteSchedule):
         u = torch.linspace(0, 1, self.num_levels + 1, dtype=torch.float64)
         abar = torch.cos((u + self.offset) / (1 + self.offset) * math.pi / 2) ** 2
         return (1 - abar[1:] / abar[:-1]).clamp(max=self.max_beta)
+
+
+@dataclass(frozen=True)
+class ZeroTerminalSNR(DiscreteSchedule):
+    """Another schedule, rescaled so that level T has no signal at all ([ZeroSNR], algorithm 1).
+
+    `alpha_t` is shifted and scaled to keep its value at level 1 and become 0 at T: diffusers'
+    `rescale_betas_zero_snr`. The network must predict v or x there, where eps says nothing of the
+    image, and the samplers must start at T, as "trailing" and "linear" do.
+
+    Args:
+        schedule: The schedule to rescale, of at least 2 levels; by default `LinearSchedule`.
+    """
+
+    schedule: DiscreteSchedule = field(default_factory=lambda: LinearSchedule())
+
+    def __post_init__(self) -> None:
+        check_at_least(2, num_levels=self.num_levels)
+
+    @property
+    def num_levels(self) -> int:  # type: ignore[override]
+        """Number T of levels, that of the rescaled schedule."""
+        return self.schedule.num_levels
+
+    def betas(self) -> Tensor:
+        """Variances of the rescaled schedule; the last is 1."""
+        first, *_ = betas = self.schedule.betas()
+        alpha = (torch.log1p(-betas).cumsum(0) / 2).exp()
+        abar = ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))) ** 2
+        return torch.cat([first[None], 1 - abar[1:] / abar[:-1]])
 
 
 @dataclass(frozen=True)

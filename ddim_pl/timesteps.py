@@ -55,13 +55,43 @@ def quadratic(num_levels: int, num_steps: int) -> Tensor:
 def leading(num_levels: int, num_steps: int) -> Tensor:
     """Indices `0, k, 2k, ...` with `k = T // S`, as in the DDIM code ("leading" in diffusers).
 
-    It does not start at the last level: with T = 1000 and S = 50 it starts at index 980.
+    It does not start at the last level: with T = 1000 and S = 50 it starts at index 980. Where S
+    does not divide T it starts still lower, at half of T for S just above T / 2, and warns; the
+    DDIM code then takes more steps, see `ddim_uniform`.
 
     >>> leading(1000, 4).tolist()
     [751.0, 501.0, 251.0, 1.0, 0.0]
     """
     _check(num_levels, num_steps)
-    return _from_indices(num_levels, np.arange(num_steps) * (num_levels // num_steps))
+    gap = num_levels // num_steps
+    if num_levels % num_steps:
+        warnings.warn(
+            f"{num_steps} steps do not divide {num_levels} levels: 'leading' starts at level "
+            f"{(num_steps - 1) * gap + 1}, with noise left out; 'ddim_uniform' has the DDIM "
+            "code's levels, 'trailing' starts at the last",
+            stacklevel=2,
+        )
+    return _from_indices(num_levels, np.arange(num_steps) * gap)
+
+
+def ddim_uniform(num_levels: int, num_steps: int) -> Tensor:
+    """Indices `0, k, 2k, ...` below T with `k = T // S`: the DDIM code's `skip_type="uniform"`.
+
+    Where S divides T it is `leading`. Else it takes more than S steps, and warns: 31 for S = 30,
+    from index 990, and all T for S above T / 2.
+
+    >>> ddim_uniform(1000, 4).tolist()
+    [751.0, 501.0, 251.0, 1.0, 0.0]
+    """
+    _check(num_levels, num_steps)
+    indices = np.arange(0, num_levels, num_levels // num_steps)
+    if len(indices) > num_steps:
+        warnings.warn(
+            f"{num_steps} steps become {len(indices)} distinct levels of {num_levels}: sampling "
+            f"takes {len(indices)} network evaluations",
+            stacklevel=2,
+        )
+    return _from_indices(num_levels, indices)
 
 
 def trailing(num_levels: int, num_steps: int) -> Tensor:
@@ -125,6 +155,7 @@ def uniform_log_snr(schedule: NoiseSchedule, num_steps: int) -> Tensor:
     They are real numbers, not rounded to the trained levels.
     """
     _check(schedule.num_levels, num_steps)
+    _check_signal(schedule, "uniform_log_snr")
     start, end = schedule(torch.tensor([schedule.num_levels, 1.0])).log_snr.tolist()
     return _from_log_snr(schedule, torch.from_numpy(np.linspace(start, end, num_steps)))
 
@@ -135,6 +166,7 @@ def karras(schedule: NoiseSchedule, num_steps: int) -> Tensor:
     [EDM], eq. 5, with rho = 7. They are real numbers, not rounded.
     """
     _check(schedule.num_levels, num_steps)
+    _check_signal(schedule, "karras")
     ends = schedule(torch.tensor([schedule.num_levels, 1.0])).log_snr
     start, end = (-ends / 14).exp().tolist()
     ratio = torch.from_numpy(np.linspace(start, end, num_steps)) ** 7
@@ -173,7 +205,10 @@ def explicit(num_levels: int, levels: Sequence[float]) -> Tensor:
 
 
 def make_levels(
-    timesteps: str | Sequence[float], schedule: NoiseSchedule, num_steps: int
+    timesteps: str | Sequence[float],
+    schedule: NoiseSchedule,
+    num_steps: int,
+    last_level: float = 0.0,
 ) -> Tensor:
     """Levels from a strategy's name, a file of adaptive levels, or an explicit list.
 
@@ -183,12 +218,27 @@ def make_levels(
         schedule: Noise schedule.
         num_steps: S; not used with an explicit list, nor by strategies that fix their length.
 
+        last_level: Level to end at, in place of 0: levels at or below it are left out.
+
     Returns:
-        Decreasing float64 levels, `(S + 1,)`, that end at 0.
+        Decreasing float64 levels, `(S + 1,)`, that end at `last_level`.
 
     Raises:
         ValueError: If the name is unknown, or the file or the numbers do not fit.
     """
+    levels = _levels_to_0(timesteps, schedule, num_steps)
+    if not 0 <= last_level < levels[0]:
+        raise ValueError(
+            f"last_level must lie in [0, {levels[0]:g}), below the first level, got {last_level}: "
+            "0 is clean data, 1 is diffusers' set_alpha_to_one=False"
+        )
+    last = torch.tensor([last_level], dtype=torch.float64)
+    return torch.cat([levels[levels > last_level], last])
+
+
+def _levels_to_0(
+    timesteps: str | Sequence[float], schedule: NoiseSchedule, num_steps: int
+) -> Tensor:
     if not isinstance(timesteps, str):
         return explicit(schedule.num_levels, timesteps)
     if timesteps.endswith(".json"):
@@ -286,6 +336,14 @@ def _check(num_levels: int, num_steps: int) -> None:
     if not 1 <= num_steps <= num_levels:
         raise ValueError(
             f"num_steps must lie in [1, {num_levels}], the number of levels, got {num_steps}"
+        )
+
+
+def _check_signal(schedule: NoiseSchedule, name: str) -> None:
+    if schedule(schedule.num_levels).alpha == 0:
+        raise ValueError(
+            f"timesteps must not be {name!r} with a schedule whose last level has no signal, got "
+            f"{schedule}: its log-SNR is infinite there; use 'trailing'"
         )
 
 

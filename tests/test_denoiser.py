@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ddim_pl.denoiser import Denoiser, NetworkDenoiser, TimeInput
 from ddim_pl.prediction import PredictionType
 from ddim_pl.scales import expand_like
-from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
+from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, ZeroTerminalSNR
 from ddim_pl.transitions import q_sample
 
 KINDS = get_args(PredictionType)
@@ -236,3 +236,24 @@ def test_exact_flows_solve_the_probability_flow_equation(
 def test_exact_denoisers_fit_the_protocol(gaussian: ExactGaussian, mixture: ExactMixture) -> None:
     denoisers: list[Denoiser] = [gaussian, mixture, NetworkDenoiser(Recorder(), LinearSchedule())]
     assert all(denoiser.schedule.num_levels == 1000 for denoiser in denoisers)
+
+
+def test_eps_is_refused_where_the_last_level_has_no_signal() -> None:
+    """There eps is the state itself, and x would be 0 / 0."""
+    schedule = ZeroTerminalSNR()
+    with pytest.raises(ValueError, match="prediction must be 'v' or 'x' for ZeroTerminalSNR"):
+        NetworkDenoiser(nn.Identity(), schedule, "eps")
+
+
+@pytest.mark.parametrize("kind", ["v", "x", "residual", "both"])
+@pytest.mark.parametrize("time_input", get_args(TimeInput))
+def test_every_other_prediction_is_finite_without_signal(
+    kind: PredictionType, time_input: TimeInput
+) -> None:
+    """x follows from the network's output, half of z, alone; eps is the state."""
+    z = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    network = Recorder(0.5, kind)
+    x, eps = NetworkDenoiser(network, ZeroTerminalSNR(), kind, False, time_input)(z, 1000)
+    assert torch.isfinite(network.seen[0][1]).all()
+    torch.testing.assert_close(eps, z)
+    torch.testing.assert_close(x, -z / 2 if kind == "v" else z / 2)

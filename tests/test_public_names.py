@@ -9,6 +9,7 @@ from walk import concrete_classes
 
 import ddim_pl
 from ddim_pl import timesteps
+from ddim_pl.clipping import Clipping
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.noise import Noise
@@ -18,7 +19,7 @@ from ddim_pl.training import DiffusionModule
 
 
 @pytest.mark.parametrize(
-    "base", [NoiseSchedule, Denoiser, Noise, Sampler, DiffusionModule, ImageDataModule]
+    "base", [NoiseSchedule, Clipping, Denoiser, Noise, Sampler, DiffusionModule, ImageDataModule]
 )
 def test_every_class_of_a_kind_is_public(base):
     for kind in (base, *concrete_classes(base)):

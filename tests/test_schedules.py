@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler, rescale_zero_terminal_snr
 
 from ddim_pl import schedules
 from ddim_pl.schedules import (
@@ -16,6 +16,7 @@ from ddim_pl.schedules import (
     LinearSchedule,
     NoiseSchedule,
     ScaledLinearSchedule,
+    ZeroTerminalSNR,
 )
 
 KINDS = [
@@ -89,6 +90,18 @@ def test_levels_outside_the_schedule_are_refused(schedule: NoiseSchedule, t: flo
 
 
 @every_schedule
+def test_a_step_to_level_0_ends_in_clean_data(schedule: NoiseSchedule) -> None:
+    t = torch.tensor([0.0, 1e-9, 1.0, 1000.0]).double()
+    found, own = schedule.step_end(t), schedule(t)
+    assert found.alpha[0] == 1
+    assert found.sigma[0] == 0
+    for a, b in zip(found, own, strict=True):
+        assert torch.equal(a[1:], b[1:])
+    assert schedule.step_end(0).sigma == 0
+    assert schedule.step_end(0.0).alpha.dtype == torch.float64
+
+
+@every_schedule
 def test_the_ends_are_data_and_noise(schedule: NoiseSchedule) -> None:
     """sqrt(abar_T): 0.0064 (linear), 0.068 (scaled linear), 5e-5 (both cosines)."""
     assert schedule(0).sigma < 5e-5
@@ -114,6 +127,7 @@ def test_integer_levels_are_the_cumulative_product(schedule: DiscreteSchedule) -
 @every_discrete_schedule
 def test_log_abar_is_linear_between_integers(schedule: DiscreteSchedule) -> None:
     t = random_levels(500)
+    t = t[schedule(t.ceil()).alpha > 0]
     k, w = t.floor(), t.frac()
     mixed = (1 - w) * schedule(k).alpha.log() + w * schedule(k + 1).alpha.log()
     torch.testing.assert_close(schedule(t).alpha, mixed.exp(), rtol=1e-12, atol=0)
@@ -157,6 +171,31 @@ def test_variances_are_those_of_diffusers(
     torch.testing.assert_close(abar, theirs.alphas_cumprod.double(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize(
+    "schedule", [LinearSchedule(), ScaledLinearSchedule(num_levels=100), ImprovedCosineSchedule()]
+)
+def test_rescaled_variances_are_those_of_diffusers(schedule: DiscreteSchedule) -> None:
+    """Its function computes in the dtype it is given; the first level keeps its noise."""
+    ours, theirs = ZeroTerminalSNR(schedule), rescale_zero_terminal_snr(schedule.betas())
+    assert ours.num_levels == schedule.num_levels
+    torch.testing.assert_close(ours.betas(), theirs, rtol=0, atol=1e-12)
+    assert ours.betas()[-1] == 1
+    torch.testing.assert_close(ours(1).sigma, schedule(1).sigma, rtol=1e-12, atol=0)
+
+
+def test_a_last_variance_of_1_leaves_no_signal() -> None:
+    """At T exactly, and linearly less on the way from T - 1."""
+    schedule = ZeroTerminalSNR()
+    last = schedule(1000)
+    assert last.alpha == 0
+    assert last.sigma == 1
+    assert last.log_snr == -math.inf
+    t = torch.tensor([0.0, 0.25, 0.5, 0.999], dtype=torch.float64)
+    expected = schedule(999).alpha * (1 - t)
+    torch.testing.assert_close(schedule(999 + t).alpha, expected, rtol=1e-9, atol=0)
+    assert torch.isfinite(schedule(torch.linspace(0, 1000, 4001)).sigma).all()
+
+
 def test_cosine_log_snr_has_the_closed_form_of_the_paper() -> None:
     """`alpha = cos(a u + b)`, `sigma = sin(a u + b)`: the angle is uniform in the level."""
     schedule = CosineLogSNRSchedule()
@@ -195,6 +234,7 @@ def test_cosine_log_snr_depends_on_the_fraction_of_the_way_only() -> None:
         (ScaledLinearSchedule, {"beta_end": 1.0}, "beta_end"),
         (ImprovedCosineSchedule, {"offset": -0.1}, "offset"),
         (ImprovedCosineSchedule, {"max_beta": 1.0}, "max_beta"),
+        (ZeroTerminalSNR, {"schedule": LinearSchedule(1)}, "num_levels"),
         (CosineLogSNRSchedule, {"log_snr_min": 20.0}, "log_snr_min"),
     ],
 )

@@ -12,7 +12,12 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from ddim_pl import timesteps
-from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
+from ddim_pl.schedules import (
+    CosineLogSNRSchedule,
+    LinearSchedule,
+    NoiseSchedule,
+    ZeroTerminalSNR,
+)
 from ddim_pl.timesteps import explicit, has_own_length, make_levels, save_levels, strategies
 
 OWN_LENGTH = {"exponential": 12, "last100": 101, "first100last100": 200, "doubling": 28}
@@ -28,6 +33,7 @@ SIZES = [
 
 def test_all_strategies_are_found() -> None:
     known = {"linear", "quadratic", "leading", "trailing", "linspace", "uniform_log_snr", "karras"}
+    known.add("ddim_uniform")
     assert known | set(OWN_LENGTH) <= set(strategies())
     assert not {"explicit", "make_levels", "strategies", "load_levels"} & set(strategies())
     assert {name for name in strategies() if has_own_length(name)} == set(OWN_LENGTH)
@@ -50,12 +56,13 @@ def test_levels_fall_strictly_from_within_the_schedule_to_0(strategy: str) -> No
         assert (levels.diff() < 0).all()
         assert levels[-1] == 0
         assert 0 < levels[0] <= num_levels
-        # S + 1 levels, or fewer and a warning that says how many evaluations are left.
-        left = len(levels) - 1
-        assert 1 <= left <= num_steps
-        messages = [str(w.message) for w in caught]
-        assert len(messages) == (left < num_steps)
-        assert all(f"takes {left} network evaluations" in message for message in messages)
+        # S + 1 levels, or another number and a warning that says how many evaluations it takes.
+        taken = len(levels) - 1
+        assert taken >= 1
+        assert taken <= num_steps or strategy == "ddim_uniform"
+        messages = [str(w.message) for w in caught if "'leading' starts" not in str(w.message)]
+        assert len(messages) == (taken != num_steps)
+        assert all(f"takes {taken} network evaluations" in message for message in messages)
 
 
 @every_strategy
@@ -71,7 +78,7 @@ def test_a_number_of_steps_that_does_not_fit_is_an_error(
 
 @every_strategy
 def test_one_step_goes_straight_to_the_data(strategy: str) -> None:
-    """From 0.8 T (quadratic), or T; "leading" starts at index 0 even then, as in diffusers."""
+    """From 0.8 T (quadratic), or T; "leading" starts at index 0 even then, as in the codes."""
     levels = of(strategy, 1000, 1)
     assert levels.tolist() in ([1000, 0], [801, 0], [1, 0])
 
@@ -96,6 +103,7 @@ def diffusers_levels(spacing: str, num_levels: int, num_steps: int) -> list[floa
     return [*(kept + 1.0).tolist(), 0.0]
 
 
+@pytest.mark.filterwarnings("ignore:.*'leading' starts")
 @pytest.mark.parametrize("spacing", ["leading", "linspace"])
 def test_leading_and_linspace_are_those_of_diffusers(spacing: str) -> None:
     """But for one step of "linspace", which is at the noisy end here and at index 0 there."""
@@ -121,6 +129,27 @@ def test_trailing_is_that_of_diffusers() -> None:
             half = (num_levels - i * step) % 1 == Fraction(1, 2)
             allowed = 1 if half and inexact else 0
             assert abs(a - b) <= allowed, (num_levels, num_steps, i)
+
+
+def test_leading_says_where_it_starts_if_the_steps_do_not_divide_the_levels() -> None:
+    """S = 30 leaves out indices from 958 on, S = 501 half of the noise."""
+    for num_steps, start in ((30, 958), (501, 501)):
+        with pytest.warns(UserWarning, match=f"'leading' starts at level {start}, .*ddim_uniform"):
+            assert timesteps.leading(1000, num_steps)[0] == start
+    for num_steps in (1, 2, 10, 50, 1000):
+        timesteps.leading(1000, num_steps)  # a warning would be an error
+
+
+@pytest.mark.filterwarnings("ignore:.*distinct levels")
+def test_ddim_uniform_is_the_selection_of_the_ddim_code() -> None:
+    """`range(0, T, T // S)`, its `skip_type="uniform"`; 31 steps from index 990 for S = 30."""
+    for num_levels, num_steps in SIZES:
+        theirs = [*reversed(range(0, num_levels, num_levels // num_steps)), -1]
+        ours = timesteps.ddim_uniform(num_levels, num_steps)
+        assert (ours - 1).tolist() == theirs, (num_levels, num_steps)
+    assert len(timesteps.ddim_uniform(1000, 30)) - 1 == 31
+    assert timesteps.ddim_uniform(1000, 30)[0] == 991
+    assert timesteps.ddim_uniform(1000, 501).tolist() == list(range(1000, -1, -1))
 
 
 def ddim_code_quadratic(num_levels: int, num_steps: int) -> list[int]:
@@ -182,6 +211,27 @@ def test_explicit_levels_are_taken_as_they_are() -> None:
 def test_explicit_levels_that_do_not_fall_to_0_are_an_error(levels: list[float]) -> None:
     with pytest.raises(ValueError, match=r"timesteps must be levels that decrease strictly"):
         explicit(1000, levels)
+
+
+def test_levels_may_end_at_level_1() -> None:
+    schedule = LinearSchedule()
+    assert make_levels([751, 501, 1], schedule, 50, 1).tolist() == [751, 501, 1]
+    assert make_levels([751, 501, 0], schedule, 50, 1).tolist() == [751, 501, 1]
+    assert make_levels("leading", schedule, 4, 1).tolist() == [751, 501, 251, 1]
+    assert make_levels("trailing", schedule, 4, 0.5).tolist() == [1000, 750, 500, 250, 0.5]
+    assert make_levels([751, 1], schedule, 50).tolist() == [751, 1, 0]
+
+
+@pytest.mark.parametrize("last_level", [-1, 501, 1000, math.nan])
+def test_a_last_level_outside_the_levels_is_an_error(last_level: float) -> None:
+    with pytest.raises(ValueError, match=r"last_level must lie in \[0, 501\).*got"):
+        make_levels([501, 1], LinearSchedule(), 50, last_level)
+
+
+@pytest.mark.parametrize("strategy", ["karras", "uniform_log_snr"])
+def test_levels_even_in_log_snr_need_a_signal_at_the_last_level(strategy: str) -> None:
+    with pytest.raises(ValueError, match=f"timesteps must not be '{strategy}'.*ZeroTerminalSNR"):
+        make_levels(strategy, ZeroTerminalSNR(), 10)
 
 
 @pytest.mark.parametrize("name", ["cubic", "explicit", "make_levels", "_check", "", "Linear"])

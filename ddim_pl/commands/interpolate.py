@@ -13,6 +13,7 @@ from ddim_pl.commands.sources import (
     check_deterministic,
     read_images,
     unclipped,
+    unclipped_sampler,
     validation_images,
 )
 from ddim_pl.evaluation.worker import Worker, check_images, check_label, on_every_worker
@@ -106,8 +107,9 @@ def _between(
         z = slerp(ends[2 * pair], ends[2 * pair + 1], point / (num_points - 1))
         classes = None if labels is None else labels[2 * pair]
         denoiser = model.conditioned(classes) if clip else unclipped(model, classes)
+        sampler = model.sampler if clip else unclipped_sampler(model)
         with worker.precision():
-            images = model.sampler(denoiser, z.to(model.device), model.levels)
+            images = sampler(denoiser, z.to(model.device), model.levels)
         shown[batch] = to_uint8(images).cpu().int()
     return worker.all_reduce(shown).to(torch.uint8)
 
@@ -139,7 +141,7 @@ def _ends(
                 unclipped(model, real.label),
                 real.images.to(model.device),
                 model.levels,
-                sampler=model.sampler,
+                sampler=unclipped_sampler(model),
             )
         return z.cpu(), real.label
     first = list(range(num_pairs))

@@ -87,7 +87,7 @@ def invert(
     check_at_least(1, num_images=num_images, batch_size=batch_size, num_updates=num_updates)
     check_at_least(0, seed=seed, max_seconds=max_seconds)
     _check(model, lr)
-    levels = make_levels(timesteps, model.schedule, num_steps)
+    levels = make_levels(timesteps, model.schedule, num_steps, model.last_level)
     given = None if start in ("encoding", "noise") else _read_latents(start, model)
     source = image_source(model, datamodule, images, label, num_images)
     method = method or Implicit()

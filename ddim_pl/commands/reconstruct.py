@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from ddim_pl.checks import check_at_least
-from ddim_pl.commands.sources import RealImages, check_deterministic, image_source, unclipped
+from ddim_pl.commands.sources import (
+    RealImages,
+    check_deterministic,
+    image_source,
+    unclipped,
+    unclipped_sampler,
+)
 from ddim_pl.evaluation.plots import label_rows
 from ddim_pl.evaluation.tables import markdown, scatter, write_csv, write_text
 from ddim_pl.evaluation.worker import Worker, on_every_worker
@@ -63,7 +69,7 @@ def reconstruct(
     check_at_least(1, num_images=num_images, batch_size=batch_size)
     check_deterministic(model.sampler)
     steps = num_steps or [n for n in STEPS if n <= model.schedule.num_levels]
-    all_levels = [make_levels(timesteps, model.schedule, n) for n in steps]
+    all_levels = [make_levels(timesteps, model.schedule, n, model.last_level) for n in steps]
     if has_own_length(timesteps):
         all_levels = all_levels[:1]
     source = image_source(model, datamodule, images, label, num_images)
@@ -83,7 +89,7 @@ def reconstruct(
             row = {"steps": count, "network evaluations": evaluations}
             rows.append({**row, "error": float(error.mean()), "standard error": scatter(error)})
         if worker.is_first:
-            _write(folder, shown, rows, f"{model.sampler}, {timesteps} levels")
+            _write(folder, shown, rows, f"{unclipped_sampler(model)}, {timesteps} levels")
 
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
 
@@ -113,6 +119,6 @@ def _there_and_back(
         denoiser = unclipped(model, None if real.label is None else real.label[batch])
         with worker.precision():
             x = real.images[batch].to(model.device)
-            found = encode_and_sample(denoiser, x, levels, sampler=model.sampler)
+            found = encode_and_sample(denoiser, x, levels, sampler=unclipped_sampler(model))
         back[batch] = found.float().cpu()
     return worker.all_reduce(back)

@@ -1,6 +1,7 @@
 """Real images for the commands that encode: files, or the data module's validation images."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,6 +141,11 @@ def image_source(
 def unclipped(model: DiffusionModule, label: Tensor | None) -> NetworkDenoiser:
     """The model as a denoiser that can encode."""
     return model.conditioned(label).without_clipping()
+
+
+def unclipped_sampler(model: DiffusionModule) -> Sampler:
+    """The model's sampler, to encode with."""
+    return replace(model.sampler, clip=None)
 
 
 def check_deterministic(sampler: Sampler) -> None:

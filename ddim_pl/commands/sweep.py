@@ -116,12 +116,12 @@ def _with_etas(samplers: Sequence[Sampler], etas: Sequence[float] | None) -> lis
         return list(samplers)
     found: list[Sampler] = []
     for sampler in samplers:
-        if "eta" not in {field.name for field in fields(sampler)}:  # type: ignore[arg-type]
+        if "eta" not in {field.name for field in fields(sampler)}:
             raise ValueError(
                 f"etas must be left out for {sampler}, which has no eta, got {list(etas)}: list "
                 "samplers with the eta of each, such as DDIM with init_args eta"
             )
-        found += [replace(sampler, eta=eta) for eta in etas]  # type: ignore[type-var]
+        found += [replace(sampler, **{"eta": eta}) for eta in etas]  # type: ignore[arg-type]
     return found
 
 
@@ -168,7 +168,7 @@ def _cells(
             with warnings.catch_warnings():
                 # The table says how many steps are left of a strategy with duplicates.
                 warnings.filterwarnings("ignore", ".*distinct levels")
-                levels = make_levels(source, model.schedule, steps)
+                levels = make_levels(source, model.schedule, steps, model.last_level)
             for sampler in samplers:
                 yield Cell(sampler, strategy, levels)
 

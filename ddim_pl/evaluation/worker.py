@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
@@ -311,7 +312,7 @@ def check_noise(name: str, model: DiffusionModule, sampler: Sampler) -> None:
 def warn_of_student(model: DiffusionModule, sampler: Sampler, levels: Tensor) -> None:
     """Warn of steps that a distilled model was not made for."""
     wanted, own = model.distilled_steps, default_sampler(model.noise)
-    if wanted is None or (len(levels) - 1 == wanted and sampler == own):
+    if wanted is None or (len(levels) - 1 == wanted and replace(sampler, clip=None) == own):
         return
     rank_zero_warn(
         f"the model was distilled to {wanted} steps of {own}, and knows no others: "

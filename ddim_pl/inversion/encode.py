@@ -33,13 +33,17 @@ def encode(
         denoiser: The model, without clipping, which cannot be inverted.
         x: Images, `(B, ...)`.
         levels: Decreasing levels, as for sampling, `(S + 1,)`; visited in reverse.
-        sampler: A sampler that encodes; by default DDIM with eta = 0.
+        sampler: A sampler that encodes, without clipping; by default DDIM with eta = 0.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: If the denoiser clips, or the sampler cannot take rising levels.
+        ValueError: If the denoiser or the sampler clips, or it cannot take rising levels.
     """
     denoiser.check_unclipped("which encoding cannot undo")
+    if sampler is not None and sampler.clip:
+        raise ValueError(
+            f"sampler must not clip, got {sampler}, which encoding cannot undo: set clip=False"
+        )
     rising = torch.as_tensor(levels, dtype=torch.float64, device="cpu").flip(0)
     z = x
     start = denoiser.schedule(rising[0])

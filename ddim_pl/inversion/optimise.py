@@ -93,7 +93,7 @@ class Sequential(Method):
         """Generate images by DDIM; nothing is carried."""
 
         def step(z: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            return ddim_step(denoiser(z, t), denoiser.schedule(t), denoiser.schedule(s))
+            return ddim_step(denoiser(z, t), denoiser.schedule(t), denoiser.schedule.step_end(s))
 
         steps = len(levels) - 1
         for t, s in pairwise(levels):
@@ -135,6 +135,11 @@ class Implicit(Method):
 
     def __post_init__(self) -> None:
         check_at_least(1, applications=self.applications)
+        if self.deq.clip:
+            raise ValueError(
+                f"deq must not clip, got {self.deq}, whose gradient is 0 where it does: leave its "
+                "clip out"
+            )
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must lie in (0, 1], got {self.damping}: the paper has 0.1")
 
@@ -148,7 +153,7 @@ class Implicit(Method):
         first = denoiser(z, levels[0])
         y = _first_state(denoiser, first, levels)
         if self.applications == 1 or len(levels) == 2:
-            scale = denoiser.schedule(levels[-1]).alpha
+            scale = denoiser.schedule.step_end(levels[-1]).alpha
             # The solution's value, with the gradient of the first terms of the sum.
             images = chain.states[:, -1] + expand_like(scale, y) * (y - y.detach())
             return Generated(images, carry, count, is_exact=False)
@@ -195,7 +200,7 @@ class InverseJacobian(Method):
         chain = _solve(self.deq, denoiser, z.detach(), levels, carry)
         carry = Carry(z.detach().clone(), chain.states)
         y = _first_state(denoiser, denoiser(z, levels[0]), levels)
-        alpha = expand_like(denoiser.schedule(levels[1:]).alpha[None], chain.states)
+        alpha = expand_like(denoiser.schedule.step_end(levels[1:]).alpha[None], chain.states)
         direct = alpha * y[:, None]
         # The solution's value; all states depend on the latent through the first of them.
         states = chain.states + (direct - direct.detach())
@@ -260,7 +265,7 @@ def _solve(deq: DEQ, denoiser: Denoiser, z: Tensor, levels: Tensor, carry: Carry
     """Solve the chain from the carried solution; warn if it does not converge."""
     start = None
     if carry is not None:
-        start = carry.states + _response(denoiser.schedule(levels), z - carry.latents)
+        start = carry.states + _response(denoiser.schedule.step_end(levels), z - carry.latents)
     chain = deq.solve(denoiser, z, levels, start=start)
     if deq.solver.tolerance > 0 and not chain.converged.all():
         warnings.warn(
@@ -281,7 +286,7 @@ def eps_chain(deq: DEQ, denoiser: Denoiser, y: Tensor, states: Tensor, levels: T
         states: States at all levels but the first, `(B, S, ...)`.
         levels: Falling levels, `(S + 1,)`.
     """
-    scales = denoiser.schedule(levels[1:])
+    scales = denoiser.schedule.step_end(levels[1:])
     values = (*scales, scales.sigma / scales.alpha)
     alpha, sigma, ratio = (expand_like(each[None], states) for each in values)
     inner = states[:, :-1]
@@ -304,7 +309,7 @@ def _response(scales: Scales, change: Tensor) -> Tensor:
 
 def _first_state(denoiser: Denoiser, first: Prediction, levels: Tensor) -> Tensor:
     """`y_1 = z_1 / alpha_1` by a DDIM step; alpha at the last level is too small to divide by."""
-    t, s = denoiser.schedule(levels[0]), denoiser.schedule(levels[1])
+    t, s = denoiser.schedule(levels[0]), denoiser.schedule.step_end(levels[1])
     z = ddim_step(first, t, s)
     return expand_like(1 / s.alpha, z) * z
 

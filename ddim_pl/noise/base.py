@@ -102,7 +102,8 @@ class Noise(ABC):
     ) -> Tensor:
         """The x with which one `step` from `t` to `s` equals two of the teacher, `(B, ...)`.
 
-        It is the target of progressive distillation ([PD], appendix G).
+        It is the target of progressive distillation ([PD], appendix G). At `s = 0` it is the
+        teacher's second estimate, as in the authors' code, see `NoiseSchedule.step_end`.
 
         Args:
             teacher: Denoiser of the two steps.
@@ -111,7 +112,8 @@ class Noise(ABC):
             middle: Levels between, `(B,)`.
             s: Cleanest levels, `(B,)`.
         """
-        start, mid, end = (teacher.schedule(level) for level in (t, middle, s))
+        start, mid = teacher.schedule(t), teacher.schedule(middle)
+        end = teacher.schedule.step_end(s)
         # In float64, since x follows from the difference of the states.
         z_t, x_t = float64(z), float64(teacher(z, t).x)
         z_mid = self.step(Prediction(x_t, eps_from_x(start, z_t, x_t)), start, mid)
@@ -145,7 +147,8 @@ class GaussianNoise(Noise):
         self, teacher: Denoiser, z: Tensor, t: Tensor, middle: Tensor, s: Tensor
     ) -> Tensor:
         """A weighted mean of the teacher's two estimates, see `transitions.two_step_target`."""
-        start, mid, end = (teacher.schedule(level) for level in (t, middle, s))
+        start, mid = teacher.schedule(t), teacher.schedule(middle)
+        end = teacher.schedule.step_end(s)
         first = teacher(z, t)
         second = teacher(ddim_step(first, start, mid), middle)
         return two_step_target(first.x, second.x, start, mid, end)

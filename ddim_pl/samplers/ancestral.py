@@ -40,7 +40,11 @@ class Ancestral(Sampler):
         for t, s in pairwise(levels):
             prediction = denoiser(z, t)
             z, std = posterior(
-                z, prediction.x, denoiser.schedule(t), denoiser.schedule(s), variance=self.variance
+                z,
+                prediction.x,
+                denoiser.schedule(t),
+                denoiser.schedule.step_end(s),
+                variance=self.variance,
             )
             if s > 0:
                 z = z + expand_like(std, z) * randn(z.shape, generator, z)

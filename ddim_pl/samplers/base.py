@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ddim_pl.clipping import Clipping
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.noise import GaussianNoise, Noise
 from ddim_pl.rng import Generators
@@ -27,11 +29,26 @@ class State(NamedTuple):
     x: Tensor
 
 
+@dataclass(frozen=True)
 class Sampler(ABC):
     """Generates images from noise. Subclasses are frozen dataclasses that implement `steps`.
 
     A sampler holds hyperparameters only: no network, no device, no state between calls.
+
+    Args:
+        clip: Clip estimates of the clean image to [-1, 1], or by a rule of `ddim_pl.clipping`, in
+            place of the model's own setting; by default as the model does.
     """
+
+    # Named by `__str__`, and only if given: finished cells and pairs have the text in their names.
+    clip: bool | Clipping | None = field(default=None, kw_only=True, repr=False)
+
+    def __str__(self) -> str:
+        """The sampler with its arguments, as tables and files name it."""
+        text = repr(self)
+        if self.clip is None:
+            return text
+        return f"{text[:-1]}{'' if text.endswith('()') else ', '}clip={self.clip})"
 
     @abstractmethod
     def steps(
@@ -52,6 +69,11 @@ class Sampler(ABC):
     def is_deterministic(self) -> bool:
         """Whether the latent alone determines the image: no noise is added in the steps."""
         return self.encodes
+
+    @property
+    def divides_by_signal(self) -> bool:
+        """Whether the steps divide by alpha, so that no level may be without signal."""
+        return False
 
     @property
     def encodes(self) -> bool:
@@ -78,9 +100,12 @@ class Sampler(ABC):
             progress: Show a progress bar.
 
         Raises:
-            ValueError: If the levels are not a falling vector within the schedule.
+            ValueError: If the levels are not a falling vector within the schedule, or one has no
+                signal and the sampler divides by it.
         """
         levels = self._check_levels(denoiser, levels)  # before the first state is requested
+        if self.clip is not None:
+            denoiser = denoiser.with_clipping(self.clip)
         return iter(
             tqdm(
                 self.steps(denoiser, z, levels, generator),
@@ -130,5 +155,10 @@ class Sampler(ABC):
         if levels.min() < 0 or levels.max() > num_levels:
             raise ValueError(
                 f"levels must lie in [0, {num_levels}], got [{levels.min():g}, {levels.max():g}]"
+            )
+        if self.divides_by_signal and denoiser.schedule(levels.max()).alpha == 0:
+            raise ValueError(
+                f"levels must have some signal for {self}, which divides by it, got "
+                f"{levels.max():g}: start at a lower level, or use DDIM"
             )
         return levels

@@ -44,6 +44,10 @@ class DDIM(Sampler):
             # It has no effect in the step to clean data of a discrete schedule: sigma_0 = 0.
             noise = randn(z.shape, generator, z) if self.eta > 0 else None
             z = ddim_step(
-                prediction, denoiser.schedule(t), denoiser.schedule(s), eta=self.eta, noise=noise
+                prediction,
+                denoiser.schedule(t),
+                denoiser.schedule.step_end(s),
+                eta=self.eta,
+                noise=noise,
             )
             yield State(s, z, prediction.x)

@@ -115,7 +115,7 @@ class DEQ(Sampler):
             same_everywhere(z, levels, denoiser.label, problem)
         elif problem is not None:
             raise ValueError(problem)
-        scales = denoiser.schedule(levels)
+        scales = denoiser.schedule.step_end(levels)
         evaluations = 1
         first = estimates.first(z, levels)
         if start is None:
@@ -142,7 +142,7 @@ class DEQ(Sampler):
             if i:
                 x = denoiser(z, levels[j]).x
             held.append(x[:, None].expand(-1, k - j, *x.shape[1:]))
-            pair = denoiser.schedule(levels[[j, k]])
+            pair = denoiser.schedule.step_end(levels[[j, k]])
             z = ddim_chain(z, x[:, None], pair)[:, 0]
         return torch.cat(held, 1), len(held)
 

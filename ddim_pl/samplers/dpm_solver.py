@@ -1,5 +1,6 @@
 """DPM-Solver++ ([DPM-Solver++])."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -55,11 +56,11 @@ class DPMSolverPP(Sampler):
             scales = denoiser.schedule(t)
             x, eps = denoiser(z, t)
             mid, mid_eps = x, eps
-            if self.order == 2 and previous is not None and s > 0:
+            if self.order == 2 and previous is not None and s > 0 and log_snr[i + 1] > -math.inf:
                 # The weight is 0 from a level without noise, where encoding may start.
                 weight = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1]) / 2
                 mid = x + expand_like(weight, x) * (x - previous)
                 mid_eps = eps_from_x(scales, z, mid)
-            z = ddim_step(Prediction(mid, mid_eps), scales, denoiser.schedule(s))
+            z = ddim_step(Prediction(mid, mid_eps), scales, denoiser.schedule.step_end(s))
             yield State(s, z, x)
             previous = x

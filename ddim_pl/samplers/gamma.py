@@ -61,7 +61,9 @@ class GammaSampler(Sampler):
         """Yield the state after each step."""
         for t, s in pairwise(levels):
             prediction = denoiser(z, t)
-            z = self.step(prediction, denoiser.schedule(t), denoiser.schedule(s), generator)
+            z = self.step(
+                prediction, denoiser.schedule(t), denoiser.schedule.step_end(s), generator
+            )
             yield State(s, z, prediction.x)
 
 

@@ -39,6 +39,7 @@ class Heun(Sampler):
     """
 
     encodes = True
+    divides_by_signal = True
 
     def steps(
         self, denoiser: Denoiser, z: Tensor, levels: Tensor, generator: Generators | None
@@ -47,7 +48,7 @@ class Heun(Sampler):
         for t, s in pairwise(levels):
             prediction = denoiser(z, t)
             eps = trapezoid(denoiser, prediction, t, s) if s > 0 else prediction.eps
-            z = ode_step(prediction, eps, denoiser.schedule(t), denoiser.schedule(s))
+            z = ode_step(prediction, eps, denoiser.schedule(t), denoiser.schedule.step_end(s))
             yield State(s, z, prediction.x)
 
     def num_evaluations(self, levels: Tensor) -> int:

@@ -115,7 +115,7 @@ def _sweep(
             level, where a step changes nothing.
     """
     steps = len(levels) - 1
-    scales = estimates.denoiser.schedule(levels[place.clamp(max=steps)])
+    scales = estimates.denoiser.schedule.step_end(levels[place.clamp(max=steps)])
     guess = ddim_chain(z, x, scales)
     inputs = torch.cat([z[:, None], guess[:, :-1]], 1)
     sample, column = torch.where(place[:, :-1] < steps)

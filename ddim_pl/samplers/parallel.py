@@ -117,7 +117,7 @@ def trajectory_of(
     schedule = denoiser.schedule
     for k, s in enumerate(levels[1:]):
         state = states[:, k]
-        yield State(s, state, implied_x(z, state, schedule(levels[k]), schedule(s)))
+        yield State(s, state, implied_x(z, state, schedule(levels[k]), schedule.step_end(s)))
         z = state
 
 

@@ -54,6 +54,7 @@ class PNDM(Sampler):
 
     warmup: Warmup = "plms"
     encodes = True
+    divides_by_signal = True
 
     def __post_init__(self) -> None:
         check_one_of(Warmup, warmup=self.warmup)
@@ -72,7 +73,7 @@ class PNDM(Sampler):
             else:
                 terms = zip(ADAMS_BASHFORTH[len(history) - 1], history, strict=True)
                 eps = sum((w * e for w, e in terms), torch.zeros_like(z))
-            z = ode_step(prediction, eps, denoiser.schedule(t), denoiser.schedule(s))
+            z = ode_step(prediction, eps, denoiser.schedule(t), denoiser.schedule.step_end(s))
             yield State(s, z, prediction.x)
 
     def num_evaluations(self, levels: Tensor) -> int:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ddim_pl.checks import check_at_least
+from ddim_pl.clipping import Clipping
 from ddim_pl.damage import read_archive
 from ddim_pl.data.batches import BatchReader
 from ddim_pl.denoiser import NetworkDenoiser, TimeInput
@@ -60,13 +61,16 @@ class DiffusionModule(L.LightningModule, ABC):
             for which it needs twice the output channels; see `ddim_pl.prediction`.
         time_input: What the network is fed for a level, see `NetworkDenoiser`.
         image_shape: `(C, H, W)` of an image; by default read off the network.
-        clip: Clip estimates of the clean image to [-1, 1] when sampling.
+        clip: Clip estimates of the clean image to [-1, 1], or by a rule of `ddim_pl.clipping`,
+            when sampling, unless the sampler has a `clip` of its own.
         sampler: Sampler for evaluation; by default the deterministic one of the noise, which for
             Gaussian noise is DDIM with eta = 0.
         timesteps: Name of a strategy in `ddim_pl.timesteps`, a `.json` file that `main.py levels`
             wrote, or the levels themselves.
         num_steps: Steps of the sampler; not used when `timesteps` is a list, or a strategy with a
             length of its own.
+        last_level: Level that sampling ends at, in place of 0; levels at or below it are left out.
+            1 is `set_alpha_to_one: false` of diffusers.
         optimizer: Makes the optimiser from the parameters; by default Adam with rate 2e-4. A
             `functools.partial` of a class is stored in checkpoints, a lambda is not.
         lr_scheduler: Makes a learning-rate schedule, stepped once per update; stored likewise.
@@ -91,10 +95,11 @@ class DiffusionModule(L.LightningModule, ABC):
         prediction: PredictionType = "eps",
         time_input: TimeInput = "index",
         image_shape: tuple[int, int, int] | None = None,
-        clip: bool = True,
+        clip: bool | Clipping = True,
         sampler: Sampler | None = None,
         timesteps: str | list[float] = "trailing",
         num_steps: int = 50,
+        last_level: float = 0.0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
@@ -108,12 +113,11 @@ class DiffusionModule(L.LightningModule, ABC):
         self.schedule = schedule or LinearSchedule()
         self.noise = noise or GaussianNoise()
         self.sampler = sampler or default_sampler(self.noise)
-        self.timesteps, self.num_steps = timesteps, num_steps
+        self.timesteps, self.num_steps, self.last_level = timesteps, num_steps, last_level
         self.image_shape = _image_shape(network, image_shape)
         self.network = network
         self.average = exponential_average(network, ema_decay)
-        self.prediction, self.time_input = prediction, time_input
-        self.clip = clip
+        self.prediction, self.time_input, self.clip = prediction, time_input, clip
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.warmup_steps = warmup_steps
@@ -141,6 +145,11 @@ class DiffusionModule(L.LightningModule, ABC):
                 "as many"
             )
         _ = self.denoiser
+        if not self.noise.is_gaussian and self.schedule(self.schedule.num_levels).alpha == 0:
+            raise ValueError(
+                f"noise must be Gaussian for {self.schedule}, got {self.noise}, whose scale is 0 "
+                "where there is no signal: use the schedule without ZeroTerminalSNR"
+            )
 
     distilled_steps: int | None = None
     """Steps that the averaged network was distilled to; None if it was trained at all levels."""
@@ -195,7 +204,7 @@ class DiffusionModule(L.LightningModule, ABC):
     @property
     def levels(self) -> Tensor:
         """Levels that the sampler visits, `(S + 1,)`."""
-        return make_levels(self.timesteps, self.schedule, self.num_steps)
+        return make_levels(self.timesteps, self.schedule, self.num_steps, self.last_level)
 
     @property
     def denoiser(self) -> NetworkDenoiser:

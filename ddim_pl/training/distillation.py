@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddim_pl.clipping import Clipping
 from ddim_pl.denoiser import TimeInput
 from ddim_pl.noise import Noise
 from ddim_pl.prediction import PredictionType
@@ -45,7 +46,7 @@ class Distillation(DiffusionModule):
         prediction: PredictionType | None = None,
         time_input: TimeInput | None = None,
         image_shape: tuple[int, int, int] | None = None,
-        clip: bool | None = None,
+        clip: bool | Clipping | None = None,
         **kwargs: Any,
     ) -> None:
         read = load(teacher, name="teacher") if teacher is not None and network is None else None

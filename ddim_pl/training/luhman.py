@@ -82,8 +82,7 @@ class LuhmanDistillation(Distillation):
                 "prediction must be 'residual', 'x' or 'v' for a student of one step, got 'eps': "
                 "at the last level eps says nothing of the image"
             )
-        self.teacher_timesteps = teacher_timesteps
-        self.teacher_num_steps = teacher_num_steps
+        self.teacher_timesteps, self.teacher_num_steps = teacher_timesteps, teacher_num_steps
         super().__init__(
             network,
             schedule,
@@ -92,6 +91,7 @@ class LuhmanDistillation(Distillation):
             sampler=None,
             timesteps="linear",
             num_steps=1,
+            last_level=0.0,
             **kwargs,
         )
         self.loss_kind = loss

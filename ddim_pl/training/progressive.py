@@ -105,6 +105,7 @@ class ProgressiveDistillation(Distillation):
             sampler=None,
             timesteps="linear",
             num_steps=self.rounds[-1].steps,
+            last_level=0.0,
             lr_scheduler=None,
             warmup_steps=0,
             **kwargs,

@@ -52,6 +52,19 @@ def test_the_page_shows_the_images_of_the_same_latents(tmp_path):
         assert (torch.cat(list(expected), -1).int() - shown.int()).abs().max() <= 1
 
 
+def test_one_sweep_has_clipped_and_unclipped_samplers(tmp_path):
+    """As the DDIM paper's Table 1 does; a cell is what a model that clips so gives."""
+    model = some_ddpm()
+    samplers = [DDIM(), DDIM(clip=True), DDIM(clip=False)]
+    rows = sweep(tmp_path, model, timesteps=["linear"], num_steps=[2], samplers=samplers)
+    assert [row["sampler"] for row in rows] == [str(sampler) for sampler in samplers]
+    assert model.clip
+    assert rows[0]["digits_fd"] == rows[1]["digits_fd"]
+    model.clip = False
+    free = sweep(tmp_path / "free", model, timesteps=["linear"], num_steps=[2], samplers=[DDIM()])
+    assert rows[2]["digits_fd"] == free[0]["digits_fd"] != rows[1]["digits_fd"]
+
+
 def test_a_sweep_stopped_in_its_first_or_last_cell_ends_with_the_same_table(tmp_path, monkeypatch):
     """Stopped when a cell's images are drawn, but its metrics not yet computed."""
     monkeypatch.setattr("ddim_pl.commands.sweep.SEARCH_IMAGES", 4)

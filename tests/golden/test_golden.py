@@ -41,7 +41,9 @@ def test_an_old_checkpoint_draws_what_it_drew(old, name):
     images = load_teacher(str(folder / f"{name}.ckpt")).sample(range(3))
     found = {f"{name}/images": record.summary(images)}
     numbers = {key: of(expected, name)["numbers"][key] for key in found}
-    assert not record.differences(found, {**expected, "numbers": numbers})
+    # With the cosine schedule the last step has ended in the estimate of x since: other bits.
+    machine = expected["machine"] if name in ("ddpm", "luhman") else {}
+    assert not record.differences(found, {"machine": machine, "numbers": numbers})
 
 
 @pytest.mark.parametrize("name", ["ddpm", "gamma", "progressive", "luhman"])

@@ -10,6 +10,7 @@ from exact import ExactGaussian, ExactMixture
 from tiny import tiny_ddpm
 
 from ddim_pl import timesteps
+from ddim_pl.clipping import DynamicThreshold
 from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.inversion import encode, forward_trajectory, reconstruct, slerp
 from ddim_pl.samplers import DDIM, Ancestral
@@ -177,3 +178,16 @@ def test_with_eta_zero_a_forward_path_keeps_its_noise():
 def test_wrong_forward_paths_are_errors(levels, eta, message):
     with pytest.raises(ValueError, match=message):
         forward_trajectory(LinearSchedule(), torch.zeros(1, 1), levels, eta=eta)
+
+
+@pytest.mark.parametrize("clip", [True, DynamicThreshold()])
+def test_a_sampler_that_clips_does_not_encode(clip):
+    levels = timesteps.linear(T, 5)
+    for use in (encode, reconstruct):
+        with pytest.raises(ValueError, match=r"sampler must not clip, got DDIM\(.*clip="):
+            use(
+                tiny_ddpm(clip=False).denoiser,
+                torch.zeros(1, 1, 8, 8),
+                levels,
+                sampler=DDIM(clip=clip),
+            )

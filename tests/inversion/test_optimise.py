@@ -128,7 +128,7 @@ def test_the_inverse_jacobian_needs_a_product():
 def test_both_forms_of_the_map_have_one_fixed_point(schedule):
     law, z = ExactMixture(schedule), start()
     states = torch.stack([s.z for s in DDIM().trajectory(law, z, LEVELS)], 1)
-    scales = law.schedule(LEVELS)
+    scales = law.schedule.step_end(LEVELS)
     y = states[:, 0] / scales.alpha[1]
     torch.testing.assert_close(
         eps_chain(DEQ(), law, y, states, LEVELS), states, rtol=1e-8, atol=1e-8
@@ -283,3 +283,8 @@ def test_wrong_arguments_are_errors(arguments, message):
 def test_wrong_gradients_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         Implicit(**arguments)
+
+
+def test_a_solver_that_clips_has_no_gradient():
+    with pytest.raises(ValueError, match=r"deq must not clip, got DEQ\(.*clip=True"):
+        Implicit(DEQ(clip=True))

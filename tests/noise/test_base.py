@@ -126,7 +126,7 @@ def test_one_step_with_the_two_step_target_equals_two_of_the_teacher(
     t, middle, s = (
         torch.tensor(v).double() for v in ([1000, 400, 2], [900, 300, 1], [800, 200, 0])
     )
-    high, mid, low = schedule(t), schedule(middle), schedule(s)
+    high, mid, low = schedule(t), schedule(middle), schedule.step_end(s)
     z = law.draw((3, 50), high, torch.Generator().manual_seed(0), torch.empty(0).double())
     z_mid = law.step(teacher(z, t), high, mid)
     expected = law.step(teacher(z_mid, middle), mid, low)

@@ -34,7 +34,7 @@ from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.prediction import PredictionType
 from ddim_pl.rng import randn
 from ddim_pl.samplers import DDIM, Ancestral
-from ddim_pl.schedules import LinearSchedule
+from ddim_pl.schedules import LinearSchedule, ZeroTerminalSNR
 from ddim_pl.transitions import Variance
 
 
@@ -189,6 +189,7 @@ def test_ddpm_gives_the_images_of_diffusers(
     compare_ddpm(beta, kind, clip, spacing, variance, 10, dtype, monkeypatch)
 
 
+@pytest.mark.filterwarnings("ignore:.*'leading' starts")
 @pytest.mark.parametrize("num_steps", [7, 50])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("clip", [True, False], ids=["clip", "free"])
@@ -230,10 +231,33 @@ def test_stable_diffusions_ddim_is_a_walk_to_level_1() -> None:
     """
     network = SmallNetwork()
     scheduler = DDIMScheduler(set_alpha_to_one=False, steps_offset=1)
-    levels = timesteps.leading(1000, 10) + 1  # the last, 0, becomes 1
+    indices = timesteps.leading(1000, 10)[:-1]
+    levels = timesteps.make_levels((indices + 1).tolist(), LinearSchedule(), 10, last_level=1)
     z, _ = start(torch.float32)
     ours = DDIM()(NetworkDenoiser(network, LinearSchedule()), z, levels)
     assert_same_images(ours, diffusers_ddim(scheduler, network, 10, torch.float32, 0.0))
+
+
+@pytest.mark.parametrize("clip", [True, False], ids=["clip", "free"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["v", "x"])
+def test_ddim_from_a_level_without_signal_gives_the_images_of_diffusers(
+    kind: PredictionType, eta: float, clip: bool
+) -> None:
+    """Its `rescale_betas_zero_snr`: the first step is from pure noise."""
+    network, dtype = SmallNetwork().double(), torch.float64
+    schedule = ZeroTerminalSNR()
+    scheduler = DDIMScheduler(
+        **diffusers_arguments("linear", kind, clip, "trailing"), rescale_betas_zero_snr=True
+    )
+    float64_tables(scheduler, schedule)
+    z, generators = start(dtype)
+    levels = timesteps.trailing(1000, 10)
+    assert schedule(levels[0]).alpha == 0
+    denoiser = NetworkDenoiser(network, schedule, kind, clip=clip)
+    ours = DDIM(eta)(denoiser, z, levels, generator=generators)
+    assert torch.isfinite(ours).all()
+    assert_same_images(ours, diffusers_ddim(scheduler, network, 10, dtype, eta))
 
 
 def test_diffusers_default_keeps_the_noise_estimate_of_the_image_before_clipping() -> None:

@@ -9,14 +9,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 from exact import ExactGaussian
+from peers import SmallNetwork
 
 import ddim_pl.samplers
 from ddim_pl import timesteps
-from ddim_pl.denoiser import Denoiser
+from ddim_pl.clipping import Clipping, ClipRange, DynamicThreshold
+from ddim_pl.denoiser import Denoiser, NetworkDenoiser
 from ddim_pl.fixed_point import Solver
 from ddim_pl.noise import latents
 from ddim_pl.prediction import Prediction
 from ddim_pl.samplers import DDIM, DEQ, PNDM, Ancestral, DPMSolverPP, Heun, ParaDiGMS, Sampler
+from ddim_pl.schedules import LinearSchedule, ZeroTerminalSNR
 
 
 def samplers() -> Iterator[type[Sampler]]:
@@ -90,6 +93,68 @@ def test_an_image_does_not_depend_on_its_batch(
     together = images(kind, gaussian, range(4))
     alone = torch.cat([images(kind, gaussian, range(i, i + 1)) for i in range(4)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@every_sampler
+def test_a_level_without_signal_is_the_limit_of_one_with_little_or_is_refused(
+    kind: type[Sampler],
+) -> None:
+    """Level 1000 - 1e-9 has alpha = 6e-14; the slope of the multistep solver is 1 / log-SNR."""
+    if not kind().noise.is_gaussian:
+        pytest.skip("refused by the model, whose noise has no scale there")
+    denoiser = ExactGaussian(ZeroTerminalSNR())
+    levels = timesteps.linear(1000, 5)
+    z, generators = latents(0, range(4), SHAPE)
+    if kind().divides_by_signal:
+        with pytest.raises(ValueError, match=r"levels must have some signal for .*got 1000"):
+            kind()(denoiser, z.double(), levels, generator=generators)
+        return
+    at = kind()(denoiser, z.double(), levels, generator=generators)
+    levels[0] -= 1e-9
+    z, generators = latents(0, range(4), SHAPE)
+    below = kind()(denoiser, z.double(), levels, generator=generators)
+    torch.testing.assert_close(at, below, rtol=0, atol=1e-4 if kind is DPMSolverPP else 1e-9)
+    if kind().encodes:
+        rising = timesteps.linear(1000, 5).flip(0)
+        assert kind()(denoiser, at, rising).isfinite().all()
+
+
+@every_sampler
+@pytest.mark.parametrize("clip", [True, False, ClipRange(-0.5, 0.5), DynamicThreshold()])
+def test_a_samplers_clip_takes_the_place_of_the_models(
+    kind: type[Sampler], clip: bool | Clipping
+) -> None:
+    """The trajectory is, to the bit, that of a model that clips so; without it the model's own."""
+    network, levels = SmallNetwork(), timesteps.linear(1000, 5)
+
+    def draw(sampler: Sampler, models: bool | Clipping) -> torch.Tensor:
+        z, generators = latents(0, range(2), SHAPE)
+        denoiser = NetworkDenoiser(network, LinearSchedule(), "v", clip=models)
+        return sampler(denoiser, z, levels, generator=generators)
+
+    expected = draw(kind(), clip)
+    for models in (True, False):
+        assert torch.equal(draw(kind(clip=clip), models), expected)
+    assert not torch.equal(draw(kind(), clip is not True), expected)
+
+
+@every_sampler
+def test_a_samplers_name_says_its_clip_if_it_has_one(kind: type[Sampler]) -> None:
+    """Cells and pairs of samplers without one keep the names of version 0.1."""
+    assert "clip" not in str(kind())
+    assert str(kind()) == repr(kind())
+    assert str(kind(clip=False)).endswith("clip=False)")
+    assert kind(clip=False) != kind()
+    assert f"{DDIM(clip=True)}, {Ancestral()}" == (
+        "DDIM(eta=0.0, clip=True), Ancestral(variance='small')"
+    )
+
+
+def test_a_denoiser_that_cannot_clip_says_so(gaussian: ExactGaussian) -> None:
+    z, levels = torch.zeros(1, *SHAPE), timesteps.linear(1000, 5)
+    assert DDIM(clip=False)(gaussian, z, levels).isfinite().all()
+    with pytest.raises(ValueError, match="clip must be False for ExactGaussian, got True"):
+        DDIM(clip=True)(gaussian, z, levels)
 
 
 @every_sampler

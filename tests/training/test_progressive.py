@@ -17,7 +17,7 @@ from ddim_pl.images import from_uint8
 from ddim_pl.prediction import decode, eps_from_x, target, x_error_weight
 from ddim_pl.rng import step_generators
 from ddim_pl.samplers import DDIM
-from ddim_pl.scales import expand_like
+from ddim_pl.scales import expand_like, unsqueeze_like
 from ddim_pl.schedules import CosineLogSNRSchedule, ImprovedCosineSchedule, LinearSchedule
 from ddim_pl.timesteps import linear
 from ddim_pl.training import DDPM, ProgressiveDistillation
@@ -53,14 +53,20 @@ def noise(*shape, seed=0):
 
 
 def papers_target(teacher, z, t, step):
-    """`(z_s - sigma_s / sigma_t z_t) / (alpha_s - sigma_s / sigma_t alpha_t)`, and `z_s`."""
+    """`(z_s - sigma_s / sigma_t z_t) / (alpha_s - sigma_s / sigma_t alpha_t)`, and `z_s`.
+
+    At `s = 0` both are the teacher's second estimate, as in the authors' code.
+    """
     schedule = teacher.schedule
     scales, mid, end = (schedule(each) for each in (t, t - step / 2, (t - step).clamp(min=0)))
     z_mid = ddim_step(teacher(z, t), scales, mid)
-    z_s = ddim_step(teacher(z_mid, t - step / 2), mid, end)
+    second = teacher(z_mid, t - step / 2)
+    z_s = ddim_step(second, mid, end)
     ratio = end.sigma / scales.sigma
     numerator = z_s - expand_like(ratio, z) * z
-    return numerator / expand_like(end.alpha - ratio * scales.alpha, z), z_s
+    quotient = numerator / expand_like(end.alpha - ratio * scales.alpha, z)
+    last = unsqueeze_like(t - step <= 0, z)
+    return torch.where(last, second.x, quotient), torch.where(last, second.x, z_s)
 
 
 @pytest.mark.parametrize("student", ["x", "v"])
@@ -73,7 +79,7 @@ def test_a_student_of_the_target_lands_where_two_steps_do(schedule, steps, predi
     teacher, step = module.teacher_denoiser, 8192 / steps
     assert teacher.prediction == prediction
     t = step * torch.tensor([1, (steps + 1) // 2, steps], dtype=torch.float64)
-    z, scales, end = noise(3, 1, 2, 2), schedule(t), schedule(t - step)
+    z, scales, end = noise(3, 1, 2, 2), schedule(t), schedule.step_end(t - step)
     wanted = two_steps(module.noise, teacher, z, t, step)
     output = target(student, scales, wanted, eps_from_x(scales, z, wanted))
     landed = ddim_step(decode(student, scales, z, output), scales, end)
@@ -81,8 +87,31 @@ def test_a_student_of_the_target_lands_where_two_steps_do(schedule, steps, predi
     error = (landed - z_s).flatten(1).norm(dim=1) / z_s.flatten(1).norm(dim=1)
     assert (error < 1e-10).all(), error
     # Where a step is long, and there is signal at its end, the published quotient is exact too.
-    good = (steps <= 8) & (end.alpha > 1e-3)
+    good = (steps <= 8) & (end.alpha > 1e-3) | (t == step)
     torch.testing.assert_close(wanted[good], expected[good], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("steps", "share"), [(1, 4.5e-5), (8, 2.3e-4), (1024, 0.028), (4096, 0.096)]
+)
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_the_last_target_is_the_teachers_second_estimate(prediction, steps, share):
+    """Where level 0 has noise, the quotient would mix in this share of the first, at any length.
+
+    The sampler too returns the estimate of x there.
+    """
+    module = wave(CosineLogSNRSchedule(8192), [(steps, 1)], teacher_prediction=prediction)
+    teacher, t = module.teacher_denoiser, torch.tensor([8192 / steps]).double()
+    z, scales, middle, end = noise(1, 1, 2, 2), *map(teacher.schedule, (t, t / 2, t * 0))
+    first = teacher(z, t)
+    second = teacher(ddim_step(first, scales, middle), t / 2)
+    wanted = two_steps(module.noise, teacher, z, t, float(t))
+    torch.testing.assert_close(wanted, second.x, rtol=1e-12, atol=0)
+    mixed = two_step_target(first.x, second.x, scales, middle, end)
+    expected = share * (first.x - second.x)
+    torch.testing.assert_close(mixed - second.x, expected, rtol=0.02, atol=1e-12)
+    drawn = DDIM()(teacher, z, [float(t), float(t / 2), 0.0])
+    torch.testing.assert_close(drawn, second.x, rtol=1e-12, atol=0)
 
 
 def test_the_last_target_is_the_teachers_last_estimate():
