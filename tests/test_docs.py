@@ -149,3 +149,19 @@ def test_scripts_in_benchmarks_have_the_options_that_pages_give():
                 script = (ROOT / found[0]).read_text()
                 for option in re.findall(r"(--[a-z_]+)", line):
                     assert f'"{option}"' in script, (page.name, line, option)
+
+
+def test_the_table_of_the_report_names_files_that_exist():
+    rows = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in (ROOT / "docs" / "coverage.md").read_text().splitlines()
+        if line.startswith("| ")
+    ][1:]
+    assert len(rows) > 20
+    for row in rows:
+        assert len(row) == 6, row
+        assert all(row), row
+        files = re.findall(r"`((?:ddim_pl|tests|callbacks|configs)/[\w/.]+)`", " ".join(row))
+        assert any(file.startswith("tests/") for file in files), row
+        for file in files:
+            assert (ROOT / file).exists(), file
