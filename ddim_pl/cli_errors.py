@@ -147,10 +147,16 @@ def known_classes(base: type[Any], packages: tuple[str, ...] = OURS) -> list[typ
     places = ("ddim_pl.networks.",) if (base, packages) == (nn.Module, OURS) else packages
     ours = [kind for kind in kinds if f"{kind.__module__}.".startswith(places)]
     # The parts of a network explain no arguments, nor do classes that no config names.
-    ours = [kind for kind in ours if "Args:" in (kind.__doc__ or "") or not _arguments(kind)]
+    ours = [kind for kind in ours if _explains_arguments(kind) or not _arguments(kind)]
     home = base.__module__.partition(".")[0]
     others = [kind for kind in kinds if kind.__module__.partition(".")[0] == home]
     return sorted(set(ours or others), key=lambda kind: kind.__name__)
+
+
+def _explains_arguments(kind: type[Any]) -> bool:
+    """Whether a class of ours, or the base of ours that has its arguments, explains them."""
+    bases = [each for each in kind.__mro__ if f"{each.__module__}.".startswith(OURS)]
+    return any("Args:" in (each.__doc__ or "") for each in bases)
 
 
 def _reason(message: str) -> str:

@@ -164,7 +164,10 @@ def test_two_processes_share_the_images(checkpoint, tmp_path):
         (["--lr", "0"], "lr must be positive and at most 1000, got 0"),
         (["--num_updates", "0"], "num_updates must be at least 1, got 0"),
         (["--num_steps", "1001"], "num_steps must lie in [1, 1000]"),
-        (["--method", "Sideways"], "method cannot be Sideways: known are Implicit, Sequential"),
+        (
+            ["--method", "Sideways"],
+            "method cannot be Sideways: known are Implicit, InverseJacobian, Sequential",
+        ),
         (["--label", "10", "--images", "[x.png]"], "label must lie in [0, 9], got 10"),
     ],
 )
