@@ -121,6 +121,7 @@ def test_predicting_fewer_images_leaves_none_of_an_earlier_set(run):
     assert files == [f"{i:06d}.png" for i in range(4)]
 
 
+@pytest.mark.slow
 def test_a_moved_checkpoint_of_a_resumed_run_begins_a_run_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = write_config(tiny_config(tmp_path / "runs"), tmp_path / "config.yaml")

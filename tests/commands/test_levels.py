@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from command_runs import trainer, with_classes
 from tiny import some_ddpm
 
@@ -18,6 +19,7 @@ def test_found_levels_can_be_given_as_timesteps(tmp_path, capsys):
     assert again.sample(range(2)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_levels_do_not_depend_on_the_batches(tmp_path):
     model = with_classes()
     for size in (3, 64):
