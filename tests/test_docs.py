@@ -1,5 +1,6 @@
 """Every command in README.md, docs and configs: it can be read, and those on digits run."""
 
+import os
 import re
 import shlex
 import warnings
@@ -52,7 +53,7 @@ def commands(pages):
 
 EVERY = commands([*PAGES, *CONFIGS])
 FITS = [words for words in EVERY if words[0] == "fit"]
-OTHERS = [words for words in EVERY if words[0] != "fit"]
+OTHERS = [words for words in EVERY if words[0] != "fit" and "--ckpt_path" in words]
 FIRST = [
     ("fit", "--config", f"configs/digits/{name}.yaml")
     for name in ("ddpm", "ddpm_linear", "teacher", "gamma_ddpm")
@@ -132,6 +133,8 @@ def test_every_command_on_digits_runs(tmp_path, monkeypatch, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for words in [*FIRST, *left, *on_digits, *others]:
+            if words == on_digits[0]:  # the demo, which `last` is where the pages say so
+                os.utime("runs/digits-ddpm/version_0/checkpoints/last.ckpt")
             try:
                 main(smaller(words))
             except SystemExit as stop:
