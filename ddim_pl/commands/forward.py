@@ -28,7 +28,6 @@ def forward(
     ckpt_path: str | None = None,
     *,
     images: Sequence[str] | None = None,
-    label: int | None = None,
     num_images: int = 64,
     num_shown: int = 2,
     etas: Sequence[float] = (0.0, 0.5, 1.0),
@@ -52,7 +51,6 @@ def forward(
         datamodule: Gives its validation images, unless `images` are given.
         ckpt_path: Checkpoint, or "last".
         images: Image files.
-        label: Class of `images`, if the model has classes.
         num_images: How many validation images; not used with `images`.
         num_shown: Images in the grid at most.
         etas: Noise of the steps, each in [0, 1].
@@ -73,7 +71,7 @@ def forward(
     levels = make_levels(timesteps, model.schedule, num_steps)
     levels = levels.flip(0)[1:]  # without the image itself
     points = torch.linspace(len(levels) - 1, 0, min(num_points - 1, len(levels))).round()
-    source = image_source(model, datamodule, images, label, num_images)
+    source = image_source(model, datamodule, images, None, num_images, needs_label=False)
 
     def work(worker: Worker) -> None:
         results = ("grid.png", "forward.*")
@@ -82,8 +80,9 @@ def forward(
         if not worker.is_first:
             return
         x, chosen = real.images.double(), model.seed if seed is None else seed
-        found = {eta: _follow(model, x, levels, eta, chosen, points.tolist()) for eta in etas}
-        found = {eta: Paths(p.pictures[:num_shown], p.rows) for eta, p in found.items()}
+        found = {
+            eta: _follow(model, x, levels, eta, chosen, points.tolist(), num_shown) for eta in etas
+        }
         text = f"Noise of {len(x)} images on DDIM's forward paths of {len(levels)} steps."
         _write(folder, found, text)
 
@@ -112,17 +111,23 @@ class Paths(NamedTuple):
 
 
 def _follow(
-    model: DiffusionModule, x: Tensor, levels: Tensor, eta: float, seed: int, points: Sequence[int]
+    model: DiffusionModule,
+    x: Tensor,
+    levels: Tensor,
+    eta: float,
+    seed: int,
+    points: Sequence[int],
+    num_shown: int,
 ) -> Paths:
     """Follow images `(B, ...)` along rising levels, and keep the states at some of them."""
     generators = image_generators(seed, range(len(x)))
     states = forward_trajectory(model.schedule, x, levels, eta=eta, generator=generators)
-    pictures, rows, first = [to_uint8(x)], [], None
+    pictures, rows, first = [to_uint8(x[:num_shown])], [], None
     for place, state in enumerate(states):
         eps = eps_from_x(model.schedule(state.t), state.z, x)
         first = eps if first is None else first
         if place in points:
-            pictures.append(to_uint8(state.z))
+            pictures.append(to_uint8(state.z[:num_shown]))
             rows.append(_row(eta, float(state.t), eps, first))
     return Paths(torch.stack(pictures, 1), rows)
 
@@ -130,9 +135,9 @@ def _follow(
 def _write(folder: Path, found: dict[float, Paths], text: str) -> None:
     """Write the table and the page of rows."""
     shown = {
-        f"image {image + 1}, eta {eta:g}": pictures
+        f"image {image + 1}, eta {eta:g}": paths.pictures[image]
         for image in range(len(next(iter(found.values())).pictures))
-        for eta, pictures in ((eta, paths.pictures[image]) for eta, paths in found.items())
+        for eta, paths in found.items()
     }
     label_rows(folder / "grid.png", list(shown), list(shown.values()))
     rows = [row for paths in found.values() for row in paths.rows]

@@ -34,6 +34,8 @@ def read_images(
     datamodule: L.LightningDataModule | None,
     files: Sequence[str],
     label: int | None,
+    *,
+    needs_label: bool = True,
 ) -> RealImages:
     """Read image files in the model's size, cropped and resized as the data module's own.
 
@@ -45,7 +47,7 @@ def read_images(
     if height != width:
         raise ValueError(f"image_shape must be square to read files, got {model.image_shape}")
     check_label(model, label)
-    if model.num_classes is not None and label is None:
+    if needs_label and model.num_classes is not None and label is None:
         raise ValueError(
             f"label must be given with images: the model has {model.num_classes} classes, and a "
             "file does not tell its own"
@@ -123,6 +125,8 @@ def image_source(
     files: Sequence[str] | None,
     label: int | None,
     num_images: int,
+    *,
+    needs_label: bool = True,
 ) -> Callable[[Worker], RealImages]:
     """Where a command's images come from: files, read and checked now, or the validation set.
 
@@ -130,8 +134,12 @@ def image_source(
         ValueError: As `read_images`, or if neither gives images.
     """
     if files:
-        given = read_images(model, datamodule, files, label)
+        given = read_images(model, datamodule, files, label, needs_label=needs_label)
         return lambda worker: given
+    if label is not None:
+        raise ValueError(
+            f"label must be left out without images, got {label}: the data has classes of its own"
+        )
     check_images(datamodule)
     return lambda worker: validation_images(
         worker, datamodule, lambda labels: torch.arange(min(num_images, len(labels)))

@@ -1,11 +1,12 @@
 """`main.py forward`."""
 
 import pytest
-from command_runs import table, trainer
+import torch
+from command_runs import table, trainer, with_classes
 from tiny import some_ddpm
 
 from ddim_pl.data.digits import DigitsDataModule
-from ddim_pl.images import read_png
+from ddim_pl.images import read_png, write_png
 from ddim_pl.noise import GammaNoise
 
 
@@ -51,3 +52,10 @@ def test_wrong_arguments_are_errors_before_anything_is_written(tmp_path, argumen
 def test_gamma_noise_has_other_paths(tmp_path):
     with pytest.raises(ValueError, match="noise must be Gaussian for forward, got GammaNoise"):
         trainer(tmp_path).forward(some_ddpm(noise=GammaNoise(0.1), sampler=None))
+
+
+def test_files_need_no_class(tmp_path):
+    write_png(torch.randint(0, 255, (1, 8, 8), dtype=torch.uint8), tmp_path / "x.png")
+    files = [str(tmp_path / "x.png")]
+    trainer(tmp_path).forward(with_classes(), images=files, num_steps=4, etas=[0.5])
+    assert read_png(tmp_path / "forward" / "grid.png").shape[1] == 50

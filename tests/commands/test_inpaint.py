@@ -69,6 +69,7 @@ def test_named_masks_know_what_they_say():
         ({"jump_length": 5}, "jump_length must be less than the number of steps, 5"),
         ({"num_fills": 0}, "num_fills must be at least 1"),
         ({"eta": 2.0}, "eta must lie in"),
+        ({"label": 1}, "label must be left out without images, got 1"),
     ],
 )
 def test_wrong_arguments_are_errors_before_anything_is_written(tmp_path, arguments, message):
