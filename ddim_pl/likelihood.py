@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ddim_pl.checks import check_at_least, check_one_of
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.noise import Noise
-from ddim_pl.noise.reverse import reverse_model
+from ddim_pl.noise.reverse import reverse_model, sum_images
 from ddim_pl.rng import Generators, uniform
 from ddim_pl.scales import Scales, expand_like, float64
 from ddim_pl.schedules import NoiseSchedule
@@ -133,7 +133,7 @@ def variational_bound(
     prior = model.prior(x, last)
 
     z = q_sample(x, model.noise.draw(x.shape, first, generator, x), first)
-    decoder = -_sum(log_discretised(x, denoiser(z, levels[0]).x, deviation))
+    decoder = -sum_images(log_discretised(x, denoiser(z, levels[0]).x, deviation))
 
     terms = _choose(scales.snr, len(x), num_terms, generator)
     diffusion = torch.zeros_like(decoder) + model.constant(scales) * x[0].numel()
@@ -287,7 +287,7 @@ def _log_density(
     angles = torch.atan2(scales.sigma, scales.alpha)
     middles = schedule.level_at(-2 * torch.tan((angles[:-1] + angles[1:]) / 2).log())
     z = scales.alpha[0] * y
-    integral = torch.zeros_like(_sum(float64(y)))
+    integral = torch.zeros_like(sum_images(float64(y)))
     steps = zip(levels[:-1], middles, levels[1:], angles.diff(), strict=True)
     bar = tqdm(steps, total=len(middles), desc="ODE", disable=not progress, leave=False)
     for t, m, s, h in bar:
@@ -298,7 +298,7 @@ def _log_density(
         z = z + h / 6 * (v1 + 2 * (v2 + v3) + v4)
         integral += h / 6 * (d1 + 2 * (d2 + d3) + d4)
     size = y[0].numel()
-    prior = -(_sum(float64(z).square()) + size * math.log(2 * math.pi)) / 2
+    prior = -(sum_images(float64(z).square()) + size * math.log(2 * math.pi)) / 2
     return prior + integral + size * scales.alpha[0].log()
 
 
@@ -313,11 +313,11 @@ def _field(
     # autograd.grad leaves the parameters' `grad` unchanged.
     if probes is not None:
         parts = [
-            _sum(float64(probe * torch.autograd.grad(v, z, probe, retain_graph=True)[0]))
+            sum_images(float64(probe * torch.autograd.grad(v, z, probe, retain_graph=True)[0]))
             for probe in probes
         ]
         return v.detach(), torch.stack(parts).mean(0)
-    total = torch.zeros_like(_sum(float64(v.detach())))
+    total = torch.zeros_like(sum_images(float64(v.detach())))
     for i in range(z[0].numel()):
         value = v.flatten(1)[:, i].sum()  # images are independent
         total += float64(torch.autograd.grad(value, z, retain_graph=True)[0].flatten(1)[:, i])
@@ -348,11 +348,6 @@ def _choose(
         index = index.clamp(max=count - 1)  # the last edge is 1 up to rounding
         terms.append((index, 1 / (num_terms * shares[index])))
     return terms
-
-
-def _sum(values: Tensor) -> Tensor:
-    """Sum over each image, `(B,)`."""
-    return values.flatten(1).sum(1)
 
 
 def _check_pixels(x: Tensor) -> None:

@@ -201,7 +201,7 @@ def without_places(config: dict[str, Any], checkpoint: str, command: str) -> dic
     trainer, data = config.setdefault("trainer", {}), config.get("data") or {}
     for name in ("default_root_dir", "model_registry"):
         trainer.pop(name, None)
-    if not isinstance(trainer.get("logger"), dict | list):  # none, or Lightning's own choice
+    if not _each(trainer.get("logger")):  # none, or Lightning's own choice
         trainer["logger"] = {"class_path": LOGGER, "init_args": {"save_dir": "runs"}}
     for logger in _each(trainer.get("logger")):
         arguments = logger.get("init_args") or {}

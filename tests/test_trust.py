@@ -251,6 +251,7 @@ def test_only_seed_trainer_model_and_data_come_from_a_checkpoint(honest, alone):
         set_callbacks(filename="{/elsewhere/x}"),
         set_trainer("logger", True),
         set_trainer("logger", False),
+        set_trainer("logger", []),
     ],
 )
 @pytest.mark.parametrize(

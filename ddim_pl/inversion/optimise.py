@@ -135,11 +135,7 @@ class Implicit(Method):
 
     def __post_init__(self) -> None:
         check_at_least(1, applications=self.applications)
-        if self.deq.clip:
-            raise ValueError(
-                f"deq must not clip, got {self.deq}, whose gradient is 0 where it does: leave its "
-                "clip out"
-            )
+        _check_unclipped(self.deq)
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must lie in (0, 1], got {self.damping}: the paper has 0.1")
 
@@ -182,7 +178,7 @@ class InverseJacobian(Method):
             each; none would be the 1-step gradient of `Implicit`.
 
     Raises:
-        ValueError: If there are no products.
+        ValueError: If there are no products, or `deq` clips.
     """
 
     deq: DEQ = field(
@@ -192,6 +188,7 @@ class InverseJacobian(Method):
 
     def __post_init__(self) -> None:
         check_at_least(1, products=self.products)
+        _check_unclipped(self.deq)
 
     def generate(
         self, denoiser: Denoiser, z: Tensor, levels: Tensor, carry: Carry | None
@@ -259,6 +256,13 @@ def broyden_adjoint(product: Callable[[Tensor], Tensor], v: Tensor, products: in
         lefts.append(torch.where(usable, (step - change) / torch.where(usable, scale, 1), 0))
         rights.append(right)
     return u - inverse(residual)
+
+
+def _check_unclipped(deq: DEQ) -> None:
+    if deq.clip:
+        raise ValueError(
+            f"deq must not clip, got {deq}, whose gradient is 0 where it does: leave its clip out"
+        )
 
 
 def _solve(deq: DEQ, denoiser: Denoiser, z: Tensor, levels: Tensor, carry: Carry | None) -> Chain:

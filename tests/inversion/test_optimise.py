@@ -285,6 +285,7 @@ def test_wrong_gradients_are_errors(arguments, message):
         Implicit(**arguments)
 
 
-def test_a_solver_that_clips_has_no_gradient():
+@pytest.mark.parametrize("method", [Implicit, InverseJacobian])
+def test_a_solver_that_clips_has_no_gradient(method):
     with pytest.raises(ValueError, match=r"deq must not clip, got DEQ\(.*clip=True"):
-        Implicit(DEQ(clip=True))
+        method(DEQ(clip=True))
