@@ -168,3 +168,11 @@ def test_the_table_of_the_report_names_files_that_exist():
         assert any(file.startswith("tests/") for file in files), row
         for file in files:
             assert (ROOT / file).exists(), file
+
+
+def test_links_lead_to_files_that_exist():
+    for page in [*PAGES, ROOT / "CHANGELOG.md"]:
+        links = re.findall(r"\]\(([^)#]+)", page.read_text())
+        for link in links:
+            if not re.match(r"\w+:", link):
+                assert (page.parent / link).exists(), (page.name, link)
