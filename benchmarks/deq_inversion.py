@@ -50,7 +50,12 @@ def methods() -> dict[str, Method]:
 
 
 def gradients(denoiser: NetworkDenoiser, x: Tensor, levels: Tensor, z: Tensor) -> None:
-    """Print the cosine with the exact gradient and the relative error, mean over the images."""
+    """Print the cosine with the exact gradient and the relative error, mean over the images.
+
+    And the cosine of the 1-step gradient with that of [DEQ]'s code, `latent_space_opt_anderson.py`
+    with `--pg_steps 1`: there the estimates are those of states without a gradient, all of them,
+    so that what is left is the error of the image times a number.
+    """
     tight = DEQ(Picard(tolerance=0, max_sweeps=len(levels) - 1))
     kinds: dict[str, Method] = {"1-step": Implicit(tight)}
     kinds |= {f"phantom, 3, damping {d}": Implicit(tight, 3, d) for d in (0.1, 1.0)}
@@ -63,6 +68,10 @@ def gradients(denoiser: NetworkDenoiser, x: Tensor, levels: Tensor, z: Tensor) -
         return torch.autograd.grad((images - x).square().sum(), latents)[0].flatten(1).double()
 
     exact = of(Sequential())
+    images = tight(denoiser, z, levels)
+    theirs = (images - x).flatten(1).double()
+    cosine = torch.cosine_similarity(of(kinds["1-step"]), theirs).mean()
+    print(f"{len(levels) - 1} steps: the 1-step gradient's cosine with [DEQ]'s code: {cosine:.6f}")
     for name, method in kinds.items():
         found = of(method)
         cosine = torch.cosine_similarity(found, exact).mean()

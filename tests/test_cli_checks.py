@@ -87,6 +87,8 @@ WRONG = [
     ("reconstruct --ckpt_path CK --num_steps 5", "num_steps"),
     ("reconstruct --ckpt_path CK --timesteps foo", "timesteps"),
     ("invert --ckpt_path CK --max_seconds -1", "max_seconds"),
+    ("invert --ckpt_path CK --stop_below 0", "stop_below"),
+    ("invert --ckpt_path CK --stop_below nan", "stop_below"),
     ("invert --ckpt_path CK --lr 1e30", "lr"),
     ("invert --ckpt_path CK --lr inf", "lr"),
     ("invert --ckpt_path CK --start foo", "start"),

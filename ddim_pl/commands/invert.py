@@ -19,7 +19,7 @@ from ddim_pl.evaluation.tables import markdown, scatter, write_csv, write_text
 from ddim_pl.evaluation.worker import Worker, on_every_worker
 from ddim_pl.files import replacing
 from ddim_pl.images import read_png, to_uint8
-from ddim_pl.inversion import Implicit, Inversion, Method, encode
+from ddim_pl.inversion import Implicit, Inversion, Method, check_stop_below, encode
 from ddim_pl.inversion import invert as find_latents
 from ddim_pl.noise import latents
 from ddim_pl.samplers import DDIM
@@ -47,6 +47,7 @@ def invert(
     num_updates: int = 1000,
     lr: float = 5e-3,
     max_seconds: float | None = None,
+    stop_below: float | None = None,
     seed: int | None = None,
     batch_size: int = 250,
     output: str | None = None,
@@ -75,6 +76,7 @@ def invert(
         num_updates: Updates of the latents.
         lr: Rate of Adam.
         max_seconds: Stop each batch after this time, if that comes first.
+        stop_below: Stop each batch when the loss of each of its images is below this.
         seed: Seed of the noise; by default that of training.
         batch_size: Images at once, on each worker.
         output: Folder to write to, without latents of an earlier call; by default `invert` in the
@@ -86,15 +88,14 @@ def invert(
     """
     check_at_least(1, num_images=num_images, batch_size=batch_size, num_updates=num_updates)
     check_at_least(0, seed=seed, max_seconds=max_seconds)
-    _check(model, lr)
+    _check(model, lr, stop_below)
     levels = make_levels(timesteps, model.schedule, num_steps, model.last_level)
     given = None if start in ("encoding", "noise") else _read_latents(start, model)
     source = image_source(model, datamodule, images, label, num_images)
     method = method or Implicit()
     first = partial(_first_latents, start, model.seed if seed is None else seed, given)
-    optimise = partial(
-        find_latents, method=method, num_updates=num_updates, lr=lr, max_seconds=max_seconds
-    )
+    optimise = partial(find_latents, method=method, num_updates=num_updates, lr=lr)
+    optimise = partial(optimise, max_seconds=max_seconds, stop_below=stop_below)
 
     def work(worker: Worker) -> None:
         folder = worker.folder(output, "invert", results=("latents.safetensors", "curves.*"))
@@ -108,7 +109,8 @@ def invert(
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
 
 
-def _check(model: DiffusionModule, lr: float) -> None:
+def _check(model: DiffusionModule, lr: float, stop_below: float | None) -> None:
+    check_stop_below(stop_below)
     if not 0 < lr <= LARGEST_RATE:
         raise ValueError(
             f"lr must be positive and at most {LARGEST_RATE:g}, got {lr}: 5e-3 is usual"

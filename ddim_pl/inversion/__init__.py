@@ -10,6 +10,7 @@ from ddim_pl.inversion.optimise import (
     Method,
     Progress,
     Sequential,
+    check_stop_below,
     invert,
 )
 
@@ -22,6 +23,7 @@ __all__ = [
     "Method",
     "Progress",
     "Sequential",
+    "check_stop_below",
     "encode",
     "forward_trajectory",
     "invert",

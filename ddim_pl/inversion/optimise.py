@@ -7,6 +7,7 @@ cheap gradient. The exact gradient of a fixed point needs the inverse of `I - J`
 Jacobian of the map ([DEQ], eq. 13); `InverseJacobian` approximates it by a matrix of low rank.
 """
 
+import math
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -362,6 +363,7 @@ def invert(
     num_updates: int = 1000,
     lr: float = 5e-3,
     max_seconds: float | None = None,
+    stop_below: float | None = None,
     judge_every: int = 10,
     progress: bool = False,
 ) -> Inversion:
@@ -380,19 +382,20 @@ def invert(
         num_updates: Maximum number of updates.
         lr: Learning rate of Adam.
         max_seconds: Stop after this time, if that comes first.
+        stop_below: Stop when the best loss of every image is below this.
         judge_every: Updates between two judgements of a method that is not exact.
         progress: Show a progress bar.
 
     Raises:
         ValueError: If the denoiser clips, or an argument is out of range or of another shape.
     """
-    _check_arguments(denoiser, x, z, num_updates, lr, judge_every)
+    _check_arguments(denoiser, x, z, num_updates, lr, judge_every, stop_below)
     method = method or Implicit()
     latents = z.detach().clone().requires_grad_(True)
     optimizer = torch.optim.Adam([latents], lr=lr)
     best = _Best(z.detach().clone(), torch.zeros_like(x))
-    carry, curve, evaluations = None, [], 0.0
-    begin = time.perf_counter()
+    carry, curve, evaluations, begin = None, [], 0.0, time.perf_counter()
+    end = begin + (math.inf if max_seconds is None else max_seconds)
     # One iteration more than updates, to judge the last latents too.
     bar = trange(num_updates + 1, desc="inverting", disable=not progress, leave=False)
     for update in bar:
@@ -400,8 +403,7 @@ def invert(
         losses = (found.images - x).square().flatten(1).sum(1)
         loss = float(losses.detach().mean())  # waits for the device
         carry, evaluations = found.carry, evaluations + float(found.evaluations.double().mean())
-        late = max_seconds is not None and time.perf_counter() - begin >= max_seconds
-        last = update == num_updates or late
+        last = update == num_updates or time.perf_counter() >= end
         if found.is_exact or last or update % judge_every == 0:
             now = latents.detach()
             images = found.images.detach() if found.is_exact else DDIM()(denoiser, now, levels)
@@ -409,16 +411,33 @@ def invert(
             best.update(now, images, x)
         curve.append(Progress(update, time.perf_counter() - begin, evaluations, loss, best.mean))
         bar.set_postfix(loss=loss, refresh=False)
-        if last:
+        if last or best.is_below(stop_below):
             break
         (latents.grad,) = torch.autograd.grad(losses.sum(), latents)
         optimizer.step()
     return Inversion(best.latents, best.images, best.losses, curve)
 
 
+def check_stop_below(stop_below: float | None) -> None:
+    """Check the loss to stop at.
+
+    Raises:
+        ValueError: If it is not positive, and no inversion would stop.
+    """
+    if stop_below is not None and not stop_below > 0:
+        raise ValueError(f"stop_below must be positive, got {stop_below}: [DEQ]'s code has 0.5")
+
+
 def _check_arguments(
-    denoiser: Denoiser, x: Tensor, z: Tensor, num_updates: int, lr: float, judge_every: int
+    denoiser: Denoiser,
+    x: Tensor,
+    z: Tensor,
+    num_updates: int,
+    lr: float,
+    judge_every: int,
+    stop_below: float | None,
 ) -> None:
+    check_stop_below(stop_below)
     denoiser.check_unclipped("whose gradient is 0 where it clips")
     if z.shape != x.shape:
         raise ValueError(f"z must have the images' shape {tuple(x.shape)}, got {tuple(z.shape)}")
@@ -440,6 +459,10 @@ class _Best:
     def mean(self) -> float:
         """Mean loss."""
         return float(self.losses.mean())
+
+    def is_below(self, loss: float | None) -> bool:
+        """Whether the losses of all images are below this one; not, if there is none."""
+        return loss is not None and float(self.losses.max()) < loss
 
     def update(self, latents: Tensor, images: Tensor, x: Tensor) -> None:
         """Replace those whose images `(B, ...)` are closer to `x`."""

@@ -94,6 +94,19 @@ def test_the_best_latents_draw_the_loss_that_is_told(checkpoint, tmp_path):
     assert told == pytest.approx(float(loss), rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["Sequential", "InverseJacobian"])
+def test_other_gradients_are_methods_of_the_command(method, checkpoint, tmp_path):
+    run(checkpoint, tmp_path, "--method", method)
+    best = [float(row["best loss"]) for row in rows(tmp_path)]
+    assert best[-1] < 0.999 * best[0]
+    assert f"{method}(" in (tmp_path / "invert.md").read_text()
+
+
+def test_a_loss_that_is_reached_ends_the_updates(checkpoint, tmp_path):
+    run(checkpoint, tmp_path, "--num_updates", 50, "--stop_below", 1e4)
+    assert len(rows(tmp_path)) == 1
+
+
 def test_descent_begins_at_the_encoding_or_at_noise_or_at_given_latents(checkpoint, tmp_path):
     model = DDPM.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     x, label = _digits()

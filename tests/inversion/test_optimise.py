@@ -77,6 +77,17 @@ def test_one_application_has_the_gradient_of_its_first_estimate_alone():
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize(("steps", "least"), [(10, 0.999), (50, 0.99997)])
+def test_one_application_has_nearly_the_gradient_of_the_papers_code(steps, least):
+    """There all estimates are constants, so that the gradient is the image's error, scaled."""
+    law, levels = ExactMixture(LinearSchedule()), linear(1000, steps)
+    for x, z in [(start() / 3, start(seed=1)), (start(seed=2) / 3, start(seed=3))]:
+        error = DDIM()(law, z, levels) - x
+        found, _ = gradient(Implicit(TIGHT), law, z, levels, error)
+        cosine = torch.cosine_similarity(found.flatten(1), error.flatten(1))
+        assert (cosine > least).all()
+
+
 def test_undamped_applications_as_many_as_steps_have_the_exact_gradient():
     law, z = ExactMixture(LinearSchedule()), start()
     exact, _ = gradient(Sequential(), law, z)
@@ -247,6 +258,20 @@ def test_time_limits_an_inversion():
     assert len(found.curve) == 1
 
 
+@pytest.mark.parametrize("method", [Sequential(), Implicit()])
+def test_an_inversion_stops_below_a_loss(method):
+    law = ExactGaussian(LinearSchedule())
+    x, z, more = start() / 3, start(seed=1), {"method": method, "lr": 0.05, "num_updates": 200}
+    whole = invert(law, x, LEVELS, z, **more)
+    enough = float(whole.losses.max()) * 4
+    found = invert(law, x, LEVELS, z, **more, stop_below=enough)
+    assert (found.losses < enough).all()
+    assert 1 < len(found.curve) < len(whole.curve)
+    if method == Sequential():  # judged at each update: not one too many
+        before = invert(law, x, LEVELS, z, **more | {"num_updates": len(found.curve) - 2})
+        assert not (before.losses < enough).all()
+
+
 # ---- bad input --------------------------------------------------------------------------------
 
 
@@ -255,6 +280,7 @@ def test_time_limits_an_inversion():
     [
         ({"num_updates": -1}, "num_updates must be at least 0, got -1"),
         ({"judge_every": 0}, "judge_every must be at least 1, got 0"),
+        ({"stop_below": 0.0}, "stop_below must be positive, got 0"),
         ({"lr": 0.0}, "lr must be positive, got 0"),
         ({"z": torch.zeros(1, 1, 4, 4)}, r"z must have the images' shape .* got \(1, 1, 4, 4\)"),
         ({"denoiser": some_ddpm().denoiser}, "denoiser must not clip"),
