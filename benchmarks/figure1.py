@@ -101,8 +101,8 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in dict.fromkeys(row.data for row in ROWS):
-        parser.add_argument(f"--{name}", metavar="CHECKPOINT")
+    for option in ("--cifar10", "--celeba", "--bedroom", "--church", "--digits"):
+        parser.add_argument(option, metavar="CHECKPOINT")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--starts", nargs="+", default=["noise"], choices=["noise", "encoding"])

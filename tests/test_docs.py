@@ -150,7 +150,7 @@ def test_scripts_in_benchmarks_have_the_options_that_pages_give():
             found = re.search(r"benchmarks/\w+\.py", line)
             if found:
                 script = (ROOT / found[0]).read_text()
-                for option in re.findall(r"(--[a-z_]+)", line):
+                for option in re.findall(r"(--[a-z_0-9-]+)", line):
                     assert f'"{option}"' in script, (page.name, line, option)
 
 
