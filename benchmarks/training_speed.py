@@ -22,7 +22,7 @@ from ddim_pl.data.base import BatchOrder, ImageDataModule, IndexedImages, Tensor
 from ddim_pl.networks.unet import UNet
 from ddim_pl.rng import derive_seed, step_generators
 from ddim_pl.training import DDPM
-from ddim_pl.training.ema import exponential_average
+from ddim_pl.training.ema import ExponentialAverage
 
 
 class RandomImages(ImageDataModule):
@@ -88,7 +88,7 @@ def main() -> None:
 
     def bare() -> float:
         ddpm = module().to(device)
-        network, average = ddpm.network, exponential_average(ddpm.network, 0.9999).to(device)
+        network, average = ddpm.network, ExponentialAverage(ddpm.network, 0.9999).to(device)
         if options.compile:
             network.compile()
         data = RandomImages(shape, options.batch, options.steps)

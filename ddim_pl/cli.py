@@ -53,6 +53,7 @@ from ddim_pl.lightning_internals import (
     callbacks_of,
     keep_table,
     set_version,
+    slow_down_progress_bar,
     version_given,
 )
 from ddim_pl.runs import (
@@ -218,7 +219,9 @@ class DiffusionCLI(LightningCLI):
                 # Such a run has no logger, and hence no folder: it leaves nothing.
                 kwargs["default_root_dir"] = tempfile.mkdtemp()
                 atexit.register(shutil.rmtree, kwargs["default_root_dir"], ignore_errors=True)
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+        slow_down_progress_bar(trainer)
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Record the model's arguments, and find what is wrong before anything is written."""

@@ -111,7 +111,7 @@ class NetworkDenoiser(Denoiser):
     def __post_init__(self) -> None:
         check_one_of(PredictionType, prediction=self.prediction)
         check_one_of(TimeInput, time_input=self.time_input)
-        if self.prediction == "eps" and self.schedule(self.schedule.num_levels).alpha == 0:
+        if self.prediction == "eps" and self.schedule.ends_without_signal:
             raise ValueError(
                 f"prediction must be 'v' or 'x' for {self.schedule}, got 'eps': at its last level "
                 "there is no signal, and eps says nothing of the image"

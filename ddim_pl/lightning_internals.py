@@ -13,7 +13,7 @@ from typing import Any, cast
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.core import saving
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
@@ -90,6 +90,29 @@ def indices_of_batch(trainer: L.Trainer, number: int) -> Any:
     """Which items of the training set batch `number` of the run holds, if its order can say."""
     order: Any = getattr(trainer.train_dataloader, "sampler", None)
     return order.batch(number).indices if hasattr(order, "batch") else None
+
+
+REFRESH_RATE = 20
+"""Batches between two looks of the progress bar at the loss, for which the host waits."""
+
+
+def slow_down_progress_bar(trainer: L.Trainer) -> None:
+    """Replace the bar that Lightning chose by one that looks at every twentieth batch.
+
+    It chooses one that takes milliseconds for each batch, where rich is installed. A bar that the
+    user gave stays.
+    """
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for place, each in enumerate(callbacks):
+        own = type(each) in (TQDMProgressBar, RichProgressBar)
+        if own and cast(TQDMProgressBar, each).refresh_rate == 1:
+            callbacks[place] = TQDMProgressBar(refresh_rate=REFRESH_RATE)
+
+
+def logs_this_update(trainer: L.Trainer) -> bool:
+    """Whether values are logged at the end of this batch."""
+    due: bool = trainer._logger_connector.should_update_logs
+    return due and not trainer.fit_loop._should_accumulate()
 
 
 def scales_gradients(trainer: L.Trainer) -> bool:

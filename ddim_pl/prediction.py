@@ -129,6 +129,12 @@ def x_error_weight(weight: LossWeight, scales: Scales, *, gamma: float = 5.0) ->
     raise ValueError(f"loss_weight must be one of {get_args(LossWeight)}, got {weight!r}")
 
 
+def has_unit_weight(kind: PredictionType, weight: LossWeight) -> bool:
+    """Whether `output_error_weight` is 1 at every level: the plain loss of the output."""
+    plain = {("eps", "snr"), ("v", "snr_plus_one"), ("both", "snr_plus_one")}
+    return (kind, weight) in plain | {("x", "uniform"), ("residual", "uniform")}
+
+
 def output_error_weight(
     kind: PredictionType, weight: LossWeight, scales: Scales, *, gamma: float = 5.0
 ) -> Tensor:
@@ -143,7 +149,7 @@ def output_error_weight(
     """
     if kind in ("x", "residual"):  # the output has the error of x
         return x_error_weight(weight, scales, gamma=gamma)
-    if (kind, weight) in {("eps", "snr"), ("v", "snr_plus_one"), ("both", "snr_plus_one")}:
+    if has_unit_weight(kind, weight):
         return torch.ones_like(scales.alpha)
     a, b = coefficients(kind, scales)
     factor = (scales.sigma / (scales.alpha * b - scales.sigma * a)) ** 2

@@ -55,6 +55,11 @@ class NoiseSchedule(ABC):
         log_alpha, log_sigma = self.log_alpha_sigma(t)
         return Scales(log_alpha.exp(), log_sigma.exp())
 
+    @cached_property
+    def ends_without_signal(self) -> bool:
+        """Whether alpha is 0 at the last level, exactly."""
+        return bool(self(self.num_levels).alpha == 0)
+
     def step_end(self, s: Tensor | float) -> Scales:
         """Scales at the level that a step leads to: at level 0 those of clean data, (1, 0).
 

@@ -93,13 +93,7 @@ def tiny_config(folder: Path, **trainer: Any) -> dict[str, Any]:
                 {"class_path": "callbacks.SampleGrid", "init_args": {"num_images": 4}},
                 {"class_path": "callbacks.ImageWriter"},
                 {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
-                {
-                    "class_path": "lightning.pytorch.callbacks.ThroughputMonitor",
-                    "init_args": {
-                        "batch_size_fn": "ddim_pl.data.base.count_images",
-                        "window_size": 5,
-                    },
-                },
+                {"class_path": "callbacks.Throughput"},
                 {
                     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
                     "init_args": {"save_last": True, "every_n_train_steps": 5, "save_top_k": -1},

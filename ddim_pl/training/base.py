@@ -24,12 +24,12 @@ from ddim_pl.denoiser import NetworkDenoiser, TimeInput
 from ddim_pl.lightning_internals import callbacks_of, constructor_arguments, forget_foreign_files
 from ddim_pl.noise import GaussianNoise, Noise, latents
 from ddim_pl.prediction import PredictionType
-from ddim_pl.rng import StepGenerators, derive_seed, step_generators
+from ddim_pl.rng import StepGenerators, derive_seed, seed_default_generators, step_generators
 from ddim_pl.samplers import Sampler
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.schedules import LinearSchedule, NoiseSchedule
 from ddim_pl.timesteps import make_levels
-from ddim_pl.training.ema import exponential_average
+from ddim_pl.training.ema import ExponentialAverage
 from ddim_pl.training.finite import UpdateCheck, check_finite_weights, drop_gradients
 from ddim_pl.training.guard import RunGuard
 from ddim_pl.training.hyperparameters import (
@@ -75,7 +75,7 @@ class DiffusionModule(L.LightningModule, ABC):
             `functools.partial` of a class is stored in checkpoints, a lambda is not.
         lr_scheduler: Makes a learning-rate schedule, stepped once per update; stored likewise.
         warmup_steps: Updates over which the rate grows linearly from 0; multiplies `lr_scheduler`.
-        ema_decay: Decay of the weights' average, see `exponential_average`.
+        ema_decay: Decay of the weights' average, see `ExponentialAverage`.
         skip_bad_batches: How many updates in a row are left out because their loss or gradients
             are not finite, before the fit stops; by default none. "train/skipped_batches" counts
             them since the fit began.
@@ -116,7 +116,7 @@ class DiffusionModule(L.LightningModule, ABC):
         self.timesteps, self.num_steps, self.last_level = timesteps, num_steps, last_level
         self.image_shape = _image_shape(network, image_shape)
         self.network = network
-        self.average = exponential_average(network, ema_decay)
+        self.average = ExponentialAverage(network, ema_decay)
         self.prediction, self.time_input, self.clip = prediction, time_input, clip
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -145,7 +145,7 @@ class DiffusionModule(L.LightningModule, ABC):
                 "as many"
             )
         _ = self.denoiser
-        if not self.noise.is_gaussian and self.schedule(self.schedule.num_levels).alpha == 0:
+        if not self.noise.is_gaussian and self.schedule.ends_without_signal:
             raise ValueError(
                 f"noise must be Gaussian for {self.schedule}, got {self.noise}, whose scale is 0 "
                 "where there is no signal: use the schedule without ZeroTerminalSNR"
@@ -317,7 +317,8 @@ class DiffusionModule(L.LightningModule, ABC):
             forget_foreign_files(self.trainer, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the files before, if the weights are spoiled."""
+        """Keep the files before, if the weights are spoiled or the last update was not made."""
+        self._update_check.finish(self)
         check_finite_weights(checkpoint["state_dict"], "lower the rate or clip the gradients")
 
     def setup(self, stage: str) -> None:
@@ -332,7 +333,7 @@ class DiffusionModule(L.LightningModule, ABC):
         part = batch_idx % self.trainer.accumulate_grad_batches
         seed = derive_seed(self.seed, self.global_step, part, self.global_rank)
         # Dropout draws from the global generator; seeding it makes a resumed run exact.
-        torch.manual_seed(seed)
+        seed_default_generators(seed, self.device)
         batch = self.read_batch(batch)
         loss = self._mean_loss(self.network, batch, seed)
         self._update_check.add(batch, seed, loss)
@@ -352,6 +353,10 @@ class DiffusionModule(L.LightningModule, ABC):
             drop_gradients(self.network)
         if self.skip_bad_batches:
             self.log("train/skipped_batches", float(self._update_check.skipped))
+
+    def on_train_end(self) -> None:
+        """See whether the last update was made."""
+        self._update_check.finish(self)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the averaged network's loss, with the same noise every time."""

@@ -14,8 +14,15 @@ from torch import Tensor, nn
 
 from ddim_pl.checks import check_one_of
 from ddim_pl.denoiser import NetworkDenoiser
-from ddim_pl.prediction import LossWeight, check_loss_weight, output_error_weight, target
+from ddim_pl.prediction import (
+    LossWeight,
+    check_loss_weight,
+    has_unit_weight,
+    output_error_weight,
+    target,
+)
 from ddim_pl.rng import StepGenerators
+from ddim_pl.scales import expand_like
 from ddim_pl.schedules import DiscreteSchedule, NoiseSchedule
 from ddim_pl.training.base import Batch, DiffusionModule, LossKind
 from ddim_pl.training.finite import check_finite_weights
@@ -75,10 +82,11 @@ def denoising_loss(
     scales = denoiser.schedule(t)
     output = denoiser.output(q_sample(x, eps, scales), t)
     error = output - target(denoiser.prediction, scales, x, eps)
+    errors = (error.abs() if loss == "l1" else error.square()).flatten(1).mean(1)
+    if has_unit_weight(denoiser.prediction, weight):
+        return errors
     weights = output_error_weight(denoiser.prediction, weight, scales, gamma=gamma)
-    if loss == "l1":
-        return weights.sqrt().to(x) * error.abs().flatten(1).mean(1)
-    return weights.to(x) * error.square().flatten(1).mean(1)
+    return expand_like(weights.sqrt() if loss == "l1" else weights, errors) * errors
 
 
 class DDPM(DiffusionModule):

@@ -1,41 +1,103 @@
 """The averaged copy of a network, which is the one to evaluate, export and promote to teacher."""
 
-from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
-def exponential_average(network: nn.Module, decay: float) -> AveragedModel:
-    """Averaged copy of `network`, buffers included, without gradients and in evaluation mode.
+class ExponentialAverage(AveragedModel):
+    """Averaged copy of a network, buffers included, without gradients and in evaluation mode.
 
     Update number n keeps `min(decay, (1 + n) / (10 + n))` of the average, as TensorFlow's averages
     of [DDPM] do when given the number of updates, so that a short run forgets its random
-    start.
+    start. The host counts the updates too, so that an update waits for no device.
 
     Args:
         network: Network to copy.
         decay: Share of the average that an update keeps, in [0, 1); 0 copies the network.
 
+    Attributes:
+        module: The copy.
+        n_averaged: Number of updates, int64, as checkpoints hold it; changed by `restart` only.
+
     Raises:
         ValueError: If `decay` lies outside [0, 1).
     """
-    if not 0 <= decay < 1:
-        raise ValueError(
-            f"ema_decay must lie in [0, 1), got {decay}: 0.9999 suits 800k updates, 0.999 some 10k"
-        )
-    average = AveragedModel(network, multi_avg_fn=partial(_update, decay), use_buffers=True)
-    # Frozen, so that neither DDP nor the optimiser takes the copy for something to train.
-    return average.requires_grad_(False).eval()
+
+    n_averaged: Tensor
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(
+                f"ema_decay must lie in [0, 1), got {decay}: 0.9999 suits 800k updates, 0.999 "
+                "some 10k"
+            )
+        super().__init__(network, use_buffers=True)
+        self.decay = decay
+        self._count: int | None = None
+        self._places: _Places | None = None
+        # Frozen, so that neither DDP nor the optimiser takes the copy for something to train.
+        self.requires_grad_(False)
+        self.eval()
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the average towards the network's present values; the first update copies them."""
+        if self._count is None:
+            self._count = int(self.n_averaged)
+        n = self._count
+        keep = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        if self._places is None or self._places.network is not model:
+            self._places = _Places(model, _places(self.module), _places(model))
+        groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for (ours, name), (theirs, _) in zip(*self._places[1:], strict=True):
+            average, value = ours[name], theirs[name]
+            group = groups.setdefault((average.device, average.dtype), ([], []))
+            group[0].append(average)
+            group[1].append(value)
+        for (_, dtype), (averages, values) in groups.items():
+            if keep and dtype.is_floating_point:
+                torch._foreach_lerp_(averages, values, 1 - keep)
+            else:
+                torch._foreach_copy_(averages, values)
+        self.n_averaged += 1
+        self._count = n + 1
+
+    def restart(self) -> None:
+        """Forget the updates: the next one copies the network."""
+        self.n_averaged.zero_()
+        self._count = 0
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Read the count of a checkpoint at the next update."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._count = None
 
 
-@torch.no_grad()
-def _update(decay: float, average: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-    """Move the average towards the current values; tensors of one device and dtype."""
-    n = int(count)
-    keep = min(decay, (1 + n) / (10 + n))
-    if average[0].is_floating_point():
-        torch._foreach_lerp_(average, current, 1 - keep)
-    else:
-        torch._foreach_copy_(average, current)
+class _Places(NamedTuple):
+    """Where the values of a network and of its average are found, in one order.
+
+    To walk through the modules again takes several times as long as an update. The places hold
+    also when values are replaced, as buffers are when a module moves to another device.
+    """
+
+    network: nn.Module
+    average: list["_Place"]
+    values: list["_Place"]
+
+
+_Place = tuple[dict[str, Any], str]
+
+
+def _places(network: nn.Module) -> list[_Place]:
+    """The places of all parameters and buffers, each tensor once."""
+    places: dict[int, _Place] = {}
+    for kind in ("_parameters", "_buffers"):
+        for module in network.modules():
+            held = getattr(module, kind)
+            for name, value in held.items():
+                if value is not None:
+                    places.setdefault(id(value), (held, name))
+    return list(places.values())

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.lightning_internals import batches_consumed, indices_of_batch, scales_gradients
-from ddim_pl.rng import step_generators
+from ddim_pl.rng import seed_default_generators, step_generators
 
 if TYPE_CHECKING:
     from ddim_pl.training.base import Batch, DiffusionModule
@@ -43,14 +43,40 @@ class _Part(NamedTuple):
     loss: Tensor
 
 
+class _Update(NamedTuple):
+    """What a message says of an update, whenever it is written."""
+
+    number: int
+    rates: str
+    first_batch: int
+    parts: list[_Part]
+
+
+class _Flag:
+    """A boolean of the device, on its way to the host."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.to("cpu", non_blocking=True)
+        self._event = None
+        if value.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> bool:
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._value)
+
+
 class UpdateCheck:
     """Looks at each update before it is made.
 
-    On a GPU this waits for the device once per update. So does the average of the weights, which
-    needs the number of its updates.
+    A fused optimiser leaves an update out by itself if it is told so on the device. Then nobody
+    waits for the device: the host learns of it at the next update, at the end, and before a
+    checkpoint is saved, and the weights are still those before. Other optimisers wait.
 
     Args:
-        skip: How many updates in a row may be left out.
+        skip: How many updates in a row may be left out; where it is not 0 the host always waits.
     """
 
     def __init__(self, skip: int) -> None:
@@ -58,6 +84,7 @@ class UpdateCheck:
         self.in_a_row = 0
         self.skipped = 0
         self._parts: list[_Part] = []
+        self._pending: tuple[_Update, _Flag] | None = None
 
     def add(self, batch: "Batch", seed: int, loss: Tensor) -> None:
         """Note a batch of the next update."""
@@ -67,50 +94,85 @@ class UpdateCheck:
         """Whether the update can be made; False if it is to be left out.
 
         Raises:
-            NotFiniteError: If it cannot be made, and may not be left out either.
+            NotFiniteError: If it or the one before cannot be made, and may not be left out either.
         """
+        self.finish(module)
         parts, self._parts = self._parts, []
-        numbers = [part.loss.float() for part in parts]
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        gradients = [gradient for gradient in gradients if gradient is not None]
-        # A scaler of float16 gradients skips those that overflow by itself.
-        if gradients and not scales_gradients(module.trainer):
-            numbers += [norm.float() for norm in torch._foreach_norm(gradients)]
-        bad = bool(numbers) and not torch.stack(numbers).isfinite().all()
+        update = _present(module, optimizer, parts)
+        bad = _has_bad(module, optimizer, parts)
+        if not self.skip and all(group.get("fused") for group in optimizer.param_groups):
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            self._pending = update, _Flag(bad)
+            return True
+        is_bad = bool(bad)
         if self.skip and module.trainer.world_size > 1:
-            bad = module.trainer.strategy.reduce_boolean_decision(bad, all=False)
-        if not bad:
+            is_bad = module.trainer.strategy.reduce_boolean_decision(is_bad, all=False)
+        if not is_bad:
             self.in_a_row = 0
             return True
         self.in_a_row += 1
-        message = _describe(module, parts)
+        message = _describe(module, update)
         if self.in_a_row > self.skip:
-            raise NotFiniteError(
-                f"{message}: lower the rate or clip the gradients, or let skip_bad_batches leave "
-                f"out single batches; the last good checkpoint is {_last_good(module)}"
-            )
+            raise _error(message, module)
         self.skipped += 1
         rank_zero_warn(f"{message}: left out, {self.skipped} by now")
         return False
 
+    def finish(self, module: "DiffusionModule") -> None:
+        """See whether the update before was made.
 
-def _describe(module: "DiffusionModule", parts: Iterable[_Part]) -> str:
-    """Say at which images and levels a loss is not finite; the parts are computed once more."""
-    found, parts = [], list(parts)
+        Raises:
+            NotFiniteError: If it was not.
+        """
+        if self._pending is None:
+            return
+        update, flag = self._pending
+        if flag.read():
+            raise _error(_describe(module, update), module)
+        self._pending = None
+
+
+def _has_bad(module: "DiffusionModule", optimizer: Optimizer, parts: Iterable[_Part]) -> Tensor:
+    """Whether a loss or a gradient is not finite, on the device."""
+    numbers = [part.loss.float() for part in parts]
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    gradients = [gradient for gradient in gradients if gradient is not None]
+    # A scaler of float16 gradients skips those that overflow by itself.
+    if gradients and not scales_gradients(module.trainer):
+        numbers += [norm.float() for norm in torch._foreach_norm(gradients)]
+    if not numbers:
+        return torch.tensor(False)
+    return ~torch.stack(numbers).isfinite().all()
+
+
+def _present(module: "DiffusionModule", optimizer: Optimizer, parts: list[_Part]) -> _Update:
+    rates = ", ".join(f"{group['lr']:g}" for group in optimizer.param_groups)
     first = batches_consumed(module.trainer) - len(parts) + 1
-    for number, part in enumerate(parts, first):
+    return _Update(module.global_step + 1, rates, first, parts)
+
+
+def _error(message: str, module: "DiffusionModule") -> NotFiniteError:
+    return NotFiniteError(
+        f"{message}: lower the rate or clip the gradients, or let skip_bad_batches leave out "
+        f"single batches; the last good checkpoint is {_last_good(module)}"
+    )
+
+
+def _describe(module: "DiffusionModule", update: _Update) -> str:
+    """Say at which images and levels a loss is not finite; the parts are computed once more."""
+    found = []
+    for number, part in enumerate(update.parts, update.first_batch):
         losses, levels = _losses_of(module, part)
         indices = indices_of_batch(module.trainer, number)
         for i in (~losses.isfinite()).nonzero().flatten().tolist():
             level = levels.expand(len(losses))[i]
             image = f"image {int(indices[i])}" if indices is not None else f"number {i}"
             found.append(f"{image} of batch {number} at level {level:g}")
-    rates = ", ".join(f"{group['lr']:g}" for group in module.trainer.optimizers[0].param_groups)
     more = f" and {len(found) - MOST_IMAGES} more" if len(found) > MOST_IMAGES else ""
     what = "; ".join(found[:MOST_IMAGES]) + more
     return (
-        f"loss and gradients must be finite, got nan or inf in update {module.global_step + 1}, "
-        f"with rate {rates}, " + (f"from {what}" if found else "in the gradients alone")
+        f"loss and gradients must be finite, got nan or inf in update {update.number}, "
+        f"with rate {update.rates}, " + (f"from {what}" if found else "in the gradients alone")
     )
 
 
@@ -124,7 +186,7 @@ def _losses_of(module: "DiffusionModule", part: _Part) -> tuple[Tensor, Tensor]:
             levels.append(t.cpu())
             return super().output(z, t)
 
-    torch.manual_seed(part.seed)
+    seed_default_generators(part.seed, module.device)
     settings = module.schedule, module.prediction, module.clip, module.time_input
     denoiser: NetworkDenoiser = Recorder(module.network, *settings)
     if module.num_classes is not None:

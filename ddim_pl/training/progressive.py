@@ -26,10 +26,12 @@ from ddim_pl.prediction import (
     PredictionType,
     check_loss_weight,
     eps_from_x,
+    has_unit_weight,
     output_error_weight,
     target,
 )
 from ddim_pl.rng import StepGenerators
+from ddim_pl.scales import expand_like
 from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.timesteps import linear
 from ddim_pl.training.base import Batch, DiffusionModule
@@ -175,7 +177,7 @@ class ProgressiveDistillation(Distillation):
         """Begin the ladder with a teacher's weights, in the student and in its first teacher."""
         super().load_weights_from(teacher)
         copy_weights(teacher.average.module, self.teacher)
-        self.average.n_averaged.zero_()
+        self.average.restart()
         self.round_index = self.round_at(0)
 
     def check_teacher(self, teacher: DiffusionModule) -> None:
@@ -191,7 +193,7 @@ class ProgressiveDistillation(Distillation):
         """Make the averaged student the teacher of the next round, and begin that."""
         copy_weights(self.average.module, self.teacher)
         copy_weights(self.average.module, self.network)
-        self.average.n_averaged.zero_()
+        self.average.restart()
         self.round_index += 1
 
     def student_checkpoint(self) -> dict[str, Any]:
@@ -244,8 +246,11 @@ class ProgressiveDistillation(Distillation):
         error = denoiser.output(z, t) - target(
             self.prediction, scales, wanted, eps_from_x(scales, z, wanted)
         )
+        errors = error.square().flatten(1).mean(1)
+        if has_unit_weight(self.prediction, self.loss_weight):
+            return errors
         weights = output_error_weight(self.prediction, self.loss_weight, scales)
-        return weights.to(x) * error.square().flatten(1).mean(1)
+        return expand_like(weights, errors) * errors
 
     # ---- Lightning ----------------------------------------------------------------------------
 
