@@ -31,6 +31,7 @@ from ddim_pl.schedules import LinearSchedule, NoiseSchedule
 from ddim_pl.timesteps import make_levels
 from ddim_pl.training.ema import ExponentialAverage
 from ddim_pl.training.finite import UpdateCheck, check_finite_weights, drop_gradients
+from ddim_pl.training.fused import use_fused_kernels
 from ddim_pl.training.guard import RunGuard
 from ddim_pl.training.hyperparameters import (
     BUILDER,
@@ -374,6 +375,7 @@ class DiffusionModule(L.LightningModule, ABC):
         """Optimiser over the network in training; the schedule steps once per update."""
         make = self.optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=2e-4))
         optimizer = make(self.network.parameters())
+        use_fused_kernels(optimizer)
         schedule = self.lr_scheduler(optimizer) if self.lr_scheduler else None
         if self.warmup_steps:
             schedule = Warmup(optimizer, self.warmup_steps, schedule)

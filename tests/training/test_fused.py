@@ -1,0 +1,47 @@
+"""Which optimisers are fused."""
+
+from unittest.mock import PropertyMock, patch
+
+import pytest
+import torch
+from torch import nn
+
+from ddim_pl.training.fused import use_fused_kernels
+
+
+def fused(make, **arguments):
+    """Whether an optimiser of weights that say they are on a GPU becomes a fused one."""
+    optimizer = make(nn.Linear(2, 2).parameters(), lr=0.1, **arguments)
+    with patch.object(nn.Parameter, "is_cuda", PropertyMock(return_value=True), create=True):
+        use_fused_kernels(optimizer)
+    return optimizer.param_groups[0].get("fused")
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
+def test_adam_is_fused_on_a_gpu_unless_it_was_told_otherwise(make):
+    assert fused(make) is True
+    assert fused(make, fused=False) is False
+    assert not fused(make, foreach=True)
+    optimizer = make(nn.Linear(2, 2).parameters(), lr=0.1)
+    use_fused_kernels(optimizer)  # on the CPU
+    assert not optimizer.param_groups[0]["fused"]
+
+
+def test_other_optimisers_stay_as_they_are():
+    assert not fused(torch.optim.SGD)
+
+
+def test_a_fused_optimiser_makes_the_same_updates():
+    torch.manual_seed(0)
+    networks = [nn.Linear(5, 3) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    optimizers = [torch.optim.Adam(each.parameters(), lr=0.1) for each in networks]
+    with patch.object(nn.Parameter, "is_cuda", PropertyMock(return_value=True), create=True):
+        use_fused_kernels(optimizers[1])
+    for _ in range(5):
+        for network, optimizer in zip(networks, optimizers, strict=True):
+            optimizer.zero_grad()
+            network(torch.arange(10.0).reshape(2, 5)).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(networks[0].weight, networks[1].weight, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(networks[0].weight, torch.zeros(3, 5))
