@@ -21,6 +21,12 @@ from ddim_pl.checks import check_at_least
 from ddim_pl.scales import Scales
 
 
+MOST_KNOWN = 10_000
+"""Single levels whose scales a schedule keeps."""
+
+_CLEAN = Scales(torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64))
+
+
 class NoiseSchedule(ABC):
     """A variance-preserving schedule over the real levels `[0, num_levels]`.
 
@@ -45,7 +51,12 @@ class NoiseSchedule(ABC):
         Raises:
             ValueError: If a level lies outside [0, num_levels].
         """
+        if isinstance(t, float | int) or (t.ndim == 0 and t.device.type == "cpu"):
+            return self._at(float(t))
         t = torch.as_tensor(t, dtype=torch.float64)
+        return self._compute(t)
+
+    def _compute(self, t: Tensor) -> Scales:
         # On another device the check would synchronise.
         if t.device.type == "cpu" and not ((t >= 0) & (t <= self.num_levels)).all():
             raise ValueError(
@@ -60,12 +71,27 @@ class NoiseSchedule(ABC):
         """Whether alpha is 0 at the last level, exactly."""
         return bool(self(self.num_levels).alpha == 0)
 
+    @cached_property
+    def _known(self) -> dict[float, Scales]:
+        """Scales of single levels, which the steps of a sampler ask for again and again."""
+        return {}
+
+    def _at(self, t: float) -> Scales:
+        known = self._known
+        if t not in known:
+            if len(known) >= MOST_KNOWN:
+                known.clear()
+            known[t] = self._compute(torch.tensor(t, dtype=torch.float64))
+        return known[t]
+
     def step_end(self, s: Tensor | float) -> Scales:
         """Scales at the level that a step leads to: at level 0 those of clean data, (1, 0).
 
         A step to level 0 ends in the estimate of x, also where the schedule has noise left there,
         as in the sampler and the target of [PD]'s code. Arguments and errors as for a call.
         """
+        if not isinstance(s, Tensor) or s.ndim == 0:
+            return _CLEAN if float(s) == 0 else self(s)
         alpha, sigma = self(s)
         clean = torch.as_tensor(s, device=alpha.device) == 0
         return Scales(torch.where(clean, 1.0, alpha), torch.where(clean, 0.0, sigma))
