@@ -192,7 +192,7 @@ class DiffusionCLI(LightningCLI):
                 raise ValueError(_needs_checkpoint(command))
             return
         if checkpoint != self._read:
-            read_checkpoint(Path(checkpoint))
+            read_checkpoint(Path(checkpoint), keep=True)
         config.ckpt_path = checkpoint
         for each in loggers:
             _log_into_run(each, Path(checkpoint), fits=command == "fit")
