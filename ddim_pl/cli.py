@@ -33,6 +33,7 @@ import ddim_pl.metrics
 import ddim_pl.networks
 from ddim_pl import signals
 from ddim_pl.cli_checks import check_config, check_module, naming_trainer
+from ddim_pl.cli_commands import DESCRIPTIONS, exit_without_command
 from ddim_pl.cli_configs import (
     DEFAULTS,
     CommandParser,
@@ -93,7 +94,7 @@ class _SaveConfig(SaveConfigCallback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Store the config, so that the checkpoint alone is enough."""
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
         config = yaml.safe_load(text)
         config["model"]["init_args"] = filled(config["model"]["init_args"], pl_module.hparams)
         # Another run, begun from this file, gets a version of its own.
@@ -114,30 +115,31 @@ class DiffusionCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         """Run the command that the arguments (by default those of the process) name."""
-        # jsonargparse takes the path for a pattern, and a folder's name may hold brackets.
-        defaults = {"default_config_files": [glob.escape(str(DEFAULTS))]}
+        args = list(sys.argv[1:] if args is None else args)
+        # Parsers take a while to build. Behind an option that stands first any command may follow.
+        self._built = args[:1] if args and args[0] in DESCRIPTIONS else list(DESCRIPTIONS)
         super().__init__(
             DiffusionModule,
             LightningDataModule,
             save_config_callback=_SaveConfig,
             trainer_class=TrainerWithCommands,
             seed_everything_default=0,
-            parser_kwargs={command: dict(defaults) for command in LightningCLI.subcommands()},
+            parser_kwargs={command: _parser_settings(command) for command in self._built},
             parser_class=CommandParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            args=list(sys.argv[1:] if args is None else args),
+            args=args,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
 
     # ---- arguments ----------------------------------------------------------------------------
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The commands, each with the arguments that are made for it."""
-        made = {"model", "datamodule"}
-        return LightningCLI.subcommands() | {command: made for command in COMMANDS}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The commands that get a parser, each with the arguments that are made for it."""
+        ours = {command: {"model", "datamodule"} for command in COMMANDS}
+        made = LightningCLI.subcommands() | ours
+        return {command: made[command] for command in self._built}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for weights, data and noise."""
@@ -193,7 +195,7 @@ class DiffusionCLI(LightningCLI):
                 raise ValueError(_needs_checkpoint(command))
             return
         if checkpoint != self._read:
-            read_checkpoint(Path(checkpoint))
+            read_checkpoint(Path(checkpoint), keep=True)
         config.ckpt_path = checkpoint
         for each in loggers:
             _log_into_run(each, Path(checkpoint), fits=command == "fit")
@@ -225,7 +227,10 @@ class DiffusionCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Record the model's arguments, and find what is wrong before anything is written."""
-        text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False)
+        # It was checked when it was parsed.
+        text = self.parser.dump(
+            self.config, skip_link_targets=False, skip_none=False, skip_validation=True
+        )
         model = yaml.safe_load(text)[self.subcommand]["model"]
         arguments = filled(model["init_args"], self.model.hparams)
         self.model.save_hyperparameters(
@@ -338,6 +343,14 @@ def _check_fit(module: DiffusionModule, data: ImageDataModule) -> None:
         )
 
 
+def _parser_settings(command: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {"description": DESCRIPTIONS[command]}
+    if command not in COMMANDS:
+        # jsonargparse takes the path for a pattern, and a folder's name may hold brackets.
+        settings["default_config_files"] = [glob.escape(str(DEFAULTS))]
+    return settings
+
+
 def _needs_checkpoint(command: str) -> str:
     return f"{command} needs --ckpt_path: give a file or 'last'"
 
@@ -405,6 +418,7 @@ def main(args: Sequence[str] | None = None) -> None:
     # Lightning calls what the newest jsonargparse has deprecated.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     args = list(sys.argv[1:] if args is None else args)
+    exit_without_command(args)
     for warning in IGNORED:
         warnings.filterwarnings("ignore", warning)
     if args and args[0] in ("levels", "reconstruct", "sweep"):  # they use levels of their own

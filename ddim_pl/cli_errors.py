@@ -1,4 +1,7 @@
-"""What went wrong on the command line, in one line that says what to do."""
+"""What went wrong on the command line, in one line that says what to do.
+
+PyTorch and Lightning are imported where a message needs them: one about the command does not.
+"""
 
 import difflib
 import importlib
@@ -10,9 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
-
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
 
 from ddim_pl.renamed import RENAMED
 
@@ -71,6 +71,8 @@ def run_message(error: Exception, options: Iterable[tuple[str, str]] = ()) -> st
         error: Raised by the command.
         options: Names and values of the arguments, one of which may name a file that fails.
     """
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
     message = one_line(_reason(_of_worker(str(error))))
     misfit = re.match(r"Error\(s\) in loading state_dict for \w+: ([^.:]*)", message)
     if isinstance(error, RuntimeError) and misfit:
@@ -142,6 +144,8 @@ def exit_if_callbacks_are_shadowed() -> None:
 
 def known_classes(base: type[Any], packages: tuple[str, ...] = OURS) -> list[type[Any]]:
     """The classes below a base that can be made: ours, or if there are none, its package's."""
+    from torch import nn
+
     kinds = [kind for kind in _below(base) if not inspect.isabstract(kind)]
     kinds = [kind for kind in kinds if not kind.__name__.startswith("_")]
     places = ("ddim_pl.networks.",) if (base, packages) == (nn.Module, OURS) else packages
@@ -177,6 +181,8 @@ def _reason(message: str) -> str:
 
 def _wrong_class(message: str, wrong: re.Match[str]) -> str | None:
     """A value that names no class of the wanted kind."""
+    from torch import Tensor
+
     before = message[: wrong.start()]
     key = _last(KEY, before)
     given = wrong[1] or _last(OWNER, before) or wrong[2]

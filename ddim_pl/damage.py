@@ -6,10 +6,11 @@ get a digest of their content, under `SEAL`; files of before have none and are r
 
 import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -23,7 +24,17 @@ class DamagedError(ValueError):
     """A file does not hold what was written."""
 
 
-def read_archive(path: str | Path, name: str = "checkpoint_path") -> Any:
+class _Kept(NamedTuple):
+    """What was read of a file, and what tells that it is still the same file."""
+
+    stamp: tuple[int, ...]
+    content: Any
+
+
+_kept: _Kept | None = None
+
+
+def read_archive(path: str | Path, name: str = "checkpoint_path", *, keep: bool = False) -> Any:
     """Read what `torch.save` wrote; tensors stay on the disk until they are used.
 
     Its checksums are compared first, at more than a gigabyte a second.
@@ -31,15 +42,42 @@ def read_archive(path: str | Path, name: str = "checkpoint_path") -> Any:
     Args:
         path: The file.
         name: The argument that gave the path, for the error.
+        keep: Whether the next call for the same file, unless it has changed, returns the same
+            object; a `check_archive` of it compares no more checksums. The caller leaves the
+            object as it is.
 
     Raises:
         DamagedError: If the file is damaged, or of another program.
     """
-    check_archive(path, name)
+    global _kept
+    kept = _take_kept(path)
+    if kept is None:
+        stamp = _stamp(path)
+        check_archive(path, name)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # the bytes may name anything
+            raise DamagedError(_no_checkpoint(path, name, reason_of(error))) from error
+        kept = _Kept(stamp, content)
+    if keep:
+        _kept = kept
+    return kept.content
+
+
+def _take_kept(path: str | Path) -> _Kept | None:
+    """What is kept of this very file; nothing is kept any more after that."""
+    global _kept
+    kept, _kept = _kept, None
+    return kept if kept and kept.stamp and kept.stamp == _stamp(path) else None
+
+
+def _stamp(path: str | Path) -> tuple[int, ...]:
+    """What changes when a file is written or replaced; empty if there is no file."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # the bytes may name anything
-        raise DamagedError(_no_checkpoint(path, name, reason_of(error))) from error
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def check_archive(path: str | Path, name: str = "ckpt_path") -> None:
@@ -52,7 +90,7 @@ def check_archive(path: str | Path, name: str = "ckpt_path") -> None:
     Raises:
         DamagedError: If the file is damaged, or of another program.
     """
-    damage = _damage_of(path)
+    damage = None if _take_kept(path) else _damage_of(path)
     if damage is not None:
         raise DamagedError(_no_checkpoint(path, name, damage))
 

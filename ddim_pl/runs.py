@@ -165,12 +165,15 @@ def version_of(checkpoint: Path) -> tuple[Path, int] | None:
     return (run.parent, int(number[1])) if number else None
 
 
-def read_checkpoint(path: Path, name: str = "--ckpt_path") -> dict[str, Any]:
+def read_checkpoint(
+    path: Path, name: str = "--ckpt_path", *, keep: bool = False
+) -> dict[str, Any]:
     """Read a Lightning checkpoint; tensors stay on the disk until they are used.
 
     Args:
         path: The file.
         name: The argument that gave the path, for the errors.
+        keep: Whether the next reading may return the same object, see `read_archive`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -181,7 +184,7 @@ def read_checkpoint(path: Path, name: str = "--ckpt_path") -> dict[str, Any]:
         raise FileNotFoundError(
             f"{name} must be a checkpoint, got {path}, {problem}: give a file or 'last'"
         )
-    checkpoint = read_archive(path, name)
+    checkpoint = read_archive(path, name, keep=keep)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(
             f"{name} must be a Lightning checkpoint, got {path}, which holds no state_dict: give "
@@ -193,6 +196,8 @@ def read_checkpoint(path: Path, name: str = "--ckpt_path") -> dict[str, Any]:
 def checkpoint_config(path: Path, command: str) -> dict[str, Any]:
     """The config that a checkpoint holds, as far as a stranger's may be used.
 
+    The command that follows reads the same file again, so its content is kept for it.
+
     Args:
         path: The file.
         command: The command that will use it.
@@ -201,7 +206,7 @@ def checkpoint_config(path: Path, command: str) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no checkpoint, holds no config, or names what it may not name.
     """
-    text = read_checkpoint(path).get(CONFIG_KEY)
+    text = read_checkpoint(path, keep=True).get(CONFIG_KEY)
     config = yaml.safe_load(text) if isinstance(text, str) else None
     if not isinstance(config, dict):
         raise ValueError(

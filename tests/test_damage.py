@@ -3,6 +3,7 @@
 import json
 import random
 import warnings
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,11 +11,19 @@ import pytest
 import torch
 from ladders import save
 from safetensors.torch import save_file
-from tiny import some_ddpm
+from tiny import some_ddpm, tiny_config, write_config
 
 from ddim_pl.cli import main
 from ddim_pl.commands.invert import _read_latents
-from ddim_pl.damage import DamagedError, read_archive, read_sealed, read_tensors, seal_of, sealed
+from ddim_pl.damage import (
+    DamagedError,
+    check_archive,
+    read_archive,
+    read_sealed,
+    read_tensors,
+    seal_of,
+    sealed,
+)
 from ddim_pl.data.teacher_pairs import PairStore
 from ddim_pl.evaluation.cells import read_cell
 from ddim_pl.images import read_png, write_png
@@ -175,6 +184,48 @@ def test_a_whole_checkpoint_beside_is_named(tmp_path):
     (tmp_path / "step=1.ckpt").unlink()
     with pytest.raises(DamagedError, match=r"not match its checksum\): give another file$"):
         read_archive(tmp_path / "last.ckpt")
+
+
+def test_what_is_kept_serves_one_more_reading_of_the_same_file(tmp_path):
+    path, other = Path(save(MODEL, tmp_path / "a.ckpt")), tmp_path / "b.ckpt"
+    kept = read_archive(path, keep=True)
+    found = read_archive(path)
+    assert found is kept
+    assert read_archive(path) is not kept
+    other.write_bytes(path.read_bytes())
+    kept = read_archive(path, keep=True)
+    assert read_archive(other) is not kept
+    assert read_archive(path) is not kept
+
+
+@pytest.mark.parametrize("read", [read_archive, check_archive])
+def test_a_file_that_was_damaged_since_it_was_kept_is_noticed(tmp_path, read):
+    path = Path(save(MODEL, tmp_path / "a.ckpt"))
+    data = path.read_bytes()
+    read_archive(path, keep=True)
+    damaged = tmp_path / "b.ckpt"
+    middle = len(data) // 2
+    damaged.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    damaged.replace(path)
+    with pytest.raises(DamagedError):
+        read(path)
+
+
+@pytest.mark.parametrize("command", ["sample", "test", "fit"])
+def test_the_checksums_of_a_checkpoint_are_compared_once(tmp_path, command, monkeypatch):
+    config = write_config(tiny_config(tmp_path, max_steps=1), tmp_path / "config.yaml")
+    main(["fit", "--config", config])
+    checked, testzip = [], zipfile.ZipFile.testzip
+
+    def record(archive):
+        checked.append(Path(archive.filename))
+        return testzip(archive)
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", record)
+    last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    more = {"sample": ["--num_images", "1"], "fit": ["--trainer.max_steps", "2"]}
+    main([command, "--ckpt_path", str(last), *more.get(command, [])])
+    assert checked == [last]
 
 
 def test_the_command_line_says_it_in_one_line(tmp_path):

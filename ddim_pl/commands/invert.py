@@ -8,7 +8,6 @@ import lightning as L
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from ddim_pl.checks import check_at_least
 from ddim_pl.commands.sources import RealImages, image_source, unclipped
@@ -254,6 +253,9 @@ def _write(
 
 def _write_events(folder: Path, curve: list[dict[str, float]]) -> None:
     """Write the curves and the page of images for TensorBoard, in the place of earlier ones."""
+    # Every command imports this module, and TensorBoard takes a tenth of a second.
+    from torch.utils.tensorboard import SummaryWriter
+
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
     with SummaryWriter(str(folder)) as log:

@@ -1,11 +1,12 @@
-"""Scikit-learn's digits: 1,797 scans of 8x8 pixels that need no download."""
+"""Scikit-learn's digits: 1,797 scans of 8x8 pixels that need no download.
+
+Scikit-learn is imported where digits are read: every command imports this module.
+"""
 
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from ddim_pl.data.base import ImageDataModule, TensorImages
@@ -15,6 +16,8 @@ NUM_CLASSES = 10
 
 def digits_arrays() -> tuple[Tensor, Tensor]:
     """Return all digits: uint8 images (1797, 1, 8, 8) over 0 to 255, int64 labels (1797,)."""
+    from sklearn.datasets import load_digits
+
     scans, labels = load_digits(return_X_y=True)
     # A scan counts the inked pixels of 4x4 blocks, so it takes the 17 values 0 to 16.
     images = np.round(scans.reshape(-1, 1, 8, 8) * 255 / 16).astype(np.uint8)
@@ -27,6 +30,8 @@ def digits_split() -> tuple[Tensor, Tensor]:
     The split is fixed and stratified by class. The data module and the feature extractor of
     `ddim_pl.metrics.digits` hold out the same images.
     """
+    from sklearn.model_selection import train_test_split
+
     _, labels = digits_arrays()
     train, heldout = train_test_split(
         np.arange(len(labels)), test_size=360, random_state=0, stratify=labels.numpy()
