@@ -20,7 +20,6 @@ from torch.nn.functional import logsigmoid
 from ddim_pl.checks import check_at_least
 from ddim_pl.scales import Scales
 
-
 MOST_KNOWN = 10_000
 """Single levels whose scales a schedule keeps."""
 
@@ -81,7 +80,9 @@ class NoiseSchedule(ABC):
         if t not in known:
             if len(known) >= MOST_KNOWN:
                 known.clear()
-            known[t] = self._compute(torch.tensor(t, dtype=torch.float64))
+            # Also for gradients, whatever mode the first who asks is in.
+            with torch.inference_mode(False), torch.no_grad():
+                known[t] = self._compute(torch.tensor(t, dtype=torch.float64))
         return known[t]
 
     def step_end(self, s: Tensor | float) -> Scales:

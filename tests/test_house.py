@@ -43,6 +43,7 @@ def test_tests_mirror_the_packages():
     whole |= {"tests/test_docs.py", "tests/test_failures.py", "tests/test_fuzz.py"}
     whole |= {"tests/samplers/test_against_diffusers.py", "tests/training/test_gamma_training.py"}
     whole |= {"tests/cli/test_configs.py", "tests/cli/test_help.py", "tests/cli/test_fuzz.py"}
+    whole |= {"tests/training/test_waits.py"}
     whole |= {"tests/callbacks/test_likelihood_callback.py"}  # tests/test_likelihood.py is another
     for path in (ROOT / "tests").rglob("test_*.py"):
         place = path.relative_to(ROOT / "tests")

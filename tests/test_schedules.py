@@ -260,3 +260,19 @@ def test_level_at_a_log_snr_that_no_level_has_is_the_nearest_level(
 ) -> None:
     assert schedule.level_at(-100.0) == 1000
     torch.testing.assert_close(schedule.level_at(1e4).item(), 0.0, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [LinearSchedule(), CosineLogSNRSchedule()])
+def test_the_scales_of_a_single_level_are_kept_and_are_those_of_a_vector(schedule):
+    levels = [0.0, 1.0, 17.25, 999.0, 1000.0]
+    several = schedule(torch.tensor(levels, dtype=torch.float64))
+    with torch.inference_mode():
+        first = [schedule(torch.tensor(t)) for t in levels]
+    for i, t in enumerate(levels):
+        again = schedule(t)
+        assert again.alpha is first[i].alpha
+        assert not again.alpha.is_inference()
+        assert (again.alpha, again.sigma) == (several.alpha[i], several.sigma[i])
+    with pytest.raises(ValueError, match="t must lie in"):
+        schedule(1000.5)
+    assert schedule == type(schedule)()  # what it keeps is no part of what it is
