@@ -48,6 +48,7 @@ from ddim_pl.commands import Trainer as TrainerWithCommands
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.evaluation.measure import ChecksBeforeRun
 from ddim_pl.evaluation.tables import write_text
+from ddim_pl.evaluation.worker import precision_of
 from ddim_pl.files import check_writable
 from ddim_pl.lightning_internals import (
     FILE_LOGGERS,
@@ -316,6 +317,7 @@ class DiffusionCLI(LightningCLI):
             "sampler": str(module.sampler),
             "timesteps": steps if isinstance(steps, str) else levels.tolist(),
             "network evaluations": len(levels) - 1,
+            "precision": precision_of(self.trainer, module),
         }
         rows |= {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         width = max(map(len, rows))

@@ -105,7 +105,8 @@ def _fill(
     for some in worker.batches(range(num_fills * count), batch_size, "filling"):
         which = torch.tensor(list(some)) % count
         z, generators = model.latents(some, model.levels[0], seed=seed)
-        denoiser = model.conditioned(None if real.label is None else real.label[which])
+        label = None if real.label is None else real.label[which]
+        denoiser = model.conditioned(label, sampling=True)
         with worker.precision():
             found = method(
                 denoiser,

@@ -106,7 +106,7 @@ def _between(
         pair, point = batch // num_points, batch % num_points
         z = slerp(ends[2 * pair], ends[2 * pair + 1], point / (num_points - 1))
         classes = None if labels is None else labels[2 * pair]
-        denoiser = model.conditioned(classes) if clip else unclipped(model, classes)
+        denoiser = model.conditioned(classes, sampling=True) if clip else unclipped(model, classes)
         sampler = model.sampler if clip else unclipped_sampler(model)
         with worker.precision():
             images = sampler(denoiser, z.to(model.device), model.levels)

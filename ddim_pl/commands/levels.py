@@ -84,7 +84,7 @@ def search_levels(
     errors = StepErrors.none(len(candidates))
     for batch in worker.batches(range(num_images), batch_size, "searching levels"):
         z, _ = model.latents(batch, candidates[0], seed=SEARCH_SEED + model.seed)
-        denoiser = model.conditioned(model.label_of(batch))
+        denoiser = model.conditioned(model.label_of(batch), sampling=True)
         with worker.precision():
             more = one_step_errors(
                 denoiser, z.to(model.device), candidates, progress=worker.shows_progress

@@ -23,7 +23,7 @@ from ddim_pl.data.base import ImageDataModule
 from ddim_pl.evaluation.measure import MeasureSettings, measure, settings_of
 from ddim_pl.evaluation.plots import label_rows, plot_distances
 from ddim_pl.evaluation.tables import markdown, write_csv, write_text
-from ddim_pl.evaluation.worker import Worker
+from ddim_pl.evaluation.worker import Worker, precision_of
 from ddim_pl.images import read_png, write_png
 from ddim_pl.samplers import Sampler
 from ddim_pl.training import DiffusionModule
@@ -153,7 +153,7 @@ def report(
     Args:
         name: The files are `<name>.csv`, `<name>.md` and the plot `<name>.png`, beside a page of
             images `grids.png`.
-        intro: First words of the Markdown file; the seed follows.
+        intro: First words of the Markdown file; seed and precision follow.
         entries: What to measure.
         total: Number of entries.
         settings: How they are measured.
@@ -177,7 +177,9 @@ def report(
             titles.append(entry.title)
             series.append(entry.series)
             images.append(torch.stack(read_png(path).chunk(settings.num_shown, -1)))
-            page = f"{intro}, seed {settings.seed}.\n\n{markdown(rows)}"
+            precision = precision_of(entry.worker.trainer, entry.worker.model)
+            head = f"{intro}, seed {settings.seed}, precision {precision}."
+            page = f"{head}\n\n{markdown(rows)}"
             write_csv(folder / f"{name}.csv", rows)
             write_text(folder / f"{name}.md", page)
             distance = settings.measure.quality.keys[0]

@@ -309,6 +309,12 @@ def check_noise(name: str, model: DiffusionModule, sampler: Sampler) -> None:
         )
 
 
+def precision_of(trainer: L.Trainer, model: DiffusionModule) -> str:
+    """What images are drawn in, for tables: the trainer's precision, and the network's own."""
+    network = model.sampling_precision
+    return str(trainer.precision) + (f", network {network}" if network != 32 else "")
+
+
 def warn_of_student(model: DiffusionModule, sampler: Sampler, levels: Tensor) -> None:
     """Warn of steps that a distilled model was not made for."""
     wanted, own = model.distilled_steps, default_sampler(model.noise)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ddim_pl.checks import check_at_least
+from ddim_pl.checks import check_at_least, check_one_of
 from ddim_pl.clipping import Clipping
 from ddim_pl.damage import read_archive
 from ddim_pl.data.batches import BatchReader
@@ -40,6 +40,7 @@ from ddim_pl.training.hyperparameters import (
     describe,
     import_path,
 )
+from ddim_pl.training.reduced import NetworkPrecision, ReducedCopy
 from ddim_pl.training.resuming import apply_settings
 from ddim_pl.training.warmup import Warmup
 
@@ -80,6 +81,8 @@ class DiffusionModule(L.LightningModule, ABC):
         skip_bad_batches: How many updates in a row are left out because their loss or gradients
             are not finite, before the fit stops; by default none. "train/skipped_batches" counts
             them since the fit began.
+        sampling_precision: 32, or "bf16": images are drawn with a bfloat16 copy of the averaged
+            weights, see `ddim_pl.training.reduced`. Encoding, likelihoods and losses are not.
         compile: Compile the network with `torch.compile`.
         seed: Seed of all noise in training and of the sampled images.
 
@@ -106,6 +109,7 @@ class DiffusionModule(L.LightningModule, ABC):
         warmup_steps: int = 0,
         ema_decay: float = 0.9999,
         skip_bad_batches: int = 0,
+        sampling_precision: NetworkPrecision = 32,
         compile: bool = False,
         seed: int = 0,
     ) -> None:
@@ -119,12 +123,11 @@ class DiffusionModule(L.LightningModule, ABC):
         self.network = network
         self.average = ExponentialAverage(network, ema_decay)
         self.prediction, self.time_input, self.clip = prediction, time_input, clip
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.warmup_steps = warmup_steps
-        self.skip_bad_batches = skip_bad_batches
-        self.compile_network = compile
-        self.seed = seed
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.warmup_steps, self.skip_bad_batches = warmup_steps, skip_bad_batches
+        self.sampling_precision: NetworkPrecision = sampling_precision
+        self._reduced = ReducedCopy()
+        self.compile_network, self.seed = compile, seed
         self._check_arguments()
         self.record_arguments()
 
@@ -132,6 +135,7 @@ class DiffusionModule(L.LightningModule, ABC):
         """Find what is wrong now, not after hours of training."""
         check_at_least(0, warmup_steps=self.warmup_steps, seed=self.seed)
         check_at_least(0, skip_bad_batches=self.skip_bad_batches)
+        check_one_of(NetworkPrecision, sampling_precision=self.sampling_precision)
         self._update_check = UpdateCheck(self.skip_bad_batches)
         self._update_is_good = True
         self._warned_of: set[Sampler] = set()
@@ -209,8 +213,15 @@ class DiffusionModule(L.LightningModule, ABC):
 
     @property
     def denoiser(self) -> NetworkDenoiser:
-        """The averaged network as a denoiser: the one to sample from."""
+        """The averaged network as a denoiser, in the precision of its weights."""
         return self._denoiser(self.average.module)
+
+    @property
+    def sampling_denoiser(self) -> NetworkDenoiser:
+        """The averaged network as a denoiser, in `sampling_precision`: the one to sample from."""
+        if self.sampling_precision == 32:
+            return self.denoiser
+        return self._denoiser(self._reduced.of(self.average.module))
 
     @property
     def num_classes(self) -> int | None:
@@ -256,7 +267,7 @@ class DiffusionModule(L.LightningModule, ABC):
         if sampler is not None:
             self.check_noise(sampler)
         return (sampler or self.sampler)(
-            self.conditioned(label),
+            self.conditioned(label, sampling=True),
             z.to(self.device),
             levels,
             generator=generators,
@@ -287,11 +298,17 @@ class DiffusionModule(L.LightningModule, ABC):
             return None
         return torch.tensor([int(i) % self.num_classes for i in indices])
 
-    def conditioned(self, label: Tensor | None) -> NetworkDenoiser:
-        """The averaged network as a denoiser of images of these classes `(B,)`, on its device."""
+    def conditioned(self, label: Tensor | None, *, sampling: bool = False) -> NetworkDenoiser:
+        """The averaged network as a denoiser of images of these classes `(B,)`, on its device.
+
+        Args:
+            label: The classes; not used if the network has none.
+            sampling: To draw images, in `sampling_precision`.
+        """
+        denoiser = self.sampling_denoiser if sampling else self.denoiser
         if self.num_classes is None or label is None:
-            return self.denoiser
-        return self.denoiser.condition(label.to(self.device))
+            return denoiser
+        return denoiser.condition(label.to(self.device))
 
     # ---- Lightning ----------------------------------------------------------------------------
 

@@ -167,6 +167,7 @@ def averaged_checkpoint(module: DiffusionModule, **changes: Any) -> dict[str, An
     state |= {f"average.module.{name}": value for name, value in weights.items()}
     names = ["network", "schedule", "noise", "prediction", "time_input", "image_shape", "clip"]
     names += ["sampler", "timesteps", "num_steps", "last_level", "seed", "distilled_steps"]
+    names += ["sampling_precision"]
     names += [name for name in ("loss_weight",) if hasattr(module, name)]
     arguments = {name: describe(getattr(module, name)) for name in names} | changes
     return {

@@ -9,6 +9,7 @@ import torch
 from scipy.stats import kstest, truncnorm, uniform
 from torch import Tensor, nn
 
+from ddim_pl.networks import unet
 from ddim_pl.networks.unet import SelfAttention, Stage, UNet, sinusoidal_embedding
 
 TINY: dict[str, Any] = {
@@ -535,3 +536,19 @@ def test_arguments_can_be_read_from_yaml() -> None:
     network = parser.instantiate(config).network
     assert network.init_args["multipliers"] == [1, 2]
     assert network.init_args["attention"] == [4]
+
+
+@pytest.mark.parametrize("side", [8, 32])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_its_group_norm_is_pytorchs_in_bfloat16(side, memory_format):
+    """With small images by another kernel, which rounds less."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(3, 16, side, side, generator=generator).bfloat16()
+    norm, plain = unet.GroupNorm(4, 16).bfloat16(), torch.nn.GroupNorm(4, 16)
+    with torch.no_grad():
+        for own, theirs in zip(norm.parameters(), plain.parameters(), strict=True):
+            theirs.copy_(own.normal_(generator=generator))
+        found = norm(h.to(memory_format=memory_format))
+        exact = plain(h.float())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,42 @@
+"""A copy of a network in bfloat16, with which images are drawn in a fraction of the time."""
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+NetworkPrecision = Literal[32, "bf16"]
+"""Precision of the weights and activations of a network that is only evaluated: 32 as they are."""
+
+
+class ReducedCopy:
+    """A bfloat16 copy of a network, with its channels last, that follows its weights.
+
+    States, schedules and the arithmetic of the steps stay in float32 around it. It pays where the
+    device multiplies matrices of bfloat16 faster: GPUs, and CPUs with AMX.
+    """
+
+    def __init__(self) -> None:
+        self._copy: nn.Module | None = None
+        self._state: Any = None
+
+    def of(self, network: nn.Module) -> nn.Module:
+        """Return the copy, made anew if the network's values have changed or moved."""
+        values = [*network.parameters(), *network.buffers()]
+        state = [(id(each), each._version, each.data_ptr()) for each in values]
+        if self._copy is None or state != self._state:
+            # Also for gradients with respect to its input, whatever mode it is first asked for in.
+            with torch.inference_mode(False), torch.no_grad():
+                made = copy.deepcopy(network).to(torch.bfloat16)
+                made = made.to(memory_format=torch.channels_last)
+            self._copy, self._state = made.requires_grad_(False).eval(), state
+        return self._copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ReducedCopy":
+        """A copy of the module that holds this one makes its own."""
+        return ReducedCopy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Nothing of it goes into files or to other processes."""
+        return ReducedCopy, ()
