@@ -1,0 +1,73 @@
+"""What lies around the network: pictures, features, metrics and folders of images.
+
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/around_network.py png
+
+The two ways run in turn, and the ratio of each pair of CPU seconds is taken: on a shared machine
+the wall clock means little. Memory is the most that a process of its own held.
+"""
+
+import argparse
+import io
+import resource
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torchvision.transforms.functional import to_pil_image
+
+PAIRS = 5
+
+
+def cpu_seconds(function: Callable[[], Any]) -> float:
+    """CPU time of one call, over all threads."""
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    function()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def compare(name: str, slow: Callable[[], Any], fast: Callable[[], Any]) -> None:
+    """Print the ratio of the CPU seconds of two ways, after a warm-up of each."""
+    slow(), fast()
+    pairs = [(cpu_seconds(slow), cpu_seconds(fast)) for _ in range(PAIRS)]
+    ratios = sorted(a / b for a, b in pairs)
+    print(
+        f"{name}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}), "
+        f"{min(a for a, _ in pairs):.3f} s and {min(b for _, b in pairs):.3f} s of CPU"
+    )
+
+
+def png() -> None:
+    """Compression of smooth pictures with a little noise."""
+    generator = torch.Generator().manual_seed(0)
+    for side, count in ((32, 500), (256, 30)):
+        coarse = 60 * torch.randn(count, 3, 8, 8, generator=generator)
+        smooth = torch.nn.functional.interpolate(coarse, size=side, mode="bicubic")
+        noise = 2 * torch.randn(count, 3, side, side, generator=generator)
+        images = [*map(to_pil_image, (128 + smooth + noise).clamp(0, 255).to(torch.uint8))]
+        sizes = {}
+
+        def write(level: int, images: list[Any] = images, sizes: dict[int, int] = sizes) -> None:
+            sizes[level] = 0
+            for image in images:
+                file = io.BytesIO()
+                image.save(file, format="png", compress_level=level)
+                sizes[level] += len(file.getvalue())
+
+        name = f"{count} pictures of {side}x{side}, level 6 / level 1"
+        compare(name, lambda write=write: write(6), lambda write=write: write(1))
+        print(f"  bytes: {sizes[6]} and {sizes[1]}, {sizes[1] / sizes[6]:.2f} of them")
+
+
+def main() -> None:
+    """Answer one question."""
+    questions = {each.__name__: each for each in (png,)}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("question", choices=questions)
+    torch.set_num_threads(1)
+    questions[parser.parse_args().question]()
+
+
+if __name__ == "__main__":
+    main()
