@@ -1,5 +1,6 @@
 """Any folder of images, nested or flat; the first-level subfolders are classes."""
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +85,7 @@ class FileImages(ImageSet):
         labels: Tensor,
         num_classes: int,
         shape: tuple[int, int, int],
-        decode_file: Callable[[Path], Tensor],
+        decode_file: "partial[Tensor]",
     ) -> None:
         super().__init__(labels, num_classes, shape)
         self._paths = paths
@@ -98,6 +99,14 @@ class FileImages(ImageSet):
             return torch.stack([self._decode(path) for path in paths])
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             return torch.stack(list(pool.map(self._decode, paths)))
+
+    def digest(self) -> str:
+        """A digest of names, sizes and times of the files, and of how they are decoded."""
+        digest = hashlib.sha256(f"{self.shape} {self._decode.keywords}".encode())
+        for path in self._paths:
+            found = path.stat()
+            digest.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
 
 def image_set(

@@ -1,7 +1,7 @@
 """Several metrics of sample quality from one pass over the images."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol, Self, cast
@@ -118,7 +118,7 @@ class SampleQuality:
         self._real, self._fake, self._logits = _Rows(), _Rows(), _Rows()
         self._real_radii: dict[int, Tensor] = {}
         self.num_real = 0
-        """Number of real images that this process has seen."""
+        """Number of real images that this process has seen, or of all if their sums were given."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -211,6 +211,57 @@ class SampleQuality:
             rows.to(self.device)
         self._real_radii = {k: radii.to(self.device) for k, radii in self._real_radii.items()}
         return self
+
+    @property
+    def needs_sums_alone(self) -> bool:
+        """Whether sums are all that is used of the real images, see `real_sums`."""
+        return self._fd is not None and not self._keeps
+
+    def real_sums(self) -> dict[str, Tensor]:
+        """What "fd" uses of the real images that this process has seen, to be kept.
+
+        Returns:
+            "sum" of the features `(D,)` and "outer" of their outer products `(D, D)`, float64; and
+            their "count", int64.
+        """
+        assert self._fd is not None
+        return {
+            "sum": self._fd.real_features_sum,
+            "outer": self._fd.real_features_cov_sum,
+            "count": self._fd.real_features_num_samples,
+        }
+
+    def check_real_sums(self, sums: Mapping[str, Tensor], num_real: int) -> None:
+        """Check that kept sums are of this extractor and this number of images.
+
+        Raises:
+            ValueError: If not.
+        """
+        for name, mine in self.real_sums().items():
+            found = sums.get(name)
+            if found is None or (found.dtype, found.shape) != (mine.dtype, mine.shape):
+                raise ValueError(f"sums must hold {name} {mine.dtype} {tuple(mine.shape)}")
+        if int(sums["count"]) != num_real:
+            raise ValueError(f"sums must be of {num_real} images, got {int(sums['count'])}")
+
+    def set_real_sums(self, sums: Mapping[str, Tensor] | None, num_real: int) -> None:
+        """Take sums of real images in place of the images; nothing may have been added.
+
+        Args:
+            sums: As `real_sums` gives them, summed over the processes; None on all but one.
+            num_real: Number of these images.
+        """
+        assert self._fd is not None
+        assert self.num_real == 0
+        for name, mine in self.real_sums().items():
+            if sums is not None:
+                mine.copy_(sums[name])
+        self.num_real = num_real
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """The extractor's features of uint8 images `(B, C, H, W)` from any device, `(B, D)`."""
+        return self.extractor(images.to(self.device))
 
     @torch.no_grad()
     def update(self, images: Tensor, real: bool) -> None:
