@@ -10,11 +10,19 @@ import argparse
 import io
 import resource
 import statistics
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torchvision.transforms.functional import to_pil_image
+
+from ddim_pl.metrics.inception import InceptionFeatures
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from inceptions import random_inception
 
 PAIRS = 5
 
@@ -60,9 +68,23 @@ def png() -> None:
         print(f"  bytes: {sizes[6]} and {sizes[1]}, {sizes[1] / sizes[6]:.2f} of them")
 
 
+@torch.no_grad()
+def inception() -> None:
+    """Features of Inception-v3, with random weights in the format of the real ones."""
+    with TemporaryDirectory() as folder:
+        theirs = random_inception("2048")
+        torch.save(theirs.state_dict(), f"{folder}/weights.pth")
+        ours = InceptionFeatures(f"{folder}/weights.pth")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    compare("8 images, torch-fidelity / ours", lambda: theirs(images), lambda: ours(images))
+    a, b = theirs(images), ours(images)
+    print(f"  largest difference / largest feature: {float((a - b).abs().max() / a.max()):.1e}")
+
+
 def main() -> None:
     """Answer one question."""
-    questions = {each.__name__: each for each in (png,)}
+    questions = {each.__name__: each for each in (png, inception)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("question", choices=questions)
     torch.set_num_threads(1)

@@ -22,6 +22,7 @@ from ddim_pl.metrics.manifold import (
     nearest_radii,
     precision_recall,
 )
+from ddim_pl.metrics.precision import full_float32
 
 NUMBERS = {
     "fd": ("fd",),
@@ -260,20 +261,24 @@ class SampleQuality:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """The extractor's features of uint8 images `(B, C, H, W)` from any device, `(B, D)`."""
-        return self.extractor(images.to(self.device))
+        """The extractor's features of uint8 images `(B, C, H, W)` from any device, `(B, D)`.
+
+        They are computed in float32, whatever PyTorch's switches for TF32 say.
+        """
+        with full_float32():
+            return self.extractor(images.to(self.device))
 
     @torch.no_grad()
     def update(self, images: Tensor, real: bool) -> None:
         """Add uint8 images `(B, C, H, W)`, from any device, real or generated."""
         if real and not self.needs_real:
             return
-        images = images.to(self.device)
         if not real and "inception_score" in self.metrics:
-            features, logits = self.extractor.features_and_logits(images)
+            with full_float32():
+                features, logits = self.extractor.features_and_logits(images.to(self.device))
             self._logits.add(logits)
         else:
-            features = self.extractor(images)
+            features = self.features(images)
         if self._fd is not None:
             self._fd.update(features, real=real)
         if self._keeps:

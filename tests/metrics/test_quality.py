@@ -2,12 +2,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-import torch_fidelity.feature_extractor_inceptionv3 as fidelity
+from inceptions import random_inception
 from torch import nn
 from torch.nn import functional as F
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
-from torchmetrics.image.fid import NoTrainInceptionV3
 
 from ddim_pl.data.base import shared_batches
 from ddim_pl.data.digits import digits_arrays
@@ -369,17 +368,11 @@ def test_digits_features_and_logits_are_those_of_two_passes(fake):
 
 
 @pytest.fixture(scope="module")
-def inception():
-    # The layers' own random weights stand in for the real ones, which tests cannot download.
-    with pytest.MonkeyPatch.context() as patch:
-        network = fidelity.FeatureExtractorInceptionV3
-        patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(network, "load_state_dict", lambda *_, **__: None)
-        theirs = NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
-        ours = InceptionFeatures()
-    theirs.use_antialias = False
-    ours.network.load_state_dict(theirs.state_dict())
-    return ours, theirs
+def inception(tmp_path_factory):
+    theirs = random_inception("2048", "logits_unbiased")
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save(theirs.state_dict(), path)
+    return InceptionFeatures(str(path)), theirs
 
 
 @pytest.mark.slow
