@@ -9,11 +9,11 @@ from typing import Protocol, Self, cast
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from ddim_pl.metrics.frechet import FrechetDistanceSums
 from ddim_pl.metrics.inception import InceptionFeatures
 from ddim_pl.metrics.manifold import (
     DENSITY_NEIGHBOURS,
@@ -110,11 +110,11 @@ class SampleQuality:
                 "metrics must not have 'inception_score' without class logits, got the extractor "
                 f"{self.extractor.name!r}: leave it out, or give the extractor features_and_logits"
             )
-        self._fd: FrechetInceptionDistance | None = None
+        self._fd: FrechetDistanceSums | None = None
         if "fd" in self.metrics:
             given = nn.Identity()  # `update` gets features
             given.num_features = torch.tensor(self.extractor.num_features)
-            self._fd = FrechetInceptionDistance(given, reset_real_features=False)
+            self._fd = FrechetDistanceSums(given, reset_real_features=False)
         self._keeps = bool({"kid", "precision_recall", "density_coverage"} & set(self.metrics))
         self._real, self._fake, self._logits = _Rows(), _Rows(), _Rows()
         self._real_radii: dict[int, Tensor] = {}
@@ -254,6 +254,7 @@ class SampleQuality:
         """
         assert self._fd is not None
         assert self.num_real == 0
+        self._fd.forget_root()
         for name, mine in self.real_sums().items():
             if sums is not None:
                 mine.copy_(sums[name])
@@ -284,6 +285,8 @@ class SampleQuality:
         if self._keeps:
             (self._real if real else self._fake).add(features)
         if real:
+            if self._fd is not None:
+                self._fd.forget_root()
             self._real_radii = {}
             self.num_real += len(images)
 
