@@ -8,6 +8,7 @@ the wall clock means little. Memory is the most that a process of its own held.
 
 import argparse
 import io
+import multiprocessing
 import resource
 import statistics
 import sys
@@ -17,12 +18,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.image.fid import _compute_fid
 from torchvision.transforms.functional import to_pil_image
 
 from ddim_pl.metrics.frechet import covariance_root, frechet_distance
 from ddim_pl.metrics.inception import InceptionFeatures
+from ddim_pl.metrics.quality import SampleQuality
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from inceptions import random_inception
@@ -110,9 +112,45 @@ def frechet() -> None:
         print(f"  {float(theirs()):.10g} and {float(first()):.10g}")
 
 
+class Given(nn.Module):
+    """Features that are made up, of as many numbers as Inception's."""
+
+    name, num_features = "given", 2048
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Random features of images `(B, C, H, W)`."""
+        return torch.rand(len(images), self.num_features)
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Random features and logits."""
+        return self(images), torch.rand(len(images), 1008)
+
+
+def peak(metric: str, count: int) -> None:
+    """Print the memory of one metric, in this process."""
+    quality = SampleQuality(Given(), [metric])
+    images = torch.zeros(500, 3, 2, 2, dtype=torch.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for real in (True, False):
+        for _ in range(count // len(images)):
+            quality.update(images, real=real)
+    stored = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    quality.compute()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"{metric}: {(stored - before) / 1e3:.0f} MB, then {(after - before) / 1e3:.0f} MB")
+
+
+def memory() -> None:
+    """The most that metrics hold, with 20,000 images on each side."""
+    for metric in ("fd", "kid", "inception_score"):
+        process = multiprocessing.get_context("spawn").Process(target=peak, args=(metric, 20_000))
+        process.start()
+        process.join()
+
+
 def main() -> None:
     """Answer one question."""
-    questions = {each.__name__: each for each in (png, inception, frechet)}
+    questions = {each.__name__: each for each in (png, inception, frechet, memory)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("question", choices=questions)
     torch.set_num_threads(1)

@@ -7,13 +7,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from ddim_pl.data.base import shared_batches
 from ddim_pl.data.digits import digits_arrays
 from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.metrics.inception import InceptionFeatures
 from ddim_pl.metrics.manifold import density_coverage, nearest_radii, precision_recall
-from ddim_pl.metrics.quality import NUMBERS, SampleQuality
+from ddim_pl.metrics.quality import KID_SUBSETS, NUMBERS, SampleQuality
 
 ALL = tuple(NUMBERS)
 KEYS = (
@@ -114,6 +115,19 @@ def test_kid_of_subsets_is_about_that_of_all(features):
     mean, std = float(values["digits_kid"]), float(values["digits_kid_std"])
     assert std > 0
     assert mean == pytest.approx(mmd(a, b), abs=std / 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*will save all extracted features")
+def test_kid_is_torchmetrics_to_the_bit(real, fake):
+    theirs = KernelInceptionDistance(nn.Identity(), subsets=KID_SUBSETS, subset_size=300)
+    extractor = DigitsFeatures()
+    theirs.update(extractor(real).double(), real=True)
+    theirs.update(extractor(fake[:300]).double(), real=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = theirs.compute()
+    found = measured(SampleQuality(extractor, ["kid"]), real, fake[:300], batch_size=700)
+    assert tuple(found.values()) == tuple(each.float() for each in expected)
 
 
 def test_kid_is_unbiased():
