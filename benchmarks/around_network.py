@@ -9,9 +9,12 @@ the wall clock means little. Memory is the most that a process of its own held.
 import argparse
 import io
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +25,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import _compute_fid
 from torchvision.transforms.functional import to_pil_image
 
+from ddim_pl.data.folders import class_names, find_images, labels_of
+from ddim_pl.data.image_folder import check_header
 from ddim_pl.metrics.frechet import covariance_root, frechet_distance
 from ddim_pl.metrics.inception import InceptionFeatures
 from ddim_pl.metrics.quality import SampleQuality
@@ -148,9 +153,55 @@ def memory() -> None:
         process.join()
 
 
+def read_list(root: str, what: str, way: str) -> None:
+    """Print time and memory of one way to the paths of a folder, in this process."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin = time.perf_counter()
+    found: list[Any] = []
+
+    def make() -> None:
+        if way == "paths":  # as before there were lists
+            names = [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
+            found.append(sorted(names))
+            counts = Counter(path.relative_to(root).parts[0] for path in found[0])
+            found.append(torch.tensor([int(p.relative_to(root).parts[0]) for p in found[0]]))
+            assert len(counts)
+        else:
+            found.append(find_images(Path(root), report=False))
+            found.append(labels_of(Path(root), found[0], class_names(Path(root), found[0])))
+        if way == "check":
+            for path in found[0]:
+                check_header(path, 8, True)
+
+    taken = cpu_seconds(make)
+    wall = time.perf_counter() - begin
+    held = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+    print(f"{what}: {taken:.2f} s of CPU, {wall:.2f} s, {held:.0f} MB more")
+
+
+def folder() -> None:
+    """Start with a folder of 100,000 tiny images in 100 subfolders."""
+    with TemporaryDirectory() as root, TemporaryDirectory() as cache:
+        os.environ["DDIM_PL_CACHE"] = cache
+        file = io.BytesIO()
+        to_pil_image(torch.zeros(3, 8, 8, dtype=torch.uint8)).save(file, format="png")
+        for index in range(100_000):
+            path = Path(root, f"{index % 100:02d}", f"{index:08d}-some-longer-name.png")
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(file.getvalue())
+        time.sleep(3)  # until the folders' times tell every change
+        ways = {"list of paths": "paths", "made and kept": "", "read again": ""}
+        for what, way in {**ways, "read, headers checked": "check"}.items():
+            process = multiprocessing.get_context("spawn").Process(
+                target=read_list, args=(root, what, way)
+            )
+            process.start()
+            process.join()
+
+
 def main() -> None:
     """Answer one question."""
-    questions = {each.__name__: each for each in (png, inception, frechet, memory)}
+    questions = {each.__name__: each for each in (png, inception, frechet, memory, folder)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("question", choices=questions)
     torch.set_num_threads(1)

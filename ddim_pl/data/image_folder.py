@@ -81,7 +81,7 @@ class FileImages(ImageSet):
 
     def __init__(
         self,
-        paths: list[Path],
+        paths: Sequence[Path],
         labels: Tensor,
         num_classes: int,
         shape: tuple[int, int, int],
@@ -110,7 +110,7 @@ class FileImages(ImageSet):
 
 
 def image_set(
-    paths: list[Path],
+    paths: Sequence[Path],
     labels: Tensor,
     num_classes: int,
     *,
@@ -206,6 +206,13 @@ class ImageFolderDataModule(ImageDataModule):
         self.squaring = given
         self.channels = channels
         self.val_root = val_root
+
+    def prepare_data(self) -> None:
+        """List very many files, so that other processes find the list."""
+        if self.predicting:
+            return
+        for root in filter(None, (self.root, self.val_root)):
+            find_images(Path(root).expanduser(), report=False)
 
     @property
     def preparation(self) -> str:
