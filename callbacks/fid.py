@@ -29,6 +29,9 @@ class FrechetDistance(L.Callback):
             A progress bar shows the first.
         num_samples: Images to generate; published FIDs take 50,000.
         batch_size: Images in a batch, on each device.
+        cache: Whether the statistics of the real images are kept for other runs on the same data,
+            in `DDIM_PL_CACHE` or the user's cache. With a metric of single features ("kid",
+            "precision_recall", "density_coverage") nothing is kept.
         every_n_validations: Measure at each n-th validation of `fit`, or at none if 0; `test` and
             `validate` always do.
 
@@ -43,11 +46,12 @@ class FrechetDistance(L.Callback):
         metrics: Sequence[str] = ("fd",),
         num_samples: int = 50_000,
         batch_size: int = 250,
+        cache: bool = True,
         every_n_validations: int = 1,
     ) -> None:
         check_at_least(0, every_n_validations=every_n_validations)
         self.settings = MeasureSettings(
-            features or InceptionFeatures, tuple(metrics), num_samples, batch_size
+            features or InceptionFeatures, tuple(metrics), num_samples, batch_size, cache
         )
         self.every_n_validations = every_n_validations
         self.images_per_second = 0.0

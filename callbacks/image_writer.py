@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ddim_pl.checks import check_at_least
-from ddim_pl.images import grid, read_png, to_uint8, write_png
+from ddim_pl.images import PngWriter, grid, read_png, to_uint8, write_png
 
 
 class ImageWriter(L.Callback):
@@ -35,6 +35,7 @@ class ImageWriter(L.Callback):
         self.folder = folder
         self.grid_images = grid_images
         self.columns = columns
+        self._writer: PngWriter | None = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the folder, the same on every rank."""
@@ -54,6 +55,7 @@ class ImageWriter(L.Callback):
             rank_zero_info(f"{len(old)} images of an earlier call are removed from {run}")
         trainer.strategy.barrier("old images removed")
         self._last_index = -1
+        self._writer = PngWriter()
 
     def on_predict_batch_end(
         self,
@@ -64,13 +66,16 @@ class ImageWriter(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the batch."""
+        """Have the batch written while the next one is sampled."""
+        assert self._writer is not None
         self._last_index = max(self._last_index, *batch.tolist())
         for index, image in zip(batch.tolist(), to_uint8(outputs).cpu(), strict=True):
-            write_png(image, self._path(index))
+            self._writer.write(image, self._path(index))
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lay out the grid, once all ranks have written."""
+        assert self._writer is not None
+        self._writer.close()
         last = int(trainer.strategy.reduce(torch.tensor(self._last_index), reduce_op="max"))
         trainer.strategy.barrier("images written")
         if not trainer.is_global_zero:
@@ -80,6 +85,13 @@ class ImageWriter(L.Callback):
         if images:
             write_png(grid(torch.stack(images), columns=self.columns), self._folder / "grid.png")
         rank_zero_info(f"Images are in {self._folder}")
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave out the images that wait to be written."""
+        if self._writer is not None:
+            self._writer.abandon()
 
     def _path(self, index: int) -> Path:
         return self._folder / "images" / f"{index:06d}.png"

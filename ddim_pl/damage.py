@@ -130,8 +130,12 @@ def seal_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {SEAL: digest.hexdigest()}
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
+def read_tensors(path: str | Path, *, needs_seal: bool = False) -> dict[str, Tensor]:
     """Read a safetensors file that was saved with `seal_of` its tensors as metadata.
+
+    Args:
+        path: The file.
+        needs_seal: Whether a file without digest, as of before, is refused.
 
     Raises:
         DamagedError: If it cannot be read, or does not match its digest.
@@ -142,7 +146,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # the bytes may say anything
         raise DamagedError(f"{path} cannot be read ({reason_of(error)})") from error
-    if seal is not None and seal != seal_of(tensors)[SEAL]:
+    if (needs_seal or seal is not None) and seal != seal_of(tensors)[SEAL]:
         raise DamagedError(f"{path} cannot be read (its tensors do not match their {SEAL})")
     return tensors
 

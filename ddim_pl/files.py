@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+CACHE = "DDIM_PL_CACHE"
+"""Environment variable that names the folder of the cache."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -32,6 +35,17 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     with contextlib.suppress(OSError):  # some systems open no folders
         _to_disk(path.parent)
+
+
+def cache_folder() -> Path:
+    """Where to keep what can be made again: `DDIM_PL_CACHE`, or in the user's cache.
+
+    That is `ddim_pl` in `XDG_CACHE_HOME` or, if it is not set, in `~/.cache`.
+    """
+    given = os.environ.get(CACHE)
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ddim_pl").expanduser()
 
 
 def write_tensors(value: Any, path: Path) -> None:

@@ -1,6 +1,10 @@
 """Denoisers that are exact, and hence tests of everything else."""
 
+import atexit
 import os
+import shutil
+import tempfile
+import uuid
 
 import pytest
 import torch
@@ -14,6 +18,15 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 # Lightning calls what the newest jsonargparse has deprecated.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+# For what is made before a test's own, see `own_cache`.
+os.environ["DDIM_PL_CACHE"] = tempfile.mkdtemp(prefix="ddim-pl-cache-")
+atexit.register(shutil.rmtree, os.environ["DDIM_PL_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Each test has a cache of its own, not the user's."""
+    monkeypatch.setenv("DDIM_PL_CACHE", str(tmp_path_factory.getbasetemp() / uuid.uuid4().hex))
 
 
 @pytest.fixture

@@ -194,7 +194,7 @@ def test_a_full_disk_is_one_line_that_names_the_argument(
     def full(image, path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("ddim_pl.commands.sample.write_png", full)
+    monkeypatch.setattr("ddim_pl.images.write_png", full)
     given = ["--ckpt_path", str(checkpoint), "--num_images", "1", "--output", str(tmp_path)]
     text = error_of(["sample", *given], capsys)
     assert text.startswith(

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ddim_pl.files import remove_parts, replacing
+from ddim_pl.files import cache_folder, remove_parts, replacing
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -72,3 +72,18 @@ def test_only_parts_of_processes_that_are_gone_are_removed(tmp_path):
         (tmp_path / name).write_text("")
     remove_parts(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_the_cache_is_where_the_environment_says_or_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("DDIM_PL_CACHE", "~/mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "mine"
+    for unset in ("", None):
+        if unset is None:
+            monkeypatch.delenv("DDIM_PL_CACHE")
+        else:
+            monkeypatch.setenv("DDIM_PL_CACHE", unset)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert cache_folder() == tmp_path / "xdg" / "ddim_pl"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        assert cache_folder() == tmp_path / ".cache" / "ddim_pl"

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddim_pl.checks import check_at_least
 from ddim_pl.evaluation.worker import Worker, check_label, on_every_worker
 from ddim_pl.files import replacing
-from ddim_pl.images import grid, to_uint8, write_png
+from ddim_pl.images import PngWriter, grid, to_uint8, write_png
 from ddim_pl.training import DiffusionModule
 
 GRID_IMAGES = 100
@@ -70,17 +70,17 @@ def sample(
         worker, writes = _sharing(worker, model)
         kept: list[Tensor] = []
         found = worker.sample_batches(indices, batch_size, "sampling", label=label, seed=seed)
-        for batch, images in found:
-            pixels = to_uint8(images).cpu()
-            if png and writes:
-                _write_each(folder, batch, pixels)
-            wanted = len(batch) if npz else sum(i - first < GRID_IMAGES for i in batch)
-            kept.append(pixels[:wanted])
+        with PngWriter() as writer:
+            for batch, images in found:
+                pixels = to_uint8(images).cpu()
+                if png and writes:
+                    _write_each(writer, folder, batch, pixels)
+                wanted = len(batch) if npz else sum(i - first < GRID_IMAGES for i in batch)
+                kept.append(pixels[:wanted])
         mine = torch.cat([torch.empty(0, *model.image_shape, dtype=torch.uint8), *kept])
         shown = _first_images(worker, mine, min(num_images, GRID_IMAGES))
         if npz and writes:
-            file = folder / f"samples{part}.npz"
-            _write_npz(worker, file, mine, model.label_of(indices), label)
+            _write_npz(worker, folder / f"samples{part}.npz", mine, model.label_of(indices), label)
         if worker.is_first:
             write_png(grid(shown, columns=columns), folder / f"grid{part}.png")
             print(f"{num_images} images are in {folder}")
@@ -102,9 +102,9 @@ def _sharing(worker: Worker, model: DiffusionModule) -> tuple[Worker, bool]:
     return worker, True
 
 
-def _write_each(folder: Path, indices: Sequence[int], images: Tensor) -> None:
+def _write_each(writer: PngWriter, folder: Path, indices: Sequence[int], images: Tensor) -> None:
     for index, image in zip(indices, images, strict=True):
-        write_png(image, folder / "images" / f"{index:06d}.png")
+        writer.write(image, folder / "images" / f"{index:06d}.png")
 
 
 def _first_images(worker: Worker, mine: Tensor, count: int) -> Tensor:

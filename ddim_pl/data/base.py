@@ -6,6 +6,7 @@ with the batch that an uninterrupted run would have seen. A dataset is a subclas
 `ImageDataModule` with one method, `load`.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections import UserList
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +47,13 @@ class ImageSet(ABC):
     def images(self, indices: Tensor) -> Tensor:
         """Return the uint8 images (B, C, H, W) at int64 indices (B,)."""
 
+    def digest(self) -> str | None:
+        """A name for all images, to the last bit; None if there is none, so that nothing is kept.
+
+        A subclass that has one overrides it together with `images`.
+        """
+        return None
+
     def labels(self, indices: Tensor) -> Tensor:
         """Return the int64 labels (B,) at int64 indices (B,)."""
         return self._labels[indices]
@@ -66,6 +74,11 @@ class TensorImages(ImageSet):
     def images(self, indices: Tensor) -> Tensor:
         """Return the uint8 images (B, C, H, W) at int64 indices (B,)."""
         return self._images[indices]
+
+    def digest(self) -> str:
+        """A digest of the pixels."""
+        pixels = self._images.contiguous().numpy().data
+        return f"{tuple(self._images.shape)} {hashlib.sha256(pixels).hexdigest()}"
 
 
 class BatchIndices(NamedTuple):
@@ -405,6 +418,13 @@ class ImageDataModule(LightningDataModule, ABC):
         """
         for indices in shared_batches(self.num_reference, batch_size, rank, world_size):
             yield self.train_set.images(indices)
+
+    def reference_digest(self) -> str | None:
+        """A name for the images of `reference_images`; None if there is none, see `ImageSet`.
+
+        To be overridden together with `reference_images`.
+        """
+        return self.train_set.digest()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Convert uint8 images to float32 in [-1, 1], on the device; pass on any other batch."""

@@ -1,13 +1,17 @@
 """Which images a folder holds, and what their labels are. What is left out is said."""
 
 import os
+import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch import Tensor
+
+from ddim_pl.data.image_list import KEPT_FROM, SETTLED, ImageList, kept_list, place_of
 
 JPEG = (".jfif", ".jpe", ".jpeg", ".jpg")
 EXTENSIONS = frozenset((*JPEG, ".bmp", ".gif", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
@@ -16,10 +20,15 @@ MOST_SHOWN = 12
 """Classes, or endings, that a message lists at most."""
 
 
-def find_images(root: Path) -> list[Path]:
+def find_images(root: Path, *, report: bool = True) -> ImageList:
     """Return the image files below `root`, sorted; hidden files and folders are left out.
 
-    Says how many there are, and how many files of which ending are skipped.
+    A long list is kept in the user's cache, where the next process finds it unless a folder has
+    changed, see `ImageList`.
+
+    Args:
+        root: The folder.
+        report: Say how many there are, and how many files of which ending are skipped.
 
     Raises:
         ValueError: If `root` is not a folder or holds no image, a folder cannot be read, or links
@@ -27,28 +36,25 @@ def find_images(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise ValueError(f"root must be a folder of images, got {str(root)!r}")
-    found: list[Path] = []
-    skipped: Counter[str] = Counter()
-    seen: dict[str, str] = {}
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse):
-        _check_once(folder, seen, root)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            ending = Path(name).suffix.lower()
-            if not name.startswith(".") and ending in EXTENSIONS:
-                found.append(Path(folder, name))
-            else:
-                skipped["hidden" if name.startswith(".") else ending or "no ending"] += 1
+    place = place_of(root)
+    found = kept_list(root, place)
+    if found is None:
+        begin = time.time_ns()
+        found = _listed(root)
+        # A folder that changes while it is read, or has just changed, may look the same later.
+        if len(found) >= KEPT_FROM and max(found.folders.values()) < begin - SETTLED:
+            found.keep(place)
     if not found:
         raise ValueError(
             f"root must hold images, got {str(root)!r} without any: put files ending in "
             f"{', '.join(sorted(EXTENSIONS))} there, or give another folder"
         )
-    _report(root, len(found), skipped)
-    return sorted(found)
+    if report:
+        _report(root, len(found), Counter(found.skipped))
+    return found
 
 
-def class_names(root: Path, paths: list[Path]) -> list[str]:
+def class_names(root: Path, paths: ImageList) -> list[str]:
     """Return the first-level subfolders, sorted, or [] if all images lie in `root` itself.
 
     Says how many images each class has.
@@ -57,15 +63,14 @@ def class_names(root: Path, paths: list[Path]) -> list[str]:
         ValueError: If some images lie in subfolders and some do not, a subfolder holds none, or
             the subfolders are no classes but splits: what labels mean would depend on it.
     """
-    parts = [path.relative_to(root).parts for path in paths]
-    counts = Counter(first for first, *rest in parts if rest)
+    counts = paths.counts
     if not counts:
         return []
-    beside = [path for path, (_, *rest) in zip(paths, parts, strict=True) if not rest]
+    beside = len(paths) - sum(counts.values())
     if beside:
         raise ValueError(
             f"{root} must hold its images in subfolders, which are classes, or none there, got "
-            f"{len(beside)} beside them, {beside[0].name} first: move all into subfolders, into "
+            f"{beside} beside them, {_first_beside(paths)} first: move all into subfolders, into "
             "a single one for a single class"
         )
     folders = {each.name for each in root.iterdir() if each.is_dir()}
@@ -78,14 +83,13 @@ def class_names(root: Path, paths: list[Path]) -> list[str]:
     if len(counts) > 1 and {name.lower() for name in counts} <= SPLITS:
         raise ValueError(
             f"root must hold one split, its subfolders classes, got {str(root)!r} with "
-            f"{', '.join(sorted(counts))}: give the folder of one split, and another as val_root"
+            f"{', '.join(counts)}: give the folder of one split, and another as val_root"
         )
-    shown = _some({name: counts[name] for name in sorted(counts)})
-    rank_zero_info(f"{root}: {len(counts)} classes, numbered in this order: {shown}")
-    return sorted(counts)
+    rank_zero_info(f"{root}: {len(counts)} classes, numbered in this order: {_some(counts)}")
+    return list(counts)
 
 
-def labels_of(root: Path, paths: list[Path], names: list[str]) -> Tensor:
+def labels_of(root: Path, paths: ImageList, names: list[str]) -> Tensor:
     """Return the int64 index in `names` of each path's first-level subfolder, or zeros.
 
     Raises:
@@ -93,17 +97,43 @@ def labels_of(root: Path, paths: list[Path], names: list[str]) -> Tensor:
     """
     if not names:
         return torch.zeros(len(paths), dtype=torch.int64)
-    numbers = {name: number for number, name in enumerate(names)}
-    labels = []
-    for path in paths:
-        first, *rest = path.relative_to(root).parts
-        if not rest or first not in numbers:
-            raise ValueError(
-                f"{path} must lie in a subfolder named like a training class: move it to one of "
-                f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} in {root}"
-            )
-        labels.append(numbers[first])
-    return torch.tensor(labels)
+    unknown = next((name for name in paths.counts if name not in names), None)
+    stray: str | None = None
+    if unknown is not None:
+        stray = next(each for each in paths.names() if each.startswith(f"{unknown}/"))
+    elif sum(paths.counts.values()) < len(paths):
+        stray = _first_beside(paths)
+    if stray is not None:
+        raise ValueError(
+            f"{root / stray} must lie in a subfolder named like a training class: move it to one "
+            f"of {', '.join(names[:5])}{', ...' if len(names) > 5 else ''} in {root}"
+        )
+    labels = torch.tensor([names.index(name) for name in paths.counts])
+    return labels.repeat_interleave(torch.tensor(list(paths.counts.values())))
+
+
+def _listed(root: Path) -> ImageList:
+    """List the images, and what is skipped."""
+    found: list[str] = []
+    skipped: Counter[str] = Counter()
+    seen: dict[str, str] = {}
+    times: dict[str, int] = {}
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse):
+        _check_once(folder, seen, root)
+        times[os.path.abspath(folder)] = os.stat(folder).st_mtime_ns
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        below = "" if Path(folder) == root else f"{Path(folder).relative_to(root).as_posix()}/"
+        for name in names:
+            ending = os.path.splitext(name)[1].lower()
+            if not name.startswith(".") and ending in EXTENSIONS:
+                found.append(below + name)
+            else:
+                skipped["hidden" if name.startswith(".") else ending or "no ending"] += 1
+    return ImageList.of(root, found, times, skipped)
+
+
+def _first_beside(paths: ImageList) -> str:
+    return next(name for name in paths.names() if "/" not in name)
 
 
 def _refuse(error: OSError) -> None:
@@ -137,6 +167,6 @@ def _report(root: Path, count: int, skipped: Counter[str]) -> None:
         )
 
 
-def _some(counts: dict[str, int]) -> str:
+def _some(counts: Mapping[str, int]) -> str:
     shown = [f"{name} ({count})" for name, count in counts.items()][:MOST_SHOWN]
     return ", ".join([*shown, *(["..."] if len(counts) > MOST_SHOWN else [])])

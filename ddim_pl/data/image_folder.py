@@ -1,5 +1,6 @@
 """Any folder of images, nested or flat; the first-level subfolders are classes."""
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -80,11 +81,11 @@ class FileImages(ImageSet):
 
     def __init__(
         self,
-        paths: list[Path],
+        paths: Sequence[Path],
         labels: Tensor,
         num_classes: int,
         shape: tuple[int, int, int],
-        decode_file: Callable[[Path], Tensor],
+        decode_file: "partial[Tensor]",
     ) -> None:
         super().__init__(labels, num_classes, shape)
         self._paths = paths
@@ -99,9 +100,17 @@ class FileImages(ImageSet):
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             return torch.stack(list(pool.map(self._decode, paths)))
 
+    def digest(self) -> str:
+        """A digest of names, sizes and times of the files, and of how they are decoded."""
+        digest = hashlib.sha256(f"{self.shape} {self._decode.keywords}".encode())
+        for path in self._paths:
+            found = path.stat()
+            digest.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
 
 def image_set(
-    paths: list[Path],
+    paths: Sequence[Path],
     labels: Tensor,
     num_classes: int,
     *,
@@ -197,6 +206,13 @@ class ImageFolderDataModule(ImageDataModule):
         self.squaring = given
         self.channels = channels
         self.val_root = val_root
+
+    def prepare_data(self) -> None:
+        """List very many files, so that other processes find the list."""
+        if self.predicting:
+            return
+        for root in filter(None, (self.root, self.val_root)):
+            find_images(Path(root).expanduser(), report=False)
 
     @property
     def preparation(self) -> str:

@@ -109,6 +109,7 @@ def cell_settings(
             tuple(metrics or own.metrics),
             count,
             own.batch_size if batch_size is None else batch_size,
+            own.cache,
         ),
         model.seed if seed is None else seed,
         min(num_shown, count),

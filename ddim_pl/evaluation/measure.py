@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ddim_pl.checks import check_at_least
 from ddim_pl.data.base import ImageDataModule
+from ddim_pl.evaluation.real_statistics import RealStatistics
 from ddim_pl.evaluation.worker import Worker
 from ddim_pl.images import to_uint8
 from ddim_pl.lightning_internals import callbacks_of
@@ -30,6 +31,7 @@ class MeasureSettings:
         metrics: Names of metrics, see `SampleQuality`.
         num_samples: Images to generate; published FIDs take 50,000.
         batch_size: Images in a batch, on each device.
+        cache: Whether the real images' statistics are kept for later runs, see `RealStatistics`.
 
     Raises:
         ValueError: If a number is too small or a metric unknown.
@@ -39,6 +41,7 @@ class MeasureSettings:
     metrics: tuple[str, ...] = ("fd",)
     num_samples: int = 50_000
     batch_size: int = 250
+    cache: bool = True
 
     def __post_init__(self) -> None:
         check_at_least(2, num_samples=self.num_samples)
@@ -155,11 +158,15 @@ def measure(
 
 
 def _measure_real(worker: Worker, settings: MeasureSettings, data: ImageDataModule) -> None:
-    """Add the real images, once."""
+    """Add the real images, once, or what was kept of them."""
     quality = settings.quality
     if not quality.needs_real or quality.num_real:
+        return
+    kept = RealStatistics(worker, settings, data)
+    if kept.load():
         return
     batches = data.reference_images(worker.rank, worker.world_size, settings.batch_size)
     total = -(-data.num_reference // (settings.batch_size * worker.world_size))
     for images in worker.progress(batches, total, "real features"):
         quality.update(images, real=True)
+    kept.save()

@@ -1,9 +1,12 @@
 """Inception-v3 with the weights that published FIDs use."""
 
 import pickle
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 
@@ -11,7 +14,8 @@ class InceptionFeatures(nn.Module):
     """Pool features of Inception-v3, as in the FID of [FID].
 
     The weights are torch-fidelity's conversion of the TensorFlow ones. Images are resized as
-    TensorFlow 1 did, without antialiasing.
+    TensorFlow 1 did, without antialiasing. Batch normalisation is folded into the convolutions,
+    in float64, which moves features by float32's rounding.
 
     Args:
         weights_path: File of the weights; by default they are downloaded to PyTorch's hub cache.
@@ -42,10 +46,28 @@ class InceptionFeatures(nn.Module):
                 "of torch-fidelity, and give its path as the weights_path of InceptionFeatures, "
                 "or leave FrechetDistance out of the callbacks"
             ) from error
+        fold(self.network)
+        self._order()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._order()
+        return self
+
+    def _order(self) -> None:
+        """Lay the weights out as the device's convolutions like them.
+
+        Channels last takes two thirds of the time on a CPU. On a GPU that is made for 16 bits.
+        """
+        on_cpu = self.network.fc.weight.device.type == "cpu"
+        order = torch.channels_last if on_cpu else torch.contiguous_format
+        self.network.to(memory_format=order)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features `(B, 2048)` of uint8 images `(B, C, H, W)`; gray is repeated to RGB."""
-        return self.network(images.expand(-1, 3, -1, -1))
+        # The features of a training run in bfloat16 are computed in float32 too.
+        with torch.autocast(images.device.type, enabled=False):
+            return self.network(images.expand(-1, 3, -1, -1))
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features and class logits `(B, 1008)`.
@@ -55,3 +77,24 @@ class InceptionFeatures(nn.Module):
         """
         features = self(images)
         return features, features @ self.network.fc.weight.T
+
+
+@torch.no_grad()
+def fold(network: nn.Module) -> None:
+    """Scale each convolution by the batch normalisation behind it, which then does nothing.
+
+    With running mean m and variance v, gain g and shift b, g (w x - m) / sqrt(v + eps) + b is
+    (s w) x + (b - s m), s = g / sqrt(v + eps): computed in float64 and rounded once.
+
+    Args:
+        network: Changed in place; its blocks are torch-fidelity's `BasicConv2d`.
+    """
+    for block in network.modules():
+        if isinstance(block, BasicConv2d):
+            norm, weight = block.bn, block.conv.weight
+            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            scaled = weight.double() * scale[:, None, None, None]
+            shift = norm.bias.double() - norm.running_mean.double() * scale
+            block.conv.weight = nn.Parameter(scaled.to(weight.dtype), requires_grad=False)
+            block.conv.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
+            block.bn = nn.Identity()

@@ -1,7 +1,7 @@
 """Several metrics of sample quality from one pass over the images."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol, Self, cast
@@ -9,11 +9,11 @@ from typing import Protocol, Self, cast
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
-from torchmetrics.image.kid import KernelInceptionDistance
+from torchmetrics.image.kid import poly_mmd
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from ddim_pl.metrics.frechet import FrechetDistanceSums
 from ddim_pl.metrics.inception import InceptionFeatures
 from ddim_pl.metrics.manifold import (
     DENSITY_NEIGHBOURS,
@@ -22,6 +22,7 @@ from ddim_pl.metrics.manifold import (
     nearest_radii,
     precision_recall,
 )
+from ddim_pl.metrics.precision import full_float32
 
 NUMBERS = {
     "fd": ("fd",),
@@ -78,7 +79,7 @@ class SampleQuality:
 
     Memory: "fd" stores no features. "kid", "precision_recall" and "density_coverage" share the
     stored features of both sides, on each rank those of all ranks: 400 MB a side for 50,000 images
-    and Inception; "kid" takes 800 MB a side more. "inception_score" stores logits.
+    and Inception. "kid" takes 100 MB more, for its subsets. "inception_score" stores logits.
 
     In a distributed run all ranks must call `compute`. The numbers are those of one process if
     rank r of w has images r, r + w, ... Subsets and splits depend on `seed` only; the global
@@ -109,16 +110,16 @@ class SampleQuality:
                 "metrics must not have 'inception_score' without class logits, got the extractor "
                 f"{self.extractor.name!r}: leave it out, or give the extractor features_and_logits"
             )
-        self._fd: FrechetInceptionDistance | None = None
+        self._fd: FrechetDistanceSums | None = None
         if "fd" in self.metrics:
             given = nn.Identity()  # `update` gets features
             given.num_features = torch.tensor(self.extractor.num_features)
-            self._fd = FrechetInceptionDistance(given, reset_real_features=False)
+            self._fd = FrechetDistanceSums(given, reset_real_features=False)
         self._keeps = bool({"kid", "precision_recall", "density_coverage"} & set(self.metrics))
         self._real, self._fake, self._logits = _Rows(), _Rows(), _Rows()
         self._real_radii: dict[int, Tensor] = {}
         self.num_real = 0
-        """Number of real images that this process has seen."""
+        """Number of real images that this process has seen, or of all if their sums were given."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -212,22 +213,80 @@ class SampleQuality:
         self._real_radii = {k: radii.to(self.device) for k, radii in self._real_radii.items()}
         return self
 
+    @property
+    def needs_sums_alone(self) -> bool:
+        """Whether sums are all that is used of the real images, see `real_sums`."""
+        return self._fd is not None and not self._keeps
+
+    def real_sums(self) -> dict[str, Tensor]:
+        """What "fd" uses of the real images that this process has seen, to be kept.
+
+        Returns:
+            "sum" of the features `(D,)` and "outer" of their outer products `(D, D)`, float64; and
+            their "count", int64.
+        """
+        assert self._fd is not None
+        return {
+            "sum": self._fd.real_features_sum,
+            "outer": self._fd.real_features_cov_sum,
+            "count": self._fd.real_features_num_samples,
+        }
+
+    def check_real_sums(self, sums: Mapping[str, Tensor], num_real: int) -> None:
+        """Check that kept sums are of this extractor and this number of images.
+
+        Raises:
+            ValueError: If not.
+        """
+        for name, mine in self.real_sums().items():
+            found = sums.get(name)
+            if found is None or (found.dtype, found.shape) != (mine.dtype, mine.shape):
+                raise ValueError(f"sums must hold {name} {mine.dtype} {tuple(mine.shape)}")
+        if int(sums["count"]) != num_real:
+            raise ValueError(f"sums must be of {num_real} images, got {int(sums['count'])}")
+
+    def set_real_sums(self, sums: Mapping[str, Tensor] | None, num_real: int) -> None:
+        """Take sums of real images in place of the images; nothing may have been added.
+
+        Args:
+            sums: As `real_sums` gives them, summed over the processes; None on all but one.
+            num_real: Number of these images.
+        """
+        assert self._fd is not None
+        assert self.num_real == 0
+        self._fd.forget_root()
+        for name, mine in self.real_sums().items():
+            if sums is not None:
+                mine.copy_(sums[name])
+        self.num_real = num_real
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """The extractor's features of uint8 images `(B, C, H, W)` from any device, `(B, D)`.
+
+        They are computed in float32, whatever PyTorch's switches for TF32 say.
+        """
+        with full_float32():
+            return self.extractor(images.to(self.device))
+
     @torch.no_grad()
     def update(self, images: Tensor, real: bool) -> None:
         """Add uint8 images `(B, C, H, W)`, from any device, real or generated."""
         if real and not self.needs_real:
             return
-        images = images.to(self.device)
         if not real and "inception_score" in self.metrics:
-            features, logits = self.extractor.features_and_logits(images)
+            with full_float32():
+                features, logits = self.extractor.features_and_logits(images.to(self.device))
             self._logits.add(logits)
         else:
-            features = self.extractor(images)
+            features = self.features(images)
         if self._fd is not None:
             self._fd.update(features, real=real)
         if self._keeps:
             (self._real if real else self._fake).add(features)
         if real:
+            if self._fd is not None:
+                self._fd.forget_root()
             self._real_radii = {}
             self.num_real += len(images)
 
@@ -267,16 +326,13 @@ class SampleQuality:
             return (self._fd.compute(),)
 
     def _kid(self) -> tuple[Tensor, ...]:
-        # In float64, since the kernels' sums cancel and a GPU may round float32 products.
-        real, fake = self._real.of_all_ranks().double(), self._fake.of_all_ranks().double()
+        real, fake = self._real.of_all_ranks(), self._fake.of_all_ranks()
         size = min(KID_SUBSET_SIZE, len(real), len(fake))
-        with _quiet(), self._random():
-            kid = KernelInceptionDistance(
-                nn.Identity(), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
+        with self._random():
+            kids = torch.stack(
+                [poly_mmd(_subset(real, size), _subset(fake, size)) for _ in range(KID_SUBSETS)]
             )
-            kid.update(real, real=True)
-            kid.update(fake, real=False)
-            return kid.compute()
+        return kids.mean(), kids.std(unbiased=False)
 
     def _inception_score(self) -> tuple[Tensor, ...]:
         logits = self._logits.of_all_ranks().double()
@@ -321,6 +377,14 @@ def _check_extractor(extractor: nn.Module) -> None:
             f"`num_features`, got {type(extractor).__name__} with {name!r} and {width!r}: add "
             "them, see ddim_pl.metrics.quality.FeatureExtractor"
         )
+
+
+def _subset(features: Tensor, size: int) -> Tensor:
+    """Some of the features `(size, D)`, drawn with the global generator.
+
+    In float64, since the kernels' sums cancel; of these alone, since all would take gigabytes.
+    """
+    return features[torch.randperm(len(features))[:size]].double()
 
 
 class _Rows:

@@ -3,6 +3,8 @@ from urllib.error import URLError
 import pytest
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as fidelity
+from inceptions import random_inception
+from torch import nn
 
 from callbacks import FrechetDistance
 from ddim_pl.data.digits import DigitsDataModule
@@ -26,20 +28,14 @@ def test_missing_weights_file_is_an_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_weights_load_from_a_file_and_the_number_is_called_fid(monkeypatch, tmp_path):
-    # The layers' own random weights stand in for the real ones, which tests cannot download.
-    with monkeypatch.context() as patch:
-        extractor = fidelity.FeatureExtractorInceptionV3
-        patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(extractor, "load_state_dict", lambda *_, **__: None)
-        random = InceptionFeatures()
+def test_weights_load_from_a_file_and_the_number_is_called_fid(tmp_path):
     path = tmp_path / "weights.pth"
-    torch.save(random.network.state_dict(), path)
+    theirs = random_inception("2048")
+    torch.save(theirs.state_dict(), path)
     features = InceptionFeatures(str(path))
     grey = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
-    with torch.no_grad():
-        expected = random(grey.repeat(1, 3, 1, 1))
-        torch.testing.assert_close(features(grey), expected)
+    expected = theirs(grey.repeat(1, 3, 1, 1))
+    torch.testing.assert_close(features(grey), expected)
     assert expected.shape == (2, 2048)
     callback = FrechetDistance(lambda: features, num_samples=10)
     data = DigitsDataModule()
@@ -47,3 +43,38 @@ def test_weights_load_from_a_file_and_the_number_is_called_fid(monkeypatch, tmp_
     with pytest.warns(UserWarning, match="singular covariance"):
         callback.check(data, "test")
     assert callback.settings.quality.keys[0] == "fid"
+
+
+@pytest.mark.slow
+def test_folded_batch_norm_gives_the_features_of_torch_fidelity(tmp_path):
+    theirs = random_inception("2048")
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    ours = InceptionFeatures(str(tmp_path / "weights.pth"))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in ours.modules())
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in theirs.modules()) == 94
+    generator = torch.Generator().manual_seed(1)
+    # Of the size that the network has inside: no resizing, which rounds differently in float64.
+    images = torch.randint(0, 256, (3, 3, 299, 299), dtype=torch.uint8, generator=generator)
+    images[1] = images[1, :, :1, :1]  # one colour
+    features, unfolded = ours(images), theirs(images)
+    scale = unfolded.abs().max()
+    assert unfolded.std(dim=0).mean() > 1e-2 * scale  # says something
+    assert (features - unfolded).abs().max() < 1e-6 * scale
+    # As near to the exact ones as the unfolded network is.
+    theirs.double()._dtype = torch.float64
+    exact = theirs(images)
+    assert (features - exact).abs().max() < 2 * (unfolded - exact).abs().max()
+    assert (features - exact).abs().max() < 1e-6 * scale
+
+
+@pytest.mark.slow
+def test_features_do_not_depend_on_autocast_or_on_moves(tmp_path):
+    torch.save(random_inception("2048").state_dict(), tmp_path / "weights.pth")
+    ours = InceptionFeatures(str(tmp_path / "weights.pth"))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    expected = ours(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(images), expected)
+    kernel = ours.network.Conv2d_2a_3x3.conv.weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    assert ours.to("meta").network.Conv2d_2a_3x3.conv.weight.is_contiguous()

@@ -2,19 +2,19 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-import torch_fidelity.feature_extractor_inceptionv3 as fidelity
+from inceptions import random_inception
 from torch import nn
 from torch.nn import functional as F
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
-from torchmetrics.image.fid import NoTrainInceptionV3
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from ddim_pl.data.base import shared_batches
 from ddim_pl.data.digits import digits_arrays
 from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.metrics.inception import InceptionFeatures
 from ddim_pl.metrics.manifold import density_coverage, nearest_radii, precision_recall
-from ddim_pl.metrics.quality import NUMBERS, SampleQuality
+from ddim_pl.metrics.quality import KID_SUBSETS, NUMBERS, SampleQuality
 
 ALL = tuple(NUMBERS)
 KEYS = (
@@ -115,6 +115,19 @@ def test_kid_of_subsets_is_about_that_of_all(features):
     mean, std = float(values["digits_kid"]), float(values["digits_kid_std"])
     assert std > 0
     assert mean == pytest.approx(mmd(a, b), abs=std / 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*will save all extracted features")
+def test_kid_is_torchmetrics_to_the_bit(real, fake):
+    theirs = KernelInceptionDistance(nn.Identity(), subsets=KID_SUBSETS, subset_size=300)
+    extractor = DigitsFeatures()
+    theirs.update(extractor(real).double(), real=True)
+    theirs.update(extractor(fake[:300]).double(), real=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = theirs.compute()
+    found = measured(SampleQuality(extractor, ["kid"]), real, fake[:300], batch_size=700)
+    assert tuple(found.values()) == tuple(each.float() for each in expected)
 
 
 def test_kid_is_unbiased():
@@ -369,17 +382,11 @@ def test_digits_features_and_logits_are_those_of_two_passes(fake):
 
 
 @pytest.fixture(scope="module")
-def inception():
-    # The layers' own random weights stand in for the real ones, which tests cannot download.
-    with pytest.MonkeyPatch.context() as patch:
-        network = fidelity.FeatureExtractorInceptionV3
-        patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(network, "load_state_dict", lambda *_, **__: None)
-        theirs = NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
-        ours = InceptionFeatures()
-    theirs.use_antialias = False
-    ours.network.load_state_dict(theirs.state_dict())
-    return ours, theirs
+def inception(tmp_path_factory):
+    theirs = random_inception("2048", "logits_unbiased")
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save(theirs.state_dict(), path)
+    return InceptionFeatures(str(path)), theirs
 
 
 @pytest.mark.slow

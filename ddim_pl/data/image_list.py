@@ -1,0 +1,158 @@
+"""Names of very many files: one block of bytes, mapped from a file that processes share.
+
+A list of three million `Path`s takes 1.5 GB in each process, and a minute to make. Here the names
+lie in one array, in the order of sorted paths, and a second array says where each ends. Both are
+kept in the user's cache, together with the times of all folders: a file that appears, goes or is
+renamed changes its folder's, so that the list is known to hold without a look at the files.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ddim_pl.files import cache_folder, replacing
+
+FORMAT = 1
+KEPT_FROM = 10_000
+"""Files from which a list is kept; a shorter one is made at once."""
+
+SETTLED = 2_000_000_000
+"""Nanoseconds for which no folder may have changed: clocks of file systems are coarse."""
+
+
+class ImageList(Sequence[Path]):
+    """Sorted paths of files below a folder.
+
+    Args:
+        root: The folder.
+        names: Paths relative to it, one behind the other, uint8.
+        ends: Where each ends in `names`, int64 `(N,)`.
+        folders: All folders that were read, with their times in nanoseconds.
+        skipped: How many other files there are, by ending.
+        counts: How many of the files each first-level subfolder holds, in the order of the files.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        names: np.ndarray[Any, Any],
+        ends: np.ndarray[Any, Any],
+        folders: Mapping[str, int],
+        skipped: Mapping[str, int],
+        counts: Mapping[str, int],
+    ) -> None:
+        self.root = root
+        self.folders = folders
+        self.skipped = skipped
+        self.counts = counts
+        self._names = names
+        self._ends = ends
+
+    @classmethod
+    def of(
+        cls,
+        root: Path,
+        files: Iterable[str],
+        folders: Mapping[str, int],
+        skipped: Mapping[str, int],
+    ) -> "ImageList":
+        """A list of these files, given relative to the root, in the order of sorted paths."""
+        # Paths compare part by part: what ends a part comes before all letters.
+        ordered = sorted(files, key=lambda name: name.replace("/", "\0"))
+        encoded = [os.fsencode(name) for name in ordered]
+        names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        counts = Counter(name.partition("/")[0] for name in ordered if "/" in name)
+        return cls(root, names, ends, folders, skipped, counts)
+
+    def __len__(self) -> int:
+        """Return the number of files."""
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Path]: ...
+    def __getitem__(self, index: int | slice) -> Path | list[Path]:
+        """Return a path, or several."""
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        return self.root / self.name(range(len(self))[index])
+
+    def name(self, index: int) -> str:
+        """A path relative to the root, with "/" between its parts."""
+        begin = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._names[begin : self._ends[index]].tobytes())
+
+    def names(self) -> Iterable[str]:
+        """All relative paths."""
+        return map(self.name, range(len(self)))
+
+    def keep(self, place: Path) -> None:
+        """Write the list to a file for `kept_list`; says so if that cannot be done."""
+        body = np.concatenate([self._ends.view(np.uint8), self._names])
+        head = {
+            "format": FORMAT,
+            "count": len(self),
+            "folders": self.folders,
+            "skipped": self.skipped,
+            "counts": self.counts,
+            "sha256": hashlib.sha256(body.data).hexdigest(),
+        }
+        text = json.dumps(head).encode()
+        text += b" " * (-len(text) % 8)
+        lengths = np.array([len(text)], dtype=np.int64).view(np.uint8)
+        try:
+            with replacing(place) as part, part.open("wb") as file:
+                np.save(file, np.concatenate([lengths, np.frombuffer(text, np.uint8), body]))
+        except OSError as error:
+            rank_zero_warn(
+                f"the list of the files in {self.root} cannot be kept in {place.parent} "
+                f"({error.strerror}): set DDIM_PL_CACHE to a folder that can be written to"
+            )
+
+
+def place_of(root: Path) -> Path:
+    """Where the list of a folder is kept."""
+    name = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:32]
+    return cache_folder() / "image-lists" / f"{name}.npy"
+
+
+def kept_list(root: Path, place: Path) -> ImageList | None:
+    """Return the list that was kept of a folder, mapped from its file, if no folder has changed.
+
+    Warns if the file is damaged.
+    """
+    if not place.is_file():
+        return None
+    try:
+        content = np.load(place, mmap_mode="r", allow_pickle=False)
+        begin = 8 + int(content[:8].view(np.int64)[0])
+        head = json.loads(content[8:begin].tobytes())
+        body = content[begin:]
+        if head["format"] != FORMAT:
+            return None
+        if head["sha256"] != hashlib.sha256(body.data).hexdigest():
+            raise ValueError("its content does not match its sha256")
+        ends = body[: 8 * head["count"]].view(np.int64)
+    except Exception as error:  # the bytes may say anything
+        rank_zero_warn(f"{place} is damaged ({error}): the files in {root} are listed again")
+        return None
+    if any(_time_of(folder) != then for folder, then in head["folders"].items()):
+        return None
+    names = body[8 * head["count"] :]
+    return ImageList(root, names, ends, head["folders"], head["skipped"], head["counts"])
+
+
+def _time_of(folder: str) -> int | None:
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:
+        return None
