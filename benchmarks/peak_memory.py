@@ -64,7 +64,7 @@ def _in_a_process(bench: Bench, name: str) -> list[Row]:
 
 
 def _sampling(
-    device: str, tiny: bool, *, steps: int, sampler: Sampler, name: str = "digits", batch: int = 64
+    device: str, tiny: bool, *, steps: int, sampler: Sampler, name: str = "digits", batch: int = 16
 ) -> None:
     model = make_model(name, tiny=tiny).eval().to(device)
     levels = linear(model.schedule.num_levels, min(steps, 3) if tiny else steps)

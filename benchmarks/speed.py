@@ -22,7 +22,7 @@ STAGES = {  # each with the seconds after which it begins nothing new
     "training": (training, 180.0),
     "distillation": (distillation, 60.0),
     "deq": (deq, 60.0),
-    "memory": (memory, 240.0),
+    "memory": (memory, 300.0),
 }
 
 if __name__ == "__main__":

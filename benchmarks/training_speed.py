@@ -43,7 +43,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def training(bench: Bench) -> None:
     """Updates a second."""
     # Name, batch, updates in a turn, and updates of each fit that are not timed.
-    cases = [("digits", 48, 30, 5), ("cifar10", 8, 2, 1)]
+    cases = [("digits", 48, 15, 2), ("cifar10", 8, 2, 1)]
     if bench.device == "cuda":
         cases = [("digits", 48, 100, 5), ("cifar10", 128, 20, 5)]
     if bench.tiny:
