@@ -136,7 +136,7 @@ CASES: dict[str, Case] = {
     "updates, digits, batch 48": partial(_update, name="digits", batch=48),
     "updates, cifar10, batch 8": partial(_update, name="cifar10", batch=8),
 }
-TINY = ("nothing", "DDIM, 10 steps")
+TINY = ("DDIM, 10 steps",)
 _CIFAR = {"name": "cifar10", "batch": 256, "sampler": DDIM()}
 ON_A_GPU: dict[str, Case] = {
     "DDIM, cifar10, batch 256, 10 steps": partial(_sampling, steps=10, **_CIFAR),

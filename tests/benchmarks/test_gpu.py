@@ -82,6 +82,7 @@ def test_hours_are_those_of_the_config():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:100 steps hold 96 distinct levels")
 @pytest.mark.parametrize("name", [*CASES, *ON_A_GPU])
 def test_every_case_of_memory_runs(name):
     (CASES | ON_A_GPU)[name]("cpu", True)
