@@ -36,9 +36,9 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Speed and memory, about ten minutes; it can be stopped and called again. Of another state: rm -r runs/speed first.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/sampling_speed.py
-	$(BIN)/python benchmarks/training_speed.py
+	$(BIN)/python benchmarks/speed.py
 
 # Runs killed and resumed: half an hour or more; it can be stopped and called again.
 faults: export OMP_NUM_THREADS ?= 1

@@ -1,25 +1,20 @@
 """What does an update of progressive distillation cost, and does making pairs cost anything?
 
-    .venv/bin/python benchmarks/distillation_speed.py [--device cuda --preset cifar10]
-
-The first ratio is an update of the student (two evaluations of the teacher, and the student's own
-forward and backward pass) over a plain training update of the same network, by alternating single
-updates of both; 5/3 is the count of passes. The second is the bare sampler's throughput over that
-of making pairs, which draws the same images and writes them, in alternating rounds.
+A stage of `speed.py` and `gpu.py`. An update of the student (two evaluations of the teacher, and
+the student's own forward and backward pass) against a plain update of the same network: 5/3 is
+the count of passes. Making pairs, which draws images and writes them, against drawing alone.
 """
 
-import argparse
-import statistics
 import tempfile
-import time
-import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
-from sampling_speed import PRESETS
+from measuring import Bench, Row
+from sampling_speed import in_that
+from subjects import autocast, make_model, make_network, precisions
 
 from ddim_pl.data.teacher_pairs import PairStore
-from ddim_pl.networks.unet import UNet
 from ddim_pl.rng import step_generators
 from ddim_pl.samplers import DDIM
 from ddim_pl.timesteps import linear
@@ -27,85 +22,86 @@ from ddim_pl.training import DDPM, DiffusionModule, ProgressiveDistillation
 from ddim_pl.training.pairs import make_pairs, recipe_of
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def distillation(bench: Bench) -> None:
+    """Ratios of updates and of pairs."""
+    on_gpu = bench.device == "cuda"
+    name, batch = ("cifar10", 128) if on_gpu else ("digits", 128)
+    batch = 4 if bench.tiny else batch
+    for precision in precisions(bench.device):
+        text = f"update, {name}, batch {batch}, {precision}"
+        bench.case(text, partial(_updates, bench, name, batch, precision))
+    bench.case(f"pairs, {name}, batch {batch}", partial(_pairs, bench, name, batch))
 
 
 class Updates:
-    """Single updates of a module, timed."""
+    """Updates of a module in a bare loop.
 
-    def __init__(self, module: DiffusionModule, x: torch.Tensor) -> None:
-        self.module = module.to(x.device).train()
-        self.x = x
+    Args:
+        bench: Its device.
+        module: What is trained.
+        batch: Images of an update, and their precision.
+        precision: See `subjects.precisions`.
+    """
+
+    def __init__(self, bench: Bench, module: DiffusionModule, batch: int, precision: str) -> None:
+        self.module = module.to(bench.device).train()
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand(batch, *module.image_shape, generator=generator) * 2 - 1
+        self.x, self.device, self.precision = x.to(bench.device), bench.device, precision
+        classes = module.num_classes
+        self.label = (
+            None if classes is None else torch.arange(batch, device=bench.device) % classes
+        )
         self.optimizer = torch.optim.Adam(module.network.parameters(), lr=1e-5)
+        self.step = 0
 
-    def __call__(self, step: int) -> float:
-        """Make one update; return its seconds."""
-        begin = _now(self.x.device)
-        denoiser = self.module._denoiser(self.module.network)
-        generators = step_generators(step, self.x.device)
-        loss = self.module.loss(denoiser, (self.x,), generators).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.module.network.parameters(), 1.0)
-        self.optimizer.step()
-        self.module.average.update_parameters(self.module.network)
-        return _now(self.x.device) - begin
+    def __call__(self, count: int) -> None:
+        """Make so many updates."""
+        for _ in range(count):
+            denoiser = self.module._denoiser(self.module.network).condition(self.label)
+            generators = step_generators(self.step, self.x.device)
+            with autocast(self.device, self.precision):
+                batch = (self.x,) if self.label is None else (self.x, self.label)
+                loss = self.module.loss(denoiser, batch, generators).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.module.network.parameters(), 1.0)
+            self.optimizer.step()
+            self.module.average.update_parameters(self.module.network)
+            self.step += 1
 
 
-def main() -> None:
-    """Print both ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--preset", choices=PRESETS, default="digits")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--updates", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    device = torch.device(options.device)
-    torch.manual_seed(0)
-    plain = DDPM(UNet(**PRESETS[options.preset]), prediction="v", loss_weight="snr_plus_one")
+def _plain(bench: Bench, name: str) -> DDPM:
+    """A model that can be distilled: it predicts v."""
+    return make_model(name, tiny=bench.tiny, prediction="v", loss_weight="snr_plus_one")
+
+
+def _updates(bench: Bench, name: str, batch: int, precision: str) -> list[Row]:
+    plain = _plain(bench, name)
     student = ProgressiveDistillation(
-        UNet(**PRESETS[options.preset]), plain.schedule, rounds=[(8, 1_000_000)]
+        make_network(name, tiny=bench.tiny), plain.schedule, rounds=[(8, 1_000_000)]
     )
-    x = torch.rand(options.batch, *plain.image_shape, device=device) * 2 - 1
-    updates = [Updates(plain, x), Updates(student, x)]
-    ratios = []
-    for step in range(options.updates + 5):
-        seconds = [update(step) for update in updates]
-        if step >= 5:
-            ratios.append(seconds[1] / seconds[0])
-    low, _, high = statistics.quantiles(ratios)
-    print(
-        f"{options.preset} batch {options.batch} on {device.type}: progressive / plain update = "
-        f"{statistics.median(ratios):.3f} (quartiles {low:.3f} to {high:.3f}, {len(ratios)} pairs)"
-    )
+    count = 1 if bench.tiny else 5
+    contenders = {
+        label: in_that(precision, partial(Updates(bench, module, batch, precision), count))
+        for label, module in (("plain", plain), ("progressive", student))
+    }
+    return bench.in_turn(contenders, work=count, unit="updates")
 
-    levels, count = linear(1000, 20), 4 * options.batch
-    ratios = []
-    with tempfile.TemporaryDirectory() as folder:
-        for turn in range(options.rounds + 1):
-            begin = _now(device)
-            for start in range(0, count, options.batch):
-                plain.sample(range(start, start + options.batch), levels=levels)
-            bare = _now(device) - begin
-            recipe = {**recipe_of(plain, DDIM(), levels, precision="32-true"), "seed": 0}
-            store = PairStore(
-                Path(folder, str(turn)), recipe, num_pairs=count, shard_size=options.batch
-            )
+
+def _pairs(bench: Bench, name: str, batch: int) -> list[Row]:
+    plain = _plain(bench, name).eval().to(bench.device)
+    levels, count = linear(1000, 2 if bench.tiny else 20), 2 * batch
+
+    def bare() -> None:
+        for start in range(0, count, batch):
+            plain.sample(range(start, start + batch), sampler=DDIM(), levels=levels)
+
+    def pairs() -> None:
+        recipe = {**recipe_of(plain, DDIM(), levels, precision="32-true"), "seed": 0}
+        with tempfile.TemporaryDirectory() as folder:
+            store = PairStore(Path(folder), recipe, num_pairs=count, shard_size=batch)
             store.begin()
-            begin = _now(device)
-            make_pairs(store, plain, DDIM(), levels, batch_size=options.batch)
-            if turn:  # the first is a warm-up
-                ratios.append(bare / (_now(device) - begin))
-    print(
-        f"throughput of making pairs / bare sampler = {statistics.median(ratios):.3f} "
-        f"({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} rounds)"
-    )
+            make_pairs(store, plain, DDIM(), levels, batch_size=batch)
 
-
-if __name__ == "__main__":
-    main()
+    return bench.in_turn({"drawing": bare, "making pairs": pairs}, work=count, unit="images")

@@ -1,152 +1,248 @@
-"""What does the framework cost? A bare PyTorch loop against Lightning's fit of the same work.
+"""An update: Lightning's fit against a bare loop, our U-Net against others, precisions, settings.
 
-    .venv/bin/python benchmarks/training_speed.py [--device cuda --preset cifar10 --precision bf16]
-
-Both train the same network on the same data with an average of the weights. The ratio is taken
-pair by pair, because the speed of a shared machine drifts. `--compile` and `--channels-last` apply
-to both.
+A stage of `speed.py` and `gpu.py`. Every contender trains with Adam, clipped gradients and an
+average of the weights on the same random images. Lightning has the callbacks and the logger of
+configs/default.yaml.
 """
 
-import argparse
-import statistics
 import tempfile
-import time
 import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
-from sampling_speed import PRESETS
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+from measuring import ROOT, Bench, Contender, Row
+from sampling_speed import in_that
+from subjects import (
+    autocast,
+    build,
+    diffusers_network,
+    has,
+    lucidrains_diffusion,
+    make_model,
+    network_arguments,
+    other_memory_format,
+    precisions,
+    settings,
+)
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ddim_pl.data.base import BatchOrder, ImageDataModule, IndexedImages, TensorImages
-from ddim_pl.networks.unet import UNet
-from ddim_pl.rng import derive_seed, step_generators
 from ddim_pl.training import DDPM
-from ddim_pl.training.ema import ExponentialAverage
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def training(bench: Bench) -> None:
+    """Updates a second."""
+    # Name, batch, updates in a turn, and updates of each fit that are not timed.
+    cases = [("digits", 48, 15, 2), ("cifar10", 8, 2, 1)]
+    if bench.device == "cuda":
+        cases = [("digits", 48, 100, 5), ("cifar10", 128, 20, 5)]
+    if bench.tiny:
+        cases = [("digits", 4, 2, 1), ("cifar10", 4, 2, 1)]
+    for name, batch, steps, skip in cases:
+        for precision in precisions(bench.device):
+            bench.case(
+                f"{name}, batch {batch}, {precision}",
+                partial(_training, bench, name, batch, steps, skip, precision),
+            )
+
+
+def _training(
+    bench: Bench, name: str, batch: int, steps: int, skip: int, precision: str
+) -> list[Row]:
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        fit = partial(fit_for, bench, Path(folder), batch, steps, skip, precision)
+        contenders = dict(_loops(bench, name, batch, steps, precision))
+        contenders["Lightning, ours"] = partial(fit, make_model(name, tiny=bench.tiny))
+        for key, value in settings(bench, precision):
+            model = make_model(name, tiny=bench.tiny, **{key: value})
+            contenders[f"Lightning, ours {key}={value}"] = partial(fit, model)
+        rows = bench.in_turn(
+            {key: in_that(precision, call) for key, call in contenders.items()},
+            work=steps,
+            unit="updates",
+        )
+    return [row | {"ms an update": 1e3 * row["seconds"] / steps} for row in rows]
+
+
+# ---- bare loops -------------------------------------------------------------------------------
+
+
+def _loops(
+    bench: Bench, name: str, batch: int, steps: int, precision: str
+) -> Iterator[tuple[str, Contender]]:
+    """Ours and others' in a bare loop; the first is what the others are compared with."""
+    model = make_model(name, tiny=bench.tiny)
+    arguments = network_arguments(name, tiny=bench.tiny)
+
+    def loop(network: nn.Module, loss: Loss) -> Contender:
+        return BareLoop(bench, model, network, loss, batch=batch, precision=precision).make(steps)
+
+    yield "bare loop, ours", loop(model.network, ours_loss(model))
+    word, layout = other_memory_format(model.network)
+    other = make_model(name, tiny=bench.tiny)
+    other.network.to(memory_format=layout)
+    yield f"bare loop, ours {word}", loop(other.network, ours_loss(other))
+    if has(bench, "diffusers"):
+        yield "bare loop, diffusers", loop(diffusers_network(arguments), diffusers_loss(model))
+    if has(bench, "denoising-diffusion-pytorch"):
+        theirs = lucidrains_diffusion(arguments, 50)
+        count = sum(p.numel() for p in theirs.model.parameters()) / 1e6
+        yield (
+            f"bare loop, denoising-diffusion-pytorch, {count:.1f} M parameters",
+            loop(theirs, lambda network, x, label: network(x / 2 + 0.5)),
+        )
+
+
+def ours_loss(model: DDPM) -> Loss:
+    """The loss of our U-Net as a bare loop writes it: noise at random levels, squared error."""
+
+    def call(network: nn.Module, z: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return network(z, t, label) if model.num_classes else network(z, t)
+
+    return _simple_loss(model, call)
+
+
+def diffusers_loss(model: DDPM) -> Loss:
+    """The same of diffusers' U-Net."""
+
+    def call(network: nn.Module, z: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return network(z, t, class_labels=label if model.num_classes else None).sample
+
+    return _simple_loss(model, call)
+
+
+def _simple_loss(model: DDPM, call: Callable[..., Tensor]) -> Loss:
+    schedule = model.schedule
+    scales = schedule(torch.arange(1, schedule.num_levels + 1, dtype=torch.float64))
+    table = torch.stack([scales.alpha, scales.sigma]).float()
+
+    def loss(network: nn.Module, x: Tensor, label: Tensor) -> Tensor:
+        nonlocal table
+        table = table.to(x.device)
+        t = torch.randint(schedule.num_levels, (len(x),), device=x.device)
+        alpha, sigma = table[:, t, None, None, None]
+        eps = torch.randn_like(x)
+        output = call(network, alpha * x + sigma * eps, t.float(), label)
+        return F.mse_loss(output.float(), eps)
+
+    return loss
+
+
+class BareLoop:
+    """A training loop without a framework.
+
+    Args:
+        bench: Its device.
+        model: Whose optimiser is taken, and whose shape of images.
+        network: What is trained.
+        loss: A function of network, images and labels.
+        batch: Images of an update.
+        precision: See `subjects.precisions`.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        model: DDPM,
+        network: nn.Module,
+        loss: Loss,
+        *,
+        batch: int,
+        precision: str,
+    ) -> None:
+        self.network, self.loss, self.precision = network.train().to(bench.device), loss, precision
+        self.device = bench.device
+        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9999))
+        self.optimizer = model.optimizer(network.parameters())
+        data = RandomImages(model, batch, 1)
+        self.order = BatchOrder(len(data.images), batch)
+        self.images = IndexedImages(data.images)
+        self.step = 0
+
+    def make(self, steps: int) -> Contender:
+        """A function that makes so many updates."""
+        return lambda: [self.update() for _ in range(steps)] and None
+
+    def update(self) -> None:
+        """Make one update."""
+        images, label = self.images[self.order.batch(self.step)]
+        x = images.to(self.device).float() / 127.5 - 1
+        with autocast(self.device, self.precision):
+            loss = self.loss(self.network, x, label.to(self.device))
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update_parameters(self.network)
+        self.step += 1
+
+
+# ---- Lightning --------------------------------------------------------------------------------
 
 
 class RandomImages(ImageDataModule):
-    """Images of noise, in the shape of a preset."""
+    """Images of noise, in the shape of a model's."""
 
-    def __init__(self, shape: tuple[int, int, int], batch_size: int, steps: int) -> None:
+    def __init__(self, model: DDPM, batch_size: int, steps: int) -> None:
         super().__init__(batch_size, flip=False, steps_per_epoch=steps)
         generator = torch.Generator().manual_seed(0)
-        size = (max(2048, 2 * batch_size), *shape)
+        size = (max(2048, 2 * batch_size), *model.image_shape)
         images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-        self.images = TensorImages(images, torch.zeros(len(images), dtype=torch.int64), 1)
+        classes = model.num_classes or 1
+        self.images = TensorImages(images, torch.arange(len(images)) % classes, classes)
 
     def load(self, train: bool) -> TensorImages:
         """Return the same images for training and validation."""
         return self.images
 
 
-class Clock(L.Callback):
-    """Times the batches of a fit after the first few."""
+class Stopwatch(L.Callback):
+    """Times the updates of a fit after the first few."""
 
-    def __init__(self, skip: int) -> None:
-        self.skip = skip
+    def __init__(self, bench: Bench, skip: int) -> None:
+        self.bench, self.skip = bench, skip
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
-        """Start the clock once the warm-up is over."""
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Start once the warm-up is over."""
         if trainer.global_step == self.skip:
-            self.start = _now(trainer.strategy.root_device)
+            self.start = self.bench.now()
 
-    def on_train_end(self, trainer: L.Trainer, *_: object) -> None:
-        """Stop it."""
-        self.seconds = _now(trainer.strategy.root_device) - self.start
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Stop after the last update, before the checkpoint of the end."""
+        self.seconds = self.bench.now() - self.start if hasattr(self, "start") else 0.0
 
 
-def main() -> None:
-    """Time pairs of the two loops and print the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--preset", choices=PRESETS, default="digits")
-    parser.add_argument("--precision", choices=["32", "bf16"], default="32")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--channels-last", action="store_true")
-    options = parser.parse_args()
-    device, skip = torch.device(options.device), 5
-    warnings.filterwarnings("ignore")
-
-    def module() -> DDPM:
-        torch.manual_seed(0)
-        network = UNet(**PRESETS[options.preset])
-        if options.channels_last:
-            network = network.to(memory_format=torch.channels_last)
-        return DDPM(network, compile=options.compile)
-
-    shape = module().image_shape
-
-    def bare() -> float:
-        ddpm = module().to(device)
-        network, average = ddpm.network, ExponentialAverage(ddpm.network, 0.9999).to(device)
-        if options.compile:
-            network.compile()
-        data = RandomImages(shape, options.batch, options.steps)
-        draws, images = BatchOrder(len(data.images), options.batch), IndexedImages(data.images)
-        optimizer = torch.optim.Adam(network.parameters(), lr=2e-4)
-        schedule = ddpm.schedule
-        for step in range(options.steps + skip):
-            if step == skip:
-                start = _now(device)
-            x = images[draws.batch(step)].images.to(device).float() / 127.5 - 1
-            host, on_device = step_generators(derive_seed(0, step), device)
-            t = torch.randint(1, 1001, (len(x),), generator=host).double()
-            alpha, sigma = (c.float().to(device).reshape(-1, 1, 1, 1) for c in schedule(t))
-            eps = torch.randn(x.shape, generator=on_device, device=device)
-            mixed = options.precision == "bf16"
-            with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-                output = network(alpha * x + sigma * eps, (t - 1).float().to(device))
-            loss = F.mse_loss(output.float(), eps)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            average.update_parameters(network)
-        return _now(device) - start
-
-    def lightning(folder: str) -> float:
-        clock = Clock(skip)
-        trainer = L.Trainer(
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=1,
-            max_steps=options.steps + skip,
-            precision="bf16-mixed" if options.precision == "bf16" else "32-true",
-            gradient_clip_val=1.0,
-            callbacks=[clock],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            default_root_dir=folder,
-        )
-        trainer.fit(module(), RandomImages(shape, options.batch, options.steps + skip))
-        return clock.seconds
-
-    ratios = []
-    with tempfile.TemporaryDirectory() as folder:
-        for pair in range(options.pairs + 1):
-            plain, framed = bare(), lightning(folder)
-            if pair:  # the first is a warm-up
-                ratios.append(framed / plain)
-    print(
-        f"{options.preset} batch {options.batch} on {device.type}, {options.precision}"
-        f"{', compiled' * options.compile}{', channels last' * options.channels_last}: "
-        f"Lightning / bare loop = {statistics.median(ratios):.3f} "
-        f"({min(ratios):.3f} to {max(ratios):.3f}), last bare loop "
-        f"{options.steps / plain:.1f} updates/s"
+def fit_for(
+    bench: Bench, folder: Path, batch: int, steps: int, skip: int, precision: str, model: DDPM
+) -> float:
+    """Seconds of so many updates in Lightning's fit, with the callbacks that every run has."""
+    given = yaml.safe_load((ROOT / "configs/default.yaml").read_text())["trainer"]
+    stopwatch = Stopwatch(bench, skip)
+    trainer = L.Trainer(
+        accelerator="gpu" if bench.device == "cuda" else "cpu",
+        devices=1,
+        max_steps=steps + skip,
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        gradient_clip_val=1.0,
+        callbacks=[stopwatch, *(build(each) for each in given["callbacks"])],
+        logger=TensorBoardLogger(folder, name="speed"),
+        log_every_n_steps=given["log_every_n_steps"],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
     )
-
-
-if __name__ == "__main__":
-    main()
+    trainer.fit(model, RandomImages(model, batch, steps + skip))
+    return stopwatch.seconds
