@@ -149,7 +149,8 @@ def test_scripts_in_benchmarks_have_the_options_that_pages_give():
         for line in lines_of(page):
             found = re.search(r"benchmarks/\w+\.py", line)
             if found:
-                script = (ROOT / found[0]).read_text()                if "command(STAGES" in script:  # the command line that benchmarks share
+                script = (ROOT / found[0]).read_text()
+                if "command(STAGES" in script:  # the command line that benchmarks share
                     script += (ROOT / "benchmarks" / "measuring.py").read_text()
                 for option in re.findall(r"(--[a-z_0-9-]+)", line):
                     assert f'"{option}"' in script, (page.name, line, option)
