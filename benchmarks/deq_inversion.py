@@ -4,7 +4,7 @@
         [--steps 10 100] [--seconds 60 300] [--images 32] [--lr 0.02] [--device cuda]
         [--output docs/results/deq-inversion] [--gradients]
 
-The latents of held-out images are sought by each method from the same first latents, noise and
+The latents of validation images are sought by each method from the same first latents, noise and
 the DDIM encoding, for the same time. Losses are `||x - x_hat||^2` of an image in [-1, 1], as
 sequential DDIM draws it from the latents that were kept, and given as mean and standard error over
 the images. Each finished run is kept in OUTPUT.json, and not repeated when the script is called
@@ -60,7 +60,7 @@ def gradients(denoiser: NetworkDenoiser, x: Tensor, levels: Tensor, z: Tensor) -
     kinds: dict[str, Method] = {"1-step": Implicit(tight)}
     kinds |= {f"phantom, 3, damping {d}": Implicit(tight, 3, d) for d in (0.1, 1.0)}
     kinds |= {f"phantom, 5, damping {d}": Implicit(tight, 5, d) for d in (0.1, 1.0)}
-    kinds |= {f"inverse Jacobian, {n}": InverseJacobian(tight, n) for n in (1, 3, 5, 8)}
+    kinds |= {f"inverse Jacobian, {n}": InverseJacobian(tight, n) for n in (1, 3, 5, 8, 12)}
 
     def of(method: Method) -> Tensor:
         latents = z.clone().requires_grad_(True)
@@ -80,13 +80,15 @@ def gradients(denoiser: NetworkDenoiser, x: Tensor, levels: Tensor, z: Tensor) -
 
 
 def held_out(config: str, count: int) -> tuple[Tensor, Tensor]:
-    """Images and labels of the config's validation set."""
+    """Images and labels of the config's validation set, with which digits train too."""
     parser = ArgumentParser()
     parser.add_subclass_arguments(ImageDataModule, "data")
     settings = {"data": yaml.safe_load(Path(config).read_text())["data"]}
     data = parser.instantiate(parser.parse_object(settings)).data
     data.prepare_data()
     data.setup("test")
+    if count > len(data.val_set):
+        raise ValueError(f"images must be at most {len(data.val_set)}, got {count}: {config}")
     indices = torch.arange(count)
     return from_uint8(data.val_set.images(indices)), data.val_set.labels(indices)
 

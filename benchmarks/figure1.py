@@ -6,16 +6,19 @@
         [--output runs/figure1]
 
 The checkpoints are those of `configs/{cifar10,celeba,lsun_bedroom,lsun_church}/ddpm.yaml`, which
-also say where the held-out images are; one without a checkpoint is left out. `--digits` adds
-a row for the teacher of `configs/digits/ddpm.yaml`, with which the script can be tried.
+also say where the validation images are; one without a checkpoint is left out. `--digits` adds a
+row for the teacher of `configs/digits/ddpm.yaml`, with which the script can be tried; digits are
+inverted that it was trained on.
 
-Levels, solver, updates and rates are those of Pokle et al. 2022 and of their code: Anderson
-iteration with m = 3, at most 15 sweeps, tolerance 1e-2, mixing 0.9, and the 1-step gradient. They
-invert one image at a time, from noise in the paper, from the DDIM encoding in the code
-(`--starts encoding`), and stop at a loss of 0.5. The loss is `||x - x_hat||^2` of an image in
-[-1, 1] as sequential DDIM draws it from the latents that were kept; times are those of a batch,
-which is an image here unless `--batch_size` says otherwise. Mean and sample deviation over the
-images.
+Levels, updates and rates are those of the code of Pokle et al. 2022, and so are the solver
+(Anderson iteration with weights for each level, m = 3, at most 15 sweeps, tolerance 1e-2, mixing
+0.9), the 1-step gradient, and a baseline that keeps the activations of the whole chain. They
+invert one image at a time, from noise in the paper, from the DDIM encoding in the code (`--starts
+encoding`), and stop at a loss of 0.5. Ours are: the penalty of the solver's weights, its first
+guess (the solution for the latents before, moved), and the loss, which is that of sequential DDIM
+from the latents that were kept; for DEQ-DDIM it is looked at after every tenth update. Times are
+those of a batch, which is an image unless `--batch_size` says otherwise. Mean and sample deviation
+over the images.
 
 Each finished batch is kept in OUTPUT.json and not repeated when the script is called again.
 """
@@ -48,35 +51,51 @@ STOP_BELOW = 0.5
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the figure: data set, levels, updates, and Adam's rate for each method."""
+    """A row of the figure; updates, rates and published values are pairs (DDIM, DEQ-DDIM)."""
 
     data: str
     config: str
     steps: int
     timesteps: str
-    updates: int
-    rate: float
-    sequential_rate: float
-    published: str
+    updates: tuple[int, int]
+    rates: tuple[float, float]
+    loss: tuple[str, str] = ("", "")
+    minutes: tuple[str, str] = ("", "")
 
 
 ROWS = [
-    Row("cifar10", "cifar10", 100, "quadratic", 1000, 5e-3, 1e-2, "15.74 ± 8.7 / 0.76 ± 0.35"),
-    Row("cifar10", "cifar10", 10, "quadratic", 1000, 5e-3, 1e-2, "2.59 ± 3.67 / 0.68 ± 0.32"),
-    Row("celeba", "celeba", 20, "leading", 500, 1e-3, 1e-2, "14.13 ± 5.04 / 1.03 ± 0.37"),
-    Row("bedroom", "lsun_bedroom", 10, "leading", 2000, 5e-3, 5e-3, "1114 ± 796 / 36.4 ± 22.9"),
-    Row("church", "lsun_church", 10, "leading", 500, 5e-3, 5e-3, "1675 ± 1433 / 47.9 ± 24.8"),
-    Row("digits", "digits", 10, "linear", 1000, 5e-3, 1e-2, "none"),
+    Row(
+        *("cifar10", "cifar10", 100, "quadratic", (1000, 1000), (1e-2, 5e-3)),
+        loss=("15.74 ± 8.7", "0.76 ± 0.35"),
+        minutes=("49.07", "12.99"),
+    ),
+    Row(
+        *("cifar10", "cifar10", 10, "quadratic", (1000, 1000), (1e-2, 5e-3)),
+        loss=("2.59 ± 3.67", "0.68 ± 0.32"),
+        minutes=("14.36", "2.54"),
+    ),
+    Row(
+        *("celeba", "celeba", 20, "leading", (2500, 500), (1e-2, 1e-3)),
+        loss=("14.13 ± 5.04", "1.03 ± 0.37"),
+        minutes=("30.09", "28.09"),
+    ),
+    Row(
+        *("bedroom", "lsun_bedroom", 10, "leading", (2000, 2000), (5e-3, 5e-3)),
+        loss=("1114.49 ± 795.86", "36.37 ± 22.86"),
+        minutes=("26.41", "33.7"),
+    ),
+    Row(
+        *("church", "lsun_church", 10, "leading", (2000, 500), (5e-3, 5e-3)),
+        loss=("1674.68 ± 1432.54", "47.94 ± 24.78"),
+        minutes=("29.7", "33.54"),
+    ),
+    Row("digits", "digits", 10, "quadratic", (1000, 1000), (1e-2, 5e-3)),
 ]
-
-
-def methods(row: Row) -> dict[str, tuple[Method, float]]:
-    """The two columns of the figure, with their rates."""
-    solver = Anderson(memory=3, damping=0.9, tolerance=1e-2, max_sweeps=15)
-    return {
-        "DDIM": (Sequential(), row.sequential_rate),
-        "DEQ-DDIM": (Implicit(DEQ(solver)), row.rate),
-    }
+SOLVER = Anderson(memory=3, mixing="block", damping=0.9, tolerance=1e-2, max_sweeps=15)
+METHODS: dict[str, Method] = {
+    "DDIM": Sequential(checkpointing=False),
+    "DEQ-DDIM": Implicit(DEQ(SOLVER)),
+}
 
 
 def main() -> None:
@@ -84,16 +103,19 @@ def main() -> None:
     options = arguments()
     warnings.filterwarnings("ignore", message=".*did not converge.*")
     output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     file = output.with_suffix(".json")
     done: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    for row in ROWS:
-        checkpoint = getattr(options, row.data)
-        if checkpoint is None:
-            print(f"{row.data}, {row.steps} steps: left out, no --{row.data}")
-            continue
-        run_row(row, checkpoint, options, done, file)
-    table = markdown(table_of(done))
+    cells: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    try:
+        for row in ROWS:
+            checkpoint = getattr(options, row.data)
+            if checkpoint is None:
+                print(f"{row.data}, {row.steps} steps: left out, no --{row.data}")
+                continue
+            run_row(row, checkpoint, options, done, file, cells)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    table = markdown([line(*key, results) for key, results in cells.items()])
     write_text(output.with_suffix(".md"), table)
     print(f"\n{table}\nin {output.with_suffix('.md')}")
 
@@ -105,6 +127,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(option, metavar="CHECKPOINT")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--updates", type=int, help="at most so many, in place of the paper's")
     parser.add_argument("--starts", nargs="+", default=["noise"], choices=["noise", "encoding"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -112,16 +135,26 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if all(getattr(options, row.data) is None for row in ROWS):
         parser.error("no checkpoint given: name at least one, such as --cifar10 CHECKPOINT")
+    for name in ("images", "batch_size", "updates"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     return options
 
 
 def run_row(
-    row: Row, checkpoint: str, options: argparse.Namespace, done: dict[str, Any], file: Path
+    row: Row,
+    checkpoint: str,
+    options: argparse.Namespace,
+    done: dict[str, Any],
+    file: Path,
+    cells: dict[tuple[str, ...], list[dict[str, Any]]],
 ) -> None:
-    """Invert the images of a row by both methods, batch by batch."""
-    model = load(checkpoint).to(options.device).eval()
+    """Invert the images of a row by both methods, batch by batch, and collect the results."""
+    model = load(checkpoint, name=f"--{row.data}").to(options.device).eval()
     x, label = held_out(f"configs/{row.config}/ddpm.yaml", options.images)
     levels = make_levels(row.timesteps, model.schedule, row.steps)
+    if options.updates is not None:
+        row = replace(row, updates=tuple(min(options.updates, each) for each in row.updates))
     for start in options.starts:
         for begin in range(0, len(x), options.batch_size):
             indices = range(begin, min(begin + options.batch_size, len(x)))
@@ -134,15 +167,21 @@ def run_row(
                 if start == "encoding"
                 else latents(options.seed, indices, model.image_shape)[0].to(options.device)
             )
-            for name, (method, rate) in methods(row).items():
-                settings = asdict(row) | {"start": start, "method": name, "device": options.device}
-                settings |= {"images": [*indices], "seed": options.seed, "checkpoint": checkpoint}
+            for column, (name, method) in enumerate(METHODS.items()):
+                limits = {"lr": row.rates[column], "num_updates": row.updates[column]}
+                limits |= {"stop_below": STOP_BELOW}
+                settings = {"row": asdict(row), "start": start, "method": str(method), **limits}
+                settings |= {"device": options.device, "images": [*indices]}
+                settings |= {"seed": options.seed, "checkpoint": checkpoint}
                 key = json.dumps(settings)
                 if key not in done:
-                    done[key] = one(denoiser, images, levels, z, method, rate, row.updates)
+                    done[key] = one(denoiser, images, levels, z, method, limits)
                     with replacing(file) as temporary:
                         temporary.write_text(json.dumps(done, indent=0))
                 print(row.data, row.steps, start, name, [*indices], done[key], flush=True)
+                published = (row.loss[column], row.minutes[column])
+                place = (row.data, str(row.steps), start, name, *published, options.device)
+                cells.setdefault(place, []).append(done[key])
 
 
 def one(
@@ -151,15 +190,11 @@ def one(
     levels: Tensor,
     z: Tensor,
     method: Method,
-    rate: float,
-    updates: int,
+    limits: dict[str, Any],
 ) -> dict[str, Any]:
     """Invert a batch."""
     begin = time.perf_counter()
-    found = invert(
-        *(denoiser, x, levels, z),
-        **{"method": method, "lr": rate, "num_updates": updates, "stop_below": STOP_BELOW},
-    )
+    found = invert(denoiser, x, levels, z, method=method, **limits)
     return {
         "losses": [round(value, 4) for value in found.losses.tolist()],
         "updates": found.curve[-1].update,
@@ -168,34 +203,32 @@ def one(
     }
 
 
-def table_of(done: dict[str, Any]) -> list[dict[str, str]]:
-    """A row for each data set, number of steps, first latents and method."""
-    cells: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for key, result in done.items():
-        settings = json.loads(key)
-        names = ("data", "steps", "start", "method", "device", "published")
-        cells.setdefault(tuple(str(settings[name]) for name in names), []).append(result)
-    rows = []
-    for (data, steps, start, method, device, published), results in cells.items():
-        losses = [loss for each in results for loss in each["losses"]]
-        rows.append(
-            {
-                "data": data,
-                "T": steps,
-                "start": start,
-                "method": method,
-                "images": str(len(losses)),
-                "loss": scattered(losses),
-                "published loss": published.split(" / ")[method == "DEQ-DDIM"]
-                if "/" in published
-                else published,
-                "minutes of a batch": scattered([each["minutes"] for each in results]),
-                "updates": f"{mean(each['updates'] for each in results):.0f}",
-                "evaluations": f"{mean(each['evaluations'] for each in results):.0f}",
-                "device": device,
-            }
-        )
-    return rows
+def line(
+    data: str,
+    steps: str,
+    start: str,
+    method: str,
+    loss: str,
+    minutes: str,
+    device: str,
+    results: list[dict[str, Any]],
+) -> dict[str, str]:
+    """A line of the table, of all batches of a row, first latents and method."""
+    losses = [value for each in results for value in each["losses"]]
+    return {
+        "data": data,
+        "T": steps,
+        "start": start,
+        "method": method,
+        "images": str(len(losses)),
+        "loss": scattered(losses),
+        "the report's": loss,
+        "minutes of a batch": scattered([each["minutes"] for each in results]),
+        "the report's minutes": minutes,
+        "updates": f"{mean(each['updates'] for each in results):.0f}",
+        "evaluations": f"{mean(each['evaluations'] for each in results):.0f}",
+        "device": device,
+    }
 
 
 def scattered(values: list[float]) -> str:

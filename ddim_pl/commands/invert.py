@@ -63,8 +63,8 @@ def invert(
         model: The model.
         datamodule: Gives its validation images, unless `images` are given.
         ckpt_path: Checkpoint, or "last".
-        method: How the images are generated with a gradient: `Implicit` (DEQ-DDIM, by default) or
-            `Sequential`, through the whole chain.
+        method: How the images are generated with a gradient: `Implicit` (DEQ-DDIM, by default),
+            `InverseJacobian`, or `Sequential`, through the whole chain.
         start: First latents: "encoding" by DDIM, "noise" of the seed, or the `latents.safetensors`
             of an earlier call.
         images: Image files.
@@ -201,17 +201,17 @@ def _read_latents(start: str, model: DiffusionModule) -> Tensor:
 def _mean_curve(
     worker: Worker, curves: Sequence[tuple[int, Inversion]], num_images: int
 ) -> list[dict[str, float]]:
-    """The mean of the curves of all batches on all devices, up to the end of the shortest.
+    """The mean of the curves of all batches on all devices, up to the end of the longest.
 
-    Losses and evaluations are means over the images; the time is that of all batches of a worker,
-    one after the other, on the slowest worker.
+    A batch that has ended stays where it is. Losses and evaluations are means over the images; the
+    time is that of all batches of a worker, one after the other, on the slowest worker.
     """
-    far = 2**31 - 1  # a device without images does not hold the others back
-    lengths = [far, *(len(each.curve) for _, each in curves)]
-    points = int(worker.gather(torch.tensor(min(lengths))).min())
+    longest = max((len(each.curve) for _, each in curves), default=0)
+    points = int(worker.gather(torch.tensor(longest)).max())
     sums = torch.zeros(points, len(COLUMNS), dtype=torch.float64)
     for count, each in curves:
-        rows = torch.tensor([point[1:] for point in each.curve[:points]], dtype=torch.float64)
+        ended = each.curve[-1:] * (points - len(each.curve))
+        rows = torch.tensor([point[1:] for point in each.curve + ended], dtype=torch.float64)
         sums += rows * torch.tensor([1, *[count] * (len(COLUMNS) - 1)])
     every = worker.gather(sums)
     means = every.sum(0) / num_images

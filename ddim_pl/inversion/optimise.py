@@ -185,7 +185,7 @@ class InverseJacobian(Method):
     deq: DEQ = field(
         default_factory=lambda: DEQ(Anderson(memory=3, damping=0.9, tolerance=1e-2, max_sweeps=15))
     )
-    products: int = 8
+    products: int = 12
 
     def __post_init__(self) -> None:
         check_at_least(1, products=self.products)

@@ -1,6 +1,7 @@
 """`main.py invert`: what it writes, from which latents it begins, and that devices share it."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -105,6 +106,47 @@ def test_other_gradients_are_methods_of_the_command(method, checkpoint, tmp_path
 def test_a_loss_that_is_reached_ends_the_updates(checkpoint, tmp_path):
     run(checkpoint, tmp_path, "--num_updates", 50, "--stop_below", 1e4)
     assert len(rows(tmp_path)) == 1
+
+
+def test_the_curve_ends_with_the_best_losses_of_batches_that_ended_apart(checkpoint, tmp_path):
+    """Images one by one; the limit lies between their first losses, so that some end at once."""
+    model = DDPM.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    x, label = _digits()
+    levels, denoiser = linear(1000, 5), unclipped(model, label)
+
+    def losses(z):
+        return (DDIM()(denoiser, z, levels) - x).square().flatten(1).sum(1)
+
+    limit = float(losses(encode(denoiser, x, levels)).median()) * 1.001
+    more = ["--batch_size", 1, "--num_updates", 6, "--method", "Sequential"]
+    z = run(checkpoint, tmp_path, "--stop_below", limit, *more)
+    last = float(rows(tmp_path)[-1]["best loss"])
+    assert last == pytest.approx(float(losses(z).mean()), rel=1e-4)
+    assert 1 < len(rows(tmp_path)) <= 7
+
+
+@pytest.mark.slow
+def test_figure_1s_script_goes_on_where_it_stopped_and_refuses_what_is_wrong(checkpoint, tmp_path):
+    def script(*arguments):
+        command = [sys.executable, "benchmarks/figure1.py", "--output", tmp_path / "figure"]
+        given = [*command, "--digits", checkpoint, "--device", "cpu", *arguments]
+        paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        more = {"cwd": ROOT, "env": os.environ | paths, "capture_output": True, "text": True}
+        return subprocess.run([str(each) for each in given], check=False, **more)
+
+    for count in (1, 2):
+        ended = script("--images", count, "--updates", 2, "--starts", "noise", "encoding")
+        assert ended.returncode == 0, ended.stderr
+    table = (tmp_path / "figure.md").read_text().splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:6]] for line in table if line]
+    kinds = [[start, method] for start in ("noise", "encoding") for method in ("DDIM", "DEQ-DDIM")]
+    assert cells == [["digits", "10", *kind, "2"] for kind in kinds]
+    assert len(json.loads((tmp_path / "figure.json").read_text())) == 8
+    for wrong in (["--images", 0], ["--images", 10**6], ["--church", "none.ckpt"]):
+        ended = script(*wrong)
+        assert ended.returncode
+        assert wrong[0][2:] in ended.stderr.splitlines()[-1]
+        assert "Traceback" not in ended.stderr
 
 
 def test_descent_begins_at_the_encoding_or_at_noise_or_at_given_latents(checkpoint, tmp_path):

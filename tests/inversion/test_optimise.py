@@ -111,6 +111,20 @@ def test_the_inverse_jacobian_tends_to_the_exact_gradient(schedule):
         assert errors[1] < error(other) / 5
 
 
+def test_the_default_inverse_jacobian_is_the_nearest_with_a_hundred_steps():
+    law, levels, z = ExactMixture(LinearSchedule()), linear(1000, 100), start()
+    exact, _ = gradient(Sequential(), law, z, levels)
+
+    def error(method):
+        found, _ = gradient(method, law, z, levels)
+        return float((found - exact).norm() / exact.norm())
+
+    others = [Implicit(TIGHT), Implicit(TIGHT, applications=5), Implicit(TIGHT, 12, 1.0)]
+    nearest = error(InverseJacobian(TIGHT))
+    assert nearest < 0.05
+    assert nearest < min(error(method) for method in others) / 5
+
+
 def test_broydens_adjoint_solves_linear_systems_of_each_sample():
     """Twice as many products as dimensions solve a linear system; samples do not mix."""
     generator = torch.Generator().manual_seed(0)
