@@ -221,4 +221,6 @@ def checkpoint_config(path: Path, command: str) -> dict[str, Any]:
     if command != "fit":  # this may be another machine than the one that trained
         for name in ("accelerator", "strategy", "devices", "num_nodes"):
             config.get("trainer", {}).pop(name, None)
+        # A minute of compilation is worth it for many images only.
+        config.get("model", {}).get("init_args", {}).pop("compile", None)
     return config

@@ -1,5 +1,7 @@
 """Optimisers that update all weights in one kernel."""
 
+import torch
+from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
 
@@ -23,3 +25,19 @@ def use_fused_kernels(optimizer: Optimizer) -> None:
         # precision, because a fused step can divide them by a scale, which is not used here.
         group["fused"] = True
     optimizer.defaults["fused"] = True
+
+
+def keep_layout(optimizer: Optimizer) -> None:
+    """Let states that are read from a checkpoint have the layout in memory of their weights.
+
+    Where the weights have their channels last, as on a GPU, and those of the run that wrote it had
+    not, or the other way round, a fused kernel would refuse them.
+    """
+
+    def relay(optimizer: Optimizer) -> None:
+        for weight, state in optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+    optimizer.register_load_state_dict_post_hook(relay)

@@ -170,7 +170,7 @@ class LuhmanDistillation(Distillation):
         if trainer.ckpt_path is None:
             self.load_weights_from(teacher)
         teacher.to(self.device)
-        if self.compile_network:  # in place, after the digest of its weights is taken
+        if self.compiles:  # in place, after the digest of its weights is taken
             teacher.average.module.compile()
         make_pairs_on_all(
             trainer,

@@ -121,6 +121,12 @@ class ProgressiveDistillation(Distillation):
         self.lr_scheduler = partial(LambdaLR, lr_lambda=self._rate)
         self.round_index = self.round_at(0)
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The student's networks and its teacher's."""
+        # The teacher is made from the others.
+        return [*super().networks, *([self.teacher] if hasattr(self, "teacher") else [])]
+
     # ---- the ladder ---------------------------------------------------------------------------
 
     @property
@@ -269,8 +275,6 @@ class ProgressiveDistillation(Distillation):
         super().setup(stage)
         if stage == "fit":
             self._check_network()
-        if self.compile_network:
-            self.teacher.compile()
         if stage == "fit" and self.trainer.max_steps == -1:
             stop_after(self.trainer, self.num_updates)
 

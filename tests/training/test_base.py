@@ -5,13 +5,15 @@ from typing import get_args
 import pytest
 import torch
 from lightning import seed_everything
-from tiny import tiny_ddpm, tiny_unet
+from tiny import some_ddpm, tiny_ddpm, tiny_unet
 from torch import nn
+from torch._dynamo import config
 
 from ddim_pl.noise import GammaNoise
 from ddim_pl.prediction import LossWeight
 from ddim_pl.rng import step_generators
 from ddim_pl.schedules import ZeroTerminalSNR
+from ddim_pl.training import base
 from ddim_pl.training.ddpm import denoising_loss
 
 
@@ -89,3 +91,46 @@ def test_training_and_sampling_are_finite_without_signal_at_the_last_level(predi
     loss = denoising_loss(module.denoiser, x, t, torch.randn_like(x), weight=weight)
     assert torch.isfinite(loss).all()
     assert torch.isfinite(module.sample([0])).all()
+
+
+@pytest.mark.parametrize(
+    ("compile", "on_cuda", "stage", "wanted"),
+    [
+        ("auto", True, "fit", True),
+        ("auto", False, "fit", False),
+        ("auto", True, "predict", False),
+        (True, False, "predict", True),
+        (False, True, "fit", False),
+    ],
+)
+def test_networks_are_compiled_where_it_pays(compile, on_cuda, stage, wanted, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
+    monkeypatch.setattr(base, "_trains_on_cuda", lambda module: on_cuda)
+    module = tiny_ddpm(compile=compile)
+    config.suppress_errors = False
+    module.setup(stage)
+    suppressed, config.suppress_errors = config.suppress_errors, False
+    assert [id(each) for each in compiled] == [id(each) for each in module.networks if wanted]
+    assert module.compiles is wanted
+    assert suppressed is (compile == "auto" and wanted)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Weights that say that they are on a GPU when a module is moved."""
+    monkeypatch.setattr(nn.Parameter, "is_cuda", property(lambda weight: True), raising=False)
+
+
+def layouts(module):
+    weights = [each.conv_in.weight for each in module.networks]
+    return {w.is_contiguous(memory_format=torch.channels_last) for w in weights}
+
+
+def test_channels_are_last_on_a_gpu(on_a_gpu):
+    module = some_ddpm(network=tiny_unet(in_channels=2))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    assert layouts(module) == {False}
+    module.to("cpu")
+    assert layouts(module) == {True}
+    assert all(torch.equal(before[n], value) for n, value in module.state_dict().items())

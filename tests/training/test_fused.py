@@ -1,12 +1,13 @@
 """Which optimisers are fused."""
 
+import copy
 from unittest.mock import PropertyMock, patch
 
 import pytest
 import torch
 from torch import nn
 
-from ddim_pl.training.fused import use_fused_kernels
+from ddim_pl.training.fused import keep_layout, use_fused_kernels
 
 
 def fused(make, **arguments):
@@ -45,3 +46,34 @@ def test_a_fused_optimiser_makes_the_same_updates():
             optimizer.step()
     torch.testing.assert_close(networks[0].weight, networks[1].weight, rtol=1e-5, atol=1e-6)
     assert not torch.equal(networks[0].weight, torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("last_first", [True, False])
+def test_states_of_the_other_layout_are_read_and_give_the_same_updates(last_first):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6)
+
+    def made(is_last):
+        network = nn.Conv2d(3, 4, 3)
+        if is_last:
+            network = network.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(network.parameters(), lr=0.1, fused=True)
+        keep_layout(optimizer)
+        return network, optimizer
+
+    def step(network, optimizer):
+        optimizer.zero_grad()
+        network(x).square().sum().backward()
+        optimizer.step()
+
+    network, optimizer = made(last_first)
+    step(network, optimizer)
+    other, other_optimizer = made(not last_first)
+    other.load_state_dict(network.state_dict())
+    other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    weight = other.weight
+    assert other_optimizer.state[weight]["exp_avg"].stride() == weight.stride()
+    for _ in range(2):
+        step(network, optimizer)
+        step(other, other_optimizer)
+    torch.testing.assert_close(other.weight, network.weight, rtol=1e-5, atol=1e-6)
