@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ddim_pl.checks import check_one_of
 from ddim_pl.clipping import Clipping, clipping_of
-from ddim_pl.prediction import Prediction, PredictionType, decode, eps_from_x, merge_both
+from ddim_pl.prediction import Prediction, PredictionType, decode, decode_x, eps_from_x, merge_both
 from ddim_pl.scales import to_device
 from ddim_pl.schedules import NoiseSchedule
 
@@ -153,9 +153,8 @@ class NetworkDenoiser(Denoiser):
         """
         t = torch.as_tensor(t, dtype=torch.float64)
         scales = self.schedule(t)
-        prediction = decode(self.prediction, scales, z, self.output(z, t))
-        rule = clipping_of(self.clip)
+        output, rule = self.output(z, t), clipping_of(self.clip)
         if rule is None:
-            return prediction
-        x = rule(prediction.x)
+            return decode(self.prediction, scales, z, output)
+        x = rule(decode_x(self.prediction, scales, z, output))
         return Prediction(x, eps_from_x(scales, z, x))

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ddim_pl.scales import Scales, expand_like
+from ddim_pl.scales import Scales, add_scaled, combine, expand_like
 
 PredictionType = Literal["eps", "x", "v", "residual", "both"]
 LossWeight = Literal["snr", "truncated_snr", "snr_plus_one", "min_snr", "uniform"]
@@ -65,7 +65,16 @@ def merge_both(scales: Scales, output: Tensor) -> Tensor:
 def target(kind: PredictionType, scales: Scales, x: Tensor, eps: Tensor) -> Tensor:
     """Regression target `a x + b eps` of shape `(B, ...)`."""
     a, b = coefficients(kind, scales)
-    return expand_like(a, x) * x + expand_like(b, x) * eps
+    return combine(a, x, b, eps)
+
+
+def decode_x(kind: PredictionType, scales: Scales, z: Tensor, output: Tensor) -> Tensor:
+    """The estimate of `x` alone; arguments as for `decode`."""
+    if kind in ("x", "residual"):  # the general form is 0 / 0 at a level without noise
+        return output if kind == "x" else z - output
+    a, b = coefficients(kind, scales)
+    d = scales.alpha * b - scales.sigma * a
+    return combine(b / d, z, -scales.sigma / d, output)
 
 
 def decode(kind: PredictionType, scales: Scales, z: Tensor, output: Tensor) -> Prediction:
@@ -80,14 +89,14 @@ def decode(kind: PredictionType, scales: Scales, z: Tensor, output: Tensor) -> P
     Returns:
         Estimates that satisfy `z = alpha x + sigma eps`.
     """
-    if kind in ("x", "residual"):  # the general form is 0 / 0 at a level without noise
-        x = output if kind == "x" else z - output
+    x = decode_x(kind, scales, z, output)
+    if kind in ("x", "residual"):
         return Prediction(x, eps_from_x(scales, z, x))
+    if kind == "eps":
+        return Prediction(x, output)
     a, b = coefficients(kind, scales)
     d = scales.alpha * b - scales.sigma * a
-    x = expand_like(b / d, z) * z - expand_like(scales.sigma / d, z) * output
-    eps = expand_like(scales.alpha / d, z) * output - expand_like(a / d, z) * z
-    return Prediction(x, eps)
+    return Prediction(x, combine(scales.alpha / d, output, -a / d, z))
 
 
 def eps_from_x(scales: Scales, z: Tensor, x: Tensor) -> Tensor:
@@ -96,7 +105,7 @@ def eps_from_x(scales: Scales, z: Tensor, x: Tensor) -> Tensor:
     At a level without noise it is undefined; the result is 0, its mean.
     """
     inverse = torch.where(scales.sigma > 0, 1 / scales.sigma, 0)
-    return (z - expand_like(scales.alpha, z) * x) * expand_like(inverse, z)
+    return add_scaled(z, -scales.alpha, x) * expand_like(inverse, z)
 
 
 def x_error_weight(weight: LossWeight, scales: Scales, *, gamma: float = 5.0) -> Tensor:

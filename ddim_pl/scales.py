@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,18 @@ class Scales(NamedTuple):
     def snr(self) -> Tensor:
         """Signal-to-noise ratio `alpha^2 / sigma^2`."""
         return (self.alpha / self.sigma) ** 2
+
+
+def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """`a x + b y` of batches `(B, ...)`, for float64 coefficients as `expand_like` takes them."""
+    return add_scaled(expand_like(a, x) * x, b, y)
+
+
+def add_scaled(x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """`x + b y` of batches `(B, ...)`; a scalar b on the CPU goes into the kernel of the sum."""
+    if b.ndim or b.device.type != "cpu":
+        return x + expand_like(b, y) * y
+    return torch.add(x, y, alpha=b.item())
 
 
 def expand_like(coefficient: Tensor, like: Tensor) -> Tensor:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ddim_pl.prediction import Prediction
-from ddim_pl.scales import Scales, expand_like, float64
+from ddim_pl.scales import Scales, add_scaled, combine, expand_like, float64
 
 Variance = Literal["small", "large"]
 
 
 def q_sample(x: Tensor, eps: Tensor, t: Scales) -> Tensor:
     """Noisy state `alpha_t x + sigma_t eps`, `(B, ...)` ([DDPM], eq. 4)."""
-    return expand_like(t.alpha, x) * x + expand_like(t.sigma, x) * eps
+    return combine(t.alpha, x, t.sigma, eps)
 
 
 def transition_variance(t: Scales, s: Scales) -> Tensor:
@@ -52,11 +52,11 @@ def ddim_step(
     """
     x, eps = prediction
     if eta == 0:
-        return expand_like(s.alpha, x) * x + expand_like(s.sigma, x) * eps
+        return combine(s.alpha, x, s.sigma, eps)
     assert noise is not None, "a stochastic step needs noise"
     c = ddim_noise_scale(t, s, eta)
     kept = (s.sigma**2 - c**2).clamp(min=0).sqrt()  # negative only by rounding
-    return expand_like(s.alpha, x) * x + expand_like(kept, x) * eps + expand_like(c, x) * noise
+    return add_scaled(combine(s.alpha, x, kept, eps), c, noise)
 
 
 def two_step_target(x_t: Tensor, x_mid: Tensor, t: Scales, mid: Scales, s: Scales) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ddim_pl.scales import Scales, expand_like, float64, to_device
+from ddim_pl.scales import Scales, add_scaled, combine, expand_like, float64, to_device
 
 
 def test_coefficients_multiply_a_batch() -> None:
@@ -29,3 +29,16 @@ def test_casts_keep_the_device_and_the_values() -> None:
     assert float64(single).dtype == torch.float64
     assert torch.equal(float64(single).float(), single)
     assert to_device(single.double(), single).dtype == torch.float64
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_with_coefficients_are_those_of_products(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, *shape, generator=generator, dtype=torch.float64)
+    x, y = torch.randn(2, 3, 2, 4, 4, generator=generator, dtype=dtype)
+    wide_a, wide_b = (each.reshape(*(shape or (1,)), 1, 1, 1) for each in (a, b))
+    exact = wide_a * x.double() + wide_b * y.double()
+    for found, wanted in [(combine(a, x, b, y), exact), (add_scaled(x, b, y), x + wide_b * y)]:
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, wanted.to(dtype), rtol=3e-7, atol=3e-7)
