@@ -5,7 +5,7 @@
 
 Fits of every training method, images of every sampler, and the tables of the commands, each as a
 digest of its bits and a few of its numbers. On the machine and torch version that recorded them
-the bits must be the same; elsewhere the numbers, to 1e-6 of the largest. `test_golden.py` runs it.
+the bits must be the same; elsewhere the numbers, to 5e-5 of the largest. `test_golden.py` runs it.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 NUMBERS = Path(__file__).with_name("numbers.json")
-TOLERANCE = 1e-6
+TOLERANCE = 5e-5  # `invert` follows signs of gradients: 2e-5 from one processor to another
 KEPT = 6
 
 UNET = {
