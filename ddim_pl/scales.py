@@ -30,7 +30,7 @@ def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
 
 def add_scaled(x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     """`x + b y` of batches `(B, ...)`; a scalar b on the CPU goes into the kernel of the sum."""
-    if b.ndim or b.device.type != "cpu":
+    if b.ndim or b.device.type != "cpu" or torch.compiler.is_compiling():
         return x + expand_like(b, y) * y
     return torch.add(x, y, alpha=b.item())
 

@@ -50,14 +50,16 @@ class NoiseSchedule(ABC):
         Raises:
             ValueError: If a level lies outside [0, num_levels].
         """
-        if isinstance(t, float | int) or (t.ndim == 0 and t.device.type == "cpu"):
+        single = isinstance(t, float | int) or (t.ndim == 0 and t.device.type == "cpu")
+        if single and not torch.compiler.is_compiling():
             return self._at(float(t))
         t = torch.as_tensor(t, dtype=torch.float64)
         return self._compute(t)
 
     def _compute(self, t: Tensor) -> Scales:
-        # On another device the check would synchronise.
-        if t.device.type == "cpu" and not ((t >= 0) & (t <= self.num_levels)).all():
+        # On another device the check would synchronise, and in a graph it would break it.
+        looks = t.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and not ((t >= 0) & (t <= self.num_levels)).all():
             raise ValueError(
                 f"t must lie in [0, {self.num_levels}], got values in "
                 f"[{t.min().item():g}, {t.max().item():g}]: scale the levels to this schedule"
@@ -91,7 +93,8 @@ class NoiseSchedule(ABC):
         A step to level 0 ends in the estimate of x, also where the schedule has noise left there,
         as in the sampler and the target of [PD]'s code. Arguments and errors as for a call.
         """
-        if not isinstance(s, Tensor) or s.ndim == 0:
+        single = not isinstance(s, Tensor) or s.ndim == 0
+        if single and not torch.compiler.is_compiling():
             return _CLEAN if float(s) == 0 else self(s)
         alpha, sigma = self(s)
         clean = torch.as_tensor(s, device=alpha.device) == 0
@@ -136,7 +139,7 @@ class DiscreteSchedule(NoiseSchedule):
         """Interpolate `log abar` linearly between the integer levels."""
         table = self._log_abar.to(t.device)
         lower = t.floor().long().clamp(max=self.num_levels - 1)
-        low, high, weight = table[lower], table[lower + 1], t - lower
+        low, high, weight = table.take(lower), table.take(lower + 1), t - lower
         # log abar_T is -inf if the last variance is 1.
         to_no_signal = low + 2 * torch.log1p(-weight)
         log_abar = torch.where(high.isinf(), to_no_signal, torch.lerp(low, high, weight))

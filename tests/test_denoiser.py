@@ -8,13 +8,17 @@ from typing import get_args
 import pytest
 import torch
 from exact import ExactGaussian, ExactMixture
+from tiny import some_ddpm, tiny_unet
 from torch import Tensor, nn
 
+from ddim_pl.clipping import DynamicThreshold
 from ddim_pl.denoiser import Denoiser, NetworkDenoiser, TimeInput
+from ddim_pl.noise import latents
 from ddim_pl.prediction import PredictionType
 from ddim_pl.scales import expand_like
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, ZeroTerminalSNR
-from ddim_pl.transitions import q_sample
+from ddim_pl.training.ddpm import denoising_loss
+from ddim_pl.transitions import ddim_step, q_sample
 
 KINDS = get_args(PredictionType)
 
@@ -257,3 +261,33 @@ def test_every_other_prediction_is_finite_without_signal(
     assert torch.isfinite(network.seen[0][1]).all()
     torch.testing.assert_close(eps, z)
     torch.testing.assert_close(x, -z / 2 if kind == "v" else z / 2)
+
+
+@pytest.mark.parametrize("schedule", [LinearSchedule(), CosineLogSNRSchedule()])
+@pytest.mark.parametrize(
+    ("prediction", "clip"), [("eps", True), ("v", False), ("both", DynamicThreshold())]
+)
+def test_a_step_and_a_loss_are_one_graph_each(schedule, prediction, clip):
+    """Nothing in them depends on a value in a way that a compiler cannot follow."""
+    channels = 2 if prediction == "both" else 1
+    denoiser = some_ddpm(network=tiny_unet(out_channels=channels), prediction=prediction).denoiser
+    denoiser = dataclasses.replace(denoiser, schedule=schedule, clip=clip)
+
+    def step(z, t, s):
+        return ddim_step(denoiser(z, t), denoiser.schedule(t), denoiser.schedule.step_end(s))
+
+    def loss(x, t, eps):
+        return denoising_loss(denoiser, x, t, eps, weight="min_snr")
+
+    z, eps = latents(0, range(4), (1, 8, 8))[0].split(2)
+    levels = torch.tensor([900.0, 300.0, 0.0], dtype=torch.float64)
+    torch._dynamo.reset()
+    for function, arguments in [
+        (step, (z, levels[0], levels[1])),
+        (step, (z, levels[1], levels[2])),
+        (loss, (z, levels[:2], eps)),
+    ]:
+        compiled = torch.compile(function, fullgraph=True, backend="eager")
+        torch.testing.assert_close(
+            compiled(*arguments), function(*arguments), rtol=1e-5, atol=1e-5
+        )
