@@ -124,7 +124,7 @@ class DiffusionModule(L.LightningModule, ABC):
         self.timesteps, self.num_steps, self.last_level = timesteps, num_steps, last_level
         self.image_shape = _image_shape(network, image_shape)
         self.network = network
-        self.average = ExponentialAverage(network, ema_decay)
+        self.average = _average(network, ema_decay)
         self.prediction, self.time_input, self.clip = prediction, time_input, clip
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.warmup_steps, self.skip_bad_batches = warmup_steps, skip_bad_batches
@@ -361,11 +361,11 @@ class DiffusionModule(L.LightningModule, ABC):
         return [self.network, self.average.module]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or convert; on a CUDA device the channels of a `UNet` are last, which is faster."""
+        """Move or convert; on a CUDA device the channels of all networks are last."""
         super()._apply(fn, recurse)
         for network in self.networks:
-            if isinstance(network, UNet) and network.conv_in.weight.is_cuda:
-                network.to(memory_format=torch.channels_last)
+            if next(network.parameters()).is_cuda:
+                channels_last(network)
         return self
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -474,6 +474,23 @@ class DiffusionModule(L.LightningModule, ABC):
         with contextlib.suppress(NotPlainError):  # a class that no file can name
             plain["_class_path"] = import_path(type(self))
         self.save_hyperparameters({**plain, "_instantiator": INSTANTIATOR}, logger=False)
+
+
+def channels_last(network: nn.Module) -> None:
+    """Let the channels of a `UNet` be last in memory, which is faster."""
+    if isinstance(network, UNet):
+        network.to(memory_format=torch.channels_last)
+
+
+def _average(network: nn.Module, decay: float) -> ExponentialAverage:
+    """The average, its channels last.
+
+    Not those of the network in training: on a CPU its layout decides which activations a dropout
+    drops, and runs of before go on as they would have.
+    """
+    average = ExponentialAverage(network, decay)
+    channels_last(average.module)
+    return average
 
 
 def _trains_on_cuda(module: DiffusionModule) -> bool:

@@ -135,7 +135,8 @@ class Distillation(DiffusionModule):
 
 def student_network(teacher: DiffusionModule, dropout: float) -> nn.Module:
     """A copy of the teacher's averaged network, with gradients and this much dropout."""
-    network = copy.deepcopy(teacher.average.module)
+    # In the layout that a network made from a config has, so that resumed runs are exact.
+    network = copy.deepcopy(teacher.average.module).to(memory_format=torch.contiguous_format)
     set_dropout(network, dropout)
     return network.requires_grad_(True).train()
 
