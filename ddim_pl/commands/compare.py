@@ -100,6 +100,7 @@ def _entries(
     for file in files:
         student = load(file, name="students").to(model.device)
         worker.trainer.precision_plugin.convert_module(student)
+        student.noise_source = model.noise_source  # a column is one latent
         cell = Cell(student.sampler, "own", student.levels)
         yield _entry(_series(file), worker.with_model(student), cell, fingerprint(student))
 

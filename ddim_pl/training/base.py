@@ -24,7 +24,15 @@ from ddim_pl.denoiser import NetworkDenoiser, TimeInput
 from ddim_pl.lightning_internals import callbacks_of, constructor_arguments, forget_foreign_files
 from ddim_pl.noise import GaussianNoise, Noise, latents
 from ddim_pl.prediction import PredictionType
-from ddim_pl.rng import StepGenerators, derive_seed, seed_default_generators, step_generators
+from ddim_pl.rng import (
+    ImageNoise,
+    NoiseSource,
+    StepGenerators,
+    derive_seed,
+    image_noise,
+    seed_default_generators,
+    step_generators,
+)
 from ddim_pl.samplers import Sampler
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.schedules import LinearSchedule, NoiseSchedule
@@ -80,8 +88,10 @@ class DiffusionModule(L.LightningModule, ABC):
         skip_bad_batches: How many updates in a row are left out because their loss or gradients
             are not finite, before the fit stops; by default none. "train/skipped_batches" counts
             them since the fit began.
-        compile: Compile the network with `torch.compile`.
+        compile: Compile the network with `torch.compile`, and what "philox" draws with.
         seed: Seed of all noise in training and of the sampled images.
+        noise_source: Where the noise of sampled images comes from: "generators", one on the CPU
+            for each image, or "philox", one kernel on the module's device. The images differ.
 
     Raises:
         ValueError: If an argument is out of range or does not fit another.
@@ -108,6 +118,7 @@ class DiffusionModule(L.LightningModule, ABC):
         skip_bad_batches: int = 0,
         compile: bool = False,
         seed: int = 0,
+        noise_source: NoiseSource = "generators",
     ) -> None:
         super().__init__()
         self._arguments = constructor_arguments(DiffusionModule)
@@ -119,12 +130,11 @@ class DiffusionModule(L.LightningModule, ABC):
         self.network = network
         self.average = ExponentialAverage(network, ema_decay)
         self.prediction, self.time_input, self.clip = prediction, time_input, clip
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.warmup_steps = warmup_steps
         self.skip_bad_batches = skip_bad_batches
         self.compile_network = compile
-        self.seed = seed
+        self.seed, self.noise_source = seed, noise_source
         self._check_arguments()
         self.record_arguments()
 
@@ -132,6 +142,7 @@ class DiffusionModule(L.LightningModule, ABC):
         """Find what is wrong now, not after hours of training."""
         check_at_least(0, warmup_steps=self.warmup_steps, seed=self.seed)
         check_at_least(0, skip_bad_batches=self.skip_bad_batches)
+        self.image_noise(())  # says what is wrong
         self._update_check = UpdateCheck(self.skip_bad_batches)
         self._update_is_good = True
         self._warned_of: set[Sampler] = set()
@@ -233,8 +244,8 @@ class DiffusionModule(L.LightningModule, ABC):
     ) -> Tensor:
         """Draw images with the averaged network.
 
-        Image `i` is a function of the seed and `i` alone, up to rounding: it does not depend on
-        the batch or the device.
+        Image `i` is a function of seed, `noise_source` and `i` alone, up to rounding: it does not
+        depend on the batch or the device.
 
         Args:
             indices: Which images, B numbers.
@@ -257,7 +268,7 @@ class DiffusionModule(L.LightningModule, ABC):
             self.check_noise(sampler)
         return (sampler or self.sampler)(
             self.conditioned(label),
-            z.to(self.device),
+            z,
             levels,
             generator=generators,
             progress=progress,
@@ -265,8 +276,8 @@ class DiffusionModule(L.LightningModule, ABC):
 
     def latents(
         self, indices: Iterable[int], level: Tensor | float, *, seed: int | None = None
-    ) -> tuple[Tensor, list[torch.Generator]]:
-        """Start noise `(B, C, H, W)` of the noise's law, on the CPU, and the images' generators.
+    ) -> tuple[Tensor, list[torch.Generator] | ImageNoise]:
+        """Start noise `(B, C, H, W)` of the noise's law on the device, and the images' generators.
 
         Args:
             indices: Which images, B numbers.
@@ -279,6 +290,21 @@ class DiffusionModule(L.LightningModule, ABC):
             self.image_shape,
             noise=self.noise,
             scales=self.schedule(level),
+            noise_source=self.noise_source,
+            device=self.device,
+            compile=self.compile_network,
+        )
+
+    def image_noise(
+        self, indices: Iterable[int], *, seed: int | None = None
+    ) -> list[torch.Generator] | ImageNoise:
+        """Fresh generators of images, as `latents` begins with; arguments as there."""
+        return image_noise(
+            self.noise_source,
+            self.seed if seed is None else seed,
+            indices,
+            device=self.device,
+            compile=self.compile_network,
         )
 
     def label_of(self, indices: Iterable[int]) -> Tensor | None:
