@@ -2,10 +2,11 @@
 
     .venv/bin/python benchmarks/noise_speed.py [--repeats 7] [--compile] [--device cuda]
 
-"noise" is that of a batch, made anew from its seed; "pairs" is a batch of Luhman's training, from
-the loader to the device: images of a shard, labels and latents. User and system time of the
-process in milliseconds, median and range of the repeats; a warm-up, and with `--compile` the time
-of compiling, are not in them. On a GPU it is the host's time that is given, without a wait.
+"noise" is Gaussian noise of a batch, made anew from its seed; "gamma" as many numbers from
+Gamma(2.5, 1), which are never compiled; "pairs" is a batch of Luhman's training, from the loader
+to the device: images of a shard, labels and latents. User and system time of the process in
+milliseconds, median and range of the repeats; a warm-up, and with `--compile` the time of
+compiling, are not in them. On a GPU it is the host's time that is given, without a wait.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from torch import Tensor
 from ddim_pl.data.base import BatchIndices
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.data.teacher_pairs import IndexedPairs, TeacherPairsDataModule
-from ddim_pl.rng import gaussian_latents
+from ddim_pl.rng import gaussian_latents, image_noise, standard_gamma
 
 SIZES = {"digits": ((1, 8, 8), 128), "cifar10": ((3, 32, 32), 512), "lsun": ((3, 256, 256), 32)}
 
@@ -43,6 +44,12 @@ def latents_of(source: str, compiled: bool, device: torch.device) -> Callable[..
     if source == "generators":
         return gaussian_latents
     return partial(gaussian_latents, noise_source=source, compile=compiled, device=device)
+
+
+def gammas(source: str, shape: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
+    """Gamma numbers of a batch."""
+    generators = image_noise(source, 0, torch.arange(batch), device=device)
+    return standard_gamma(torch.full((batch, *shape), 2.5, dtype=torch.float64), generators)
 
 
 def pairs_of(
@@ -82,13 +89,14 @@ def main() -> None:
     print("| work | batch |", " | ".join(kinds), "|\n|---|---|" + "---|" * len(kinds))
     for name, (shape, batch) in SIZES.items():
         with tempfile.TemporaryDirectory() as place:
-            noise, pairs = {}, {}
+            noise, gamma, pairs = {}, {}, {}
             for kind, (source, compiled) in kinds.items():
                 draw = latents_of(source, compiled, device)
                 noise[kind] = partial(draw, 0, torch.arange(batch), shape)
+                gamma[kind] = partial(gammas, source, shape, batch, device)
                 made = pairs_of(source, shape, batch, Path(place, kind), compiled)
                 pairs[kind] = partial(made, device)
-            for work, calls in (("noise", noise), ("pairs", pairs)):
+            for work, calls in (("noise", noise), ("gamma", gamma), ("pairs", pairs)):
                 print(f"| {work}, {name} | {batch} | {row(calls, options.repeats)} |")
 
 
