@@ -94,7 +94,9 @@ def test_latents_of_philox_are_made_on_the_device_and_are_those_of_the_pairs(
     for batch in made:
         assert isinstance(batch, PairBatch)
         again = DDIM()(teacher.conditioned(batch.labels), batch.latents, module.teacher_levels)
-        torch.testing.assert_close(batch.images, again, rtol=0, atol=2e-5)
+        # To the rounding of another batch size, which four steps enlarge; other latents' images
+        # differ by about 1.
+        torch.testing.assert_close(batch.images, again, rtol=0, atol=1e-3)
     (raw,) = data.val_dataloader()
     z, _ = latents(PAIR_SEED, range(40, 48), (1, 8, 8), noise_source="philox")
     found = data.on_after_batch_transfer(raw, 0)
