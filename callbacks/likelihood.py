@@ -20,7 +20,6 @@ from ddim_pl.likelihood import (
 )
 from ddim_pl.noise import GammaNoise
 from ddim_pl.noise.reverse import reverse_model
-from ddim_pl.rng import image_generators
 from ddim_pl.training import DiffusionModule
 from ddim_pl.transitions import Variance
 
@@ -170,12 +169,12 @@ class BitsPerDim(L.Callback):
         """The numbers to be averaged, `(B,)` each."""
         module = worker.model
         denoiser = module.conditioned(label)
-        seed, images = module.seed, indices.tolist()
+        images = indices.tolist()
         with worker.precision():  # as images are sampled
             bound = variational_bound(
                 denoiser,
                 x,
-                generator=image_generators(seed, images),
+                generator=module.image_noise(images),
                 levels=torch.arange(self.first_level, module.schedule.num_levels + 1),
                 num_terms=self.num_terms,
                 variance=self.variance,
@@ -191,7 +190,7 @@ class BitsPerDim(L.Callback):
                     denoiser.without_clipping(),
                     x,
                     ode_levels(module.schedule.num_levels, self.ode_steps),
-                    generator=image_generators(seed, images),
+                    generator=module.image_noise(images),
                     num_probes=self.ode_probes,
                     dequantise=True,
                     progress=worker.shows_progress,

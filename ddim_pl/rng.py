@@ -1,20 +1,25 @@
 """Random numbers that are determined by a seed.
 
-Every image has a generator, seeded by (seed, index), so that it does not depend on its batch or on
-the number of devices. Every training step has generators, seeded by (seed, step, rank), so that a
-resumed run draws the same numbers as an uninterrupted one.
+Every image has a generator, seeded by (seed, index), or a key of Philox, so that it does not
+depend on its batch or on the number of devices. Every training step has generators, seeded by
+(seed, step, rank), so that a resumed run draws the same numbers as an uninterrupted one.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddim_pl.checks import check_one_of
+from ddim_pl.philox import ImageNoise
 from ddim_pl.scales import float64
 
-Generators = torch.Generator | Sequence[torch.Generator]
+NoiseSource = Literal["generators", "philox"]
+"""Where the noise of images comes from: a CPU generator for each, or `ddim_pl.philox`."""
+
+Generators = torch.Generator | Sequence[torch.Generator] | ImageNoise
 
 _FACTOR = 2654435769  # 2^32 times the golden ratio's fraction, see `image_generators`
 
@@ -93,13 +98,59 @@ def share_generators(seed_a: int, count_a: int, seed_b: int, count_b: int) -> bo
     return min(count_a, count_b) > 0 and (distance < count_a or 2**32 - distance < count_b)
 
 
+def image_noise(
+    source: NoiseSource,
+    seed: int,
+    indices: Iterable[int] | Tensor,
+    *,
+    device: torch.device | str = "cpu",
+    compile: bool = False,
+) -> list[torch.Generator] | ImageNoise:
+    """What the noise of some images is drawn from.
+
+    Args:
+        source: "generators", see `image_generators`, or "philox", see `ImageNoise`.
+        seed: Seed of the images.
+        indices: Of the B images; a tensor is int64 `(B,)`.
+        device: Where "philox" draws; the generators draw on the CPU.
+        compile: As in `ImageNoise`.
+
+    Raises:
+        ValueError: If the source is unknown, or for "philox" seed or indices are out of range.
+    """
+    check_one_of(NoiseSource, noise_source=source)
+    if source == "generators":
+        numbers = indices.tolist() if isinstance(indices, Tensor) else indices
+        return image_generators(seed, numbers)
+    if not isinstance(indices, Tensor):
+        given = [int(i) for i in indices]
+        if given and not 0 <= min(given) <= max(given) < 2**32:
+            raise ValueError(
+                f"indices must lie in [0, 2^32), got {min(given)} to {max(given)}: count the "
+                "images from 0"
+            )
+        indices = torch.tensor(given, dtype=torch.int64)
+    return ImageNoise(seed, indices.to(device), compile=compile)
+
+
+def share_noise(source: NoiseSource, seed_a: int, count_a: int, seed_b: int, count_b: int) -> bool:
+    """Whether the first images of two seeds share noise; with "philox", only those of one seed.
+
+    >>> share_noise("philox", 0, 2**31, 1, 2**31), share_noise("philox", 3, 1, 3, 1)
+    (False, True)
+    """
+    if source == "generators":
+        return share_generators(seed_a, count_a, seed_b, count_b)
+    return seed_a == seed_b and min(count_a, count_b) > 0
+
+
 def randn(shape: Sequence[int], generator: Generators | None, like: Tensor) -> Tensor:
     """Standard normal noise in the dtype and on the device of `like`.
 
     Args:
         shape: `(B, ...)`.
-        generator: One generator for the batch, one per image, or None for the global one. Numbers
-            are drawn on the generator's device.
+        generator: One generator for the batch, one per image, an `ImageNoise`, or None for the
+            global one. Numbers are drawn on its device.
         like: Tensor of the dtype and device of the result.
 
     Raises:
@@ -111,6 +162,8 @@ def randn(shape: Sequence[int], generator: Generators | None, like: Tensor) -> T
         noise = torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)
         return noise.to(like)
     _check_count(generator, shape)
+    if isinstance(generator, ImageNoise):
+        return generator.normal(shape).to(like)
     device = generator[0].device if generator else like.device
     noise = torch.empty(tuple(shape), device=device, dtype=torch.float32)
     for row, source in zip(noise, generator, strict=True):
@@ -124,6 +177,8 @@ def uniform(shape: Sequence[int], generator: Generators | None, like: Tensor) ->
         device = like.device if generator is None else generator.device
         return torch.rand(tuple(shape), generator=generator, device=device).to(like)
     _check_count(generator, shape)
+    if isinstance(generator, ImageNoise):
+        return generator.uniform(shape).to(like)
     rows = [torch.rand(tuple(shape[1:]), generator=g, device=g.device) for g in generator]
     return torch.stack(rows).to(like)
 
@@ -145,6 +200,8 @@ def standard_gamma(concentration: Tensor, generator: Generators | None) -> Tenso
         source = _with_float64(generator)
         return torch._standard_gamma(concentration.double().to(source.device), generator=source)
     _check_count(generator, concentration.shape)
+    if isinstance(generator, ImageNoise):
+        return generator.gamma(concentration)
     if not generator:
         return float64(concentration)
     sources = [_with_float64(each) for each in generator]
@@ -161,7 +218,7 @@ def _with_float64(generator: torch.Generator) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed))
 
 
-def _check_count(generators: Sequence[torch.Generator], shape: Sequence[int]) -> None:
+def _check_count(generators: Sequence[torch.Generator] | ImageNoise, shape: Sequence[int]) -> None:
     if len(generators) != shape[0]:
         raise ValueError(
             f"generator must hold one generator per image, got {len(generators)} for a batch of "
@@ -170,11 +227,18 @@ def _check_count(generators: Sequence[torch.Generator], shape: Sequence[int]) ->
 
 
 def gaussian_latents(
-    seed: int, indices: Iterable[int], shape: Sequence[int]
-) -> tuple[Tensor, list[torch.Generator]]:
+    seed: int,
+    indices: Iterable[int] | Tensor,
+    shape: Sequence[int],
+    *,
+    noise_source: NoiseSource = "generators",
+    device: torch.device | str = "cpu",
+    compile: bool = False,
+) -> tuple[Tensor, list[torch.Generator] | ImageNoise]:
     """Gaussian start noise `(B, *shape)` in float32 of the images `indices`, and their generators.
 
-    The generators are returned because a stochastic sampler draws from them next.
+    The generators are returned because a stochastic sampler draws from them next. Other arguments
+    and errors are those of `image_noise`; the noise is on `device` from either source.
     """
-    generators = image_generators(seed, indices)
-    return randn((len(generators), *shape), generators, torch.empty(0)), generators
+    generators = image_noise(noise_source, seed, indices, device=device, compile=compile)
+    return randn((len(generators), *shape), generators, torch.empty(0, device=device)), generators

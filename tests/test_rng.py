@@ -7,13 +7,17 @@ from ddim_pl.noise import latents
 from ddim_pl.rng import (
     derive_seed,
     image_generators,
+    image_noise,
     randn,
     share_generators,
+    share_noise,
     standard_gamma,
     step_generators,
+    uniform,
 )
 
 SHAPE = (3, 4, 4)
+SOURCES = ["generators", "philox"]
 
 
 def test_a_derived_seed_depends_on_every_word_and_on_their_order() -> None:
@@ -82,26 +86,69 @@ def test_ranges_that_share_a_generator_are_told_by_its_seed(seeds: tuple[int, in
     assert not share_generators(b, (2**32 - distance) % 2**32, a, 1)
 
 
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("draw", [randn, uniform])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_the_dtype_of_the_state_does_not_change_the_picture(dtype: torch.dtype) -> None:
+def test_the_dtype_of_the_state_does_not_change_the_picture(dtype, draw, source) -> None:
     like = torch.empty(0, dtype=dtype)
-    noise = randn((2, *SHAPE), image_generators(1, range(2)), like)
+    noise = draw((2, *SHAPE), image_noise(source, 1, range(2)), like)
     assert noise.dtype == dtype
-    single = randn((2, *SHAPE), image_generators(1, range(2)), torch.empty(0))
+    single = draw((2, *SHAPE), image_noise(source, 1, range(2)), torch.empty(0))
     assert torch.equal(noise, single.to(dtype))
 
 
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_a_wrong_number_of_generators_is_an_error(count: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"one generator per image, got {count} for a batch of 2"
-    ):
-        randn((2, *SHAPE), image_generators(0, range(count)), torch.empty(0))
+def test_a_wrong_number_of_generators_is_an_error(count, source) -> None:
+    message = rf"one generator per image, got {count} for a batch of 2"
+    for draw in (randn, uniform):
+        with pytest.raises(ValueError, match=message):
+            draw((2, *SHAPE), image_noise(source, 0, range(count)), torch.empty(0))
+    with pytest.raises(ValueError, match=message):
+        standard_gamma(torch.ones(2, 4), image_noise(source, 0, range(count)))
 
 
-def test_a_wrong_number_of_generators_is_an_error_for_gamma_too() -> None:
-    with pytest.raises(ValueError, match="one generator per image, got 3 for a batch of 2"):
-        standard_gamma(torch.ones(2, 4), image_generators(0, range(3)))
+def test_a_source_gives_what_it_says() -> None:
+    """Generators to the bit as before there was a choice; indices as numbers or as a tensor."""
+    like = torch.empty(0)
+    chosen = [image_noise("generators", 3, i) for i in ([4, 9], torch.tensor([4, 9]))]
+    for generators in chosen:
+        before = randn((2, *SHAPE), image_generators(3, [4, 9]), like)
+        assert torch.equal(randn((2, *SHAPE), generators, like), before)
+    a, b = (image_noise("philox", 3, i) for i in ([4, 9], torch.tensor([4, 9])))
+    assert torch.equal(randn((2, *SHAPE), a, like), randn((2, *SHAPE), b, like))
+    assert (randn((2, *SHAPE), a, like) != before).any()
+
+
+@pytest.mark.parametrize(
+    ("source", "indices", "message"),
+    [
+        (
+            "mersenne",
+            [0],
+            r"noise_source must be one of \('generators', 'philox'\), got 'mersenne'",
+        ),
+        ("philox", [3, -1], r"indices must lie in \[0, 2\^32\), got -1 to 3"),
+        ("philox", [2**32], r"indices must lie in \[0, 2\^32\)"),
+    ],
+)
+def test_wrong_arguments_are_errors(source, indices, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        image_noise(source, 0, indices)
+
+
+@pytest.mark.parametrize("counts", [(0, 5), (5, 0), (1, 1), (40, 60)])
+def test_sources_share_noise_as_their_images_do(counts: tuple[int, int]) -> None:
+    """Against the numbers themselves; seed 2^32 + 2 has the generators of seed 2."""
+
+    def rows(source, seed, count):
+        z, _ = latents(seed, range(count), (4,), noise_source=source)
+        return set(map(tuple, z.tolist()))
+
+    for source in SOURCES:
+        for other in (2, 3, 2**32 + 2):
+            shared = bool(rows(source, 2, counts[0]) & rows(source, other, counts[1]))
+            assert share_noise(source, 2, counts[0], other, counts[1]) == shared
 
 
 def test_one_generator_serves_a_batch() -> None:
@@ -121,7 +168,8 @@ def test_one_generator_draws_the_same_in_every_dtype() -> None:
 
 def test_given_generators_leave_the_global_one_alone() -> None:
     before = torch.get_rng_state()
-    latents(0, range(3), SHAPE)
+    for source in SOURCES:
+        latents(0, range(3), SHAPE, noise_source=source)
     randn((2, 3), torch.Generator(), torch.empty(0))
     step_generators(0, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), before)

@@ -101,6 +101,7 @@ def _entries(
         student = load(file, name="students").to(model.device)
         worker.trainer.precision_plugin.convert_module(student)
         student.sampling_precision = worker.model.sampling_precision  # one for all in a table
+        student.noise_source = model.noise_source  # a column is one latent
         cell = Cell(student.sampler, "own", student.levels)
         yield _entry(_series(file), worker.with_model(student), cell, fingerprint(student))
 

@@ -16,7 +16,6 @@ from ddim_pl.evaluation.worker import Worker, on_every_worker
 from ddim_pl.images import to_uint8
 from ddim_pl.inversion import forward_trajectory
 from ddim_pl.prediction import eps_from_x
-from ddim_pl.rng import image_generators
 from ddim_pl.timesteps import make_levels
 from ddim_pl.training import DiffusionModule
 
@@ -120,7 +119,7 @@ def _follow(
     num_shown: int,
 ) -> Paths:
     """Follow images `(B, ...)` along rising levels, and keep the states at some of them."""
-    generators = image_generators(seed, range(len(x)))
+    generators = model.image_noise(range(len(x)), seed=seed)
     states = forward_trajectory(model.schedule, x, levels, eta=eta, generator=generators)
     pictures, rows, first = [to_uint8(x[:num_shown])], [], None
     for place, state in enumerate(states):

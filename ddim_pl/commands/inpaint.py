@@ -110,7 +110,7 @@ def _fill(
         with worker.precision():
             found = method(
                 denoiser,
-                z.to(model.device),
+                z,
                 model.levels,
                 image=real.images[which],
                 mask=known,

@@ -147,7 +147,7 @@ def _ends(
     first = list(range(num_pairs))
     # The partner of latent i is i + P, whatever its class: both ends have the class of the first.
     indices = [index for i in first for index in (i, i + num_pairs)]
-    z, _ = model.latents(indices, model.levels[0], seed=seed)
+    z = model.latents(indices, model.levels[0], seed=seed)[0].cpu()
     classes = model.label_of([i for i in first for _ in range(2)])
     if classes is not None and label is not None:
         classes = torch.full_like(classes, label)

@@ -20,7 +20,6 @@ from ddim_pl.files import replacing
 from ddim_pl.images import read_png, to_uint8
 from ddim_pl.inversion import Implicit, Inversion, Method, check_stop_below, encode
 from ddim_pl.inversion import invert as find_latents
-from ddim_pl.noise import latents
 from ddim_pl.samplers import DDIM
 from ddim_pl.timesteps import make_levels
 from ddim_pl.training import DiffusionModule
@@ -92,7 +91,7 @@ def invert(
     given = None if start in ("encoding", "noise") else _read_latents(start, model)
     source = image_source(model, datamodule, images, label, num_images)
     method = method or Implicit()
-    first = partial(_first_latents, start, model.seed if seed is None else seed, given)
+    first = partial(_first_latents, start, partial(model.latents, seed=seed), given)
     optimise = partial(find_latents, method=method, num_updates=num_updates, lr=lr)
     optimise = partial(optimise, max_seconds=max_seconds, stop_below=stop_below)
 
@@ -130,7 +129,7 @@ def _check_count(start: str, given: Tensor | None, count: int) -> None:
 
 def _first_latents(
     start: str,
-    seed: int,
+    noise: Callable[..., tuple[Tensor, object]],
     given: Tensor | None,
     denoiser: NetworkDenoiser,
     x: Tensor,
@@ -142,7 +141,7 @@ def _first_latents(
         return given[list(indices)].to(x)
     if start == "encoding":
         return encode(denoiser, x, levels)
-    return latents(seed, indices, x.shape[1:])[0].to(x)
+    return noise(indices, levels[0])[0].to(x)
 
 
 def _invert_all(

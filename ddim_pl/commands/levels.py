@@ -86,9 +86,7 @@ def search_levels(
         z, _ = model.latents(batch, candidates[0], seed=SEARCH_SEED + model.seed)
         denoiser = model.conditioned(model.label_of(batch), sampling=True)
         with worker.precision():
-            more = one_step_errors(
-                denoiser, z.to(model.device), candidates, progress=worker.shows_progress
-            )
+            more = one_step_errors(denoiser, z, candidates, progress=worker.shows_progress)
         errors = StepErrors(*(a + b for a, b in zip(errors, more, strict=True)))
     costs = StepErrors(*map(worker.all_reduce, errors)).costs()
     return worker.broadcast([cheapest_levels(costs, candidates, steps) for steps in num_steps])

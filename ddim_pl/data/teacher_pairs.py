@@ -2,17 +2,17 @@
 
 A folder of pairs holds `manifest.json`, the recipe of the images, and shards `00000.safetensors`
 with checksums `00000.sha256`. Only images are stored: `ddim_pl.noise.latents` recomputes latent
-`i` of a seed to the bit. A shard that is missing or does not match its checksum is generated
-again. The folder of another teacher is refused.
+`i` of a seed, by generators to the bit, by Philox up to rounding. A shard that is missing or does
+not match its checksum is generated again. The folder of another teacher is refused.
 """
 
 import errno
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -25,15 +25,15 @@ from ddim_pl.checks import check_at_least
 from ddim_pl.damage import DamagedError, read_sealed, sealed
 from ddim_pl.data.base import BatchIndices, EachOnce, ImageDataModule, ImageSet
 from ddim_pl.files import replacing
-from ddim_pl.rng import gaussian_latents
+from ddim_pl.rng import NoiseSource, gaussian_latents
 
 # A student must not be evaluated on latents it was trained on. For every evaluation seed below
 # 1,500, the first 60,000 images share no generator with the first 1.1 million pairs of this seed,
 # see `ddim_pl.rng.share_generators`.
 PAIR_SEED = 1_001_301
 
-Latents = Callable[[int, Iterable[int], Sequence[int]], tuple[Tensor, list[torch.Generator]]]
-"""The latents of a seed, given indices and shape, as `ddim_pl.noise.latents`."""
+Latents = Callable[..., tuple[Tensor, Any]]
+"""The latents of a seed, given as to `ddim_pl.rng.gaussian_latents`."""
 
 
 class PairBatch(NamedTuple):
@@ -42,6 +42,14 @@ class PairBatch(NamedTuple):
     images: Tensor
     labels: Tensor
     latents: Tensor
+
+
+class PairsWithoutLatents(NamedTuple):
+    """What a loader yields where the latents are made on the training device: their indices."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
 
 
 class PairStore:
@@ -71,6 +79,11 @@ class PairStore:
     def __len__(self) -> int:
         """Return the number of pairs."""
         return self.num_pairs
+
+    @property
+    def noise_source(self) -> NoiseSource:
+        """Where the latents come from; folders of before do not say, and have generators."""
+        return cast(NoiseSource, self.recipe.get("noise_source", "generators"))
 
     @property
     def num_shards(self) -> int:
@@ -152,7 +165,9 @@ class PairStore:
             written = read_sealed(path)
         except DamagedError as error:
             raise ValueError(f"{error}: give another folder") from error
-        for name, value in self.recipe.items():
+        source = {"noise_source": "generators"}
+        written = source | written
+        for name, value in (source | self.recipe).items():
             if written.get(name) != value:
                 raise ValueError(
                     f"pairs folder {str(self.folder)!r} must be made with {name}={value!r}, got "
@@ -166,8 +181,8 @@ def _digest(path: Path) -> str:
 
 
 @dataclass(eq=False)
-class IndexedPairs(Dataset[PairBatch]):
-    """A torch dataset from `BatchIndices`, counted from `first`, to a whole `PairBatch`."""
+class IndexedPairs(Dataset[PairBatch | PairsWithoutLatents]):
+    """A torch dataset from `BatchIndices`, counted from `first`, to a whole batch of pairs."""
 
     store: PairStore
     first: int
@@ -178,14 +193,17 @@ class IndexedPairs(Dataset[PairBatch]):
         """Return the number of pairs."""
         return self.count
 
-    def __getitem__(self, index: BatchIndices) -> PairBatch:
-        """Return the pairs, with recomputed latents."""
+    def __getitem__(self, index: BatchIndices) -> PairBatch | PairsWithoutLatents:
+        """Return the pairs, with latents that generators recompute."""
         indices = index.indices + self.first
         recipe = self.store.recipe
-        z, _ = self.make_latents(recipe["seed"], indices.tolist(), recipe["shape"])
         classes = recipe.get("num_classes")
         label = indices % classes if classes else torch.zeros_like(indices)
-        return PairBatch(self.store.images(indices), label, z)
+        images = self.store.images(indices)
+        if self.store.noise_source != "generators":
+            return PairsWithoutLatents(images, label, indices)
+        z, _ = self.make_latents(recipe["seed"], indices, recipe["shape"])
+        return PairBatch(images, label, z)
 
 
 class TeacherPairsDataModule(ImageDataModule):
@@ -302,6 +320,20 @@ class TeacherPairsDataModule(ImageDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the loader of the real validation images: a test needs no pairs."""
         return super().val_dataloader()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Make latents on the device where the loader made none."""
+        if not isinstance(batch, PairsWithoutLatents):
+            return super().on_after_batch_transfer(batch, dataloader_idx)
+        images, labels, indices = batch
+        z, _ = self._latents(
+            self.store.recipe["seed"],
+            indices,
+            self.store.recipe["shape"],
+            noise_source=self.store.noise_source,
+            device=images.device,
+        )
+        return PairBatch(images, labels, z.to(images))
 
     def _pair_loader(self, first: int, count: int, order: Any) -> DataLoader[Any]:
         return self._loader(IndexedPairs(self.store, first, count, self._latents), order)

@@ -25,6 +25,7 @@ from ddim_pl.evaluation.plots import label_rows, plot_distances
 from ddim_pl.evaluation.tables import markdown, write_csv, write_text
 from ddim_pl.evaluation.worker import Worker, precision_of
 from ddim_pl.images import read_png, write_png
+from ddim_pl.rng import NoiseSource
 from ddim_pl.samplers import Sampler
 from ddim_pl.training import DiffusionModule
 from ddim_pl.training.fingerprint import digest_of
@@ -66,11 +67,13 @@ class CellSettings:
         measure: Extractor, metrics, number of images.
         seed: Seed of the images.
         num_shown: Images of each cell that are kept for a page.
+        noise_source: Where their noise comes from.
     """
 
     measure: MeasureSettings
     seed: int
     num_shown: int
+    noise_source: NoiseSource = "generators"
 
     def key(self, checkpoint: str, data: str, precision: str, cell: Cell) -> str:
         """A name for all that a cell's result depends on."""
@@ -86,6 +89,8 @@ class CellSettings:
             "sampler": str(cell.sampler),
             "levels": cell.levels.tolist(),
         }
+        if self.noise_source != "generators":  # cells of before have no such entry
+            content["noise_source"] = self.noise_source
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -113,6 +118,7 @@ def cell_settings(
         ),
         model.seed if seed is None else seed,
         min(num_shown, count),
+        model.noise_source,
     )
     check_at_least(0, seed=settings.seed)
     _ = settings.measure.quality  # loaded before anything is sampled

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.prediction import Prediction, eps_from_x
-from ddim_pl.rng import Generators, gaussian_latents, image_generators, randn
+from ddim_pl.rng import Generators, ImageNoise, NoiseSource, image_noise, randn
 from ddim_pl.scales import Scales, expand_like, float64
 from ddim_pl.transitions import ddim_step, two_step_target
 
@@ -156,32 +156,36 @@ class GaussianNoise(Noise):
 
 def latents(
     seed: int,
-    indices: Iterable[int],
+    indices: Iterable[int] | Tensor,
     shape: Sequence[int],
     *,
     noise: Noise | None = None,
     scales: Scales | None = None,
-) -> tuple[Tensor, list[torch.Generator]]:
+    noise_source: NoiseSource = "generators",
+    device: torch.device | str = "cpu",
+    compile: bool = False,
+) -> tuple[Tensor, list[torch.Generator] | ImageNoise]:
     """Start noise `(B, *shape)` in float32 of the images `indices`, and their generators.
 
     The generators are returned because a stochastic sampler draws from them next.
 
     Args:
-        seed: Seed of the images, see `image_generators`.
+        seed: Seed of the images, see `image_noise`.
         indices: Indices of the B images.
         shape: `(C, H, W)`.
         noise: Law of the noise; by default Gaussian.
         scales: Scales at the first level; required if the law is not Gaussian.
+        noise_source: "generators" or "philox", see `image_noise`.
+        device: Device of the result; "philox" draws there, the generators draw on the CPU.
+        compile: Compile what "philox" draws with.
 
     Raises:
-        ValueError: If scales are required and not given.
+        ValueError: If scales are required and not given, or as by `image_noise`.
     """
-    if noise is None or scales is None:
-        if noise is not None and not noise.is_gaussian:
-            raise ValueError(
-                f"scales must be given for {noise}, got None: its law depends on them"
-            )
-        return gaussian_latents(seed, indices, shape)
-    generators = image_generators(seed, indices)
-    size = (len(generators), *shape)
-    return noise.draw(size, scales, generators, torch.empty(0)), generators
+    generators = image_noise(noise_source, seed, indices, device=device, compile=compile)
+    size, like = (len(generators), *shape), torch.empty(0, device=device)
+    if noise is None or noise.is_gaussian:
+        return randn(size, generators, like), generators
+    if scales is None:
+        raise ValueError(f"scales must be given for {noise}, got None: its law depends on them")
+    return noise.draw(size, scales, generators, like), generators

@@ -25,7 +25,15 @@ from ddim_pl.lightning_internals import callbacks_of, constructor_arguments, for
 from ddim_pl.networks.unet import UNet
 from ddim_pl.noise import GaussianNoise, Noise, latents
 from ddim_pl.prediction import PredictionType
-from ddim_pl.rng import StepGenerators, derive_seed, seed_default_generators, step_generators
+from ddim_pl.rng import (
+    ImageNoise,
+    NoiseSource,
+    StepGenerators,
+    derive_seed,
+    image_noise,
+    seed_default_generators,
+    step_generators,
+)
 from ddim_pl.samplers import Sampler
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.schedules import LinearSchedule, NoiseSchedule
@@ -85,9 +93,11 @@ class DiffusionModule(L.LightningModule, ABC):
         sampling_precision: 32, or "bf16": images are drawn with a bfloat16 copy of the averaged
             weights, see `ddim_pl.training.reduced`. Encoding, likelihoods and losses are not.
         compile: Compile the network with `torch.compile`. "auto": in a fit on a CUDA device, and
-            not where that fails. True: wherever the model is used; a command that is given a
-            checkpoint alone does not take it from there.
+            not where that fails. True: wherever the model is used, with what "philox" draws with;
+            a command that is given a checkpoint alone does not take it from there.
         seed: Seed of all noise in training and of the sampled images.
+        noise_source: Where the noise of sampled images comes from: "generators", one on the CPU
+            for each image, or "philox", one kernel on the module's device. The images differ.
 
     Raises:
         ValueError: If an argument is out of range or does not fit another.
@@ -115,6 +125,7 @@ class DiffusionModule(L.LightningModule, ABC):
         sampling_precision: NetworkPrecision = 32,
         compile: bool | Literal["auto"] = "auto",
         seed: int = 0,
+        noise_source: NoiseSource = "generators",
     ) -> None:
         super().__init__()
         self._arguments = constructor_arguments(DiffusionModule)
@@ -123,14 +134,13 @@ class DiffusionModule(L.LightningModule, ABC):
         self.sampler = sampler or default_sampler(self.noise)
         self.timesteps, self.num_steps, self.last_level = timesteps, num_steps, last_level
         self.image_shape = _image_shape(network, image_shape)
-        self.network = network
-        self.average = _average(network, ema_decay)
+        self.network, self.average = network, _average(network, ema_decay)
         self.prediction, self.time_input, self.clip = prediction, time_input, clip
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.warmup_steps, self.skip_bad_batches = warmup_steps, skip_bad_batches
-        self.sampling_precision: NetworkPrecision = sampling_precision
-        self._reduced = ReducedCopy()
-        self.compile_network, self.seed = compile, seed
+        self.sampling_precision, self._reduced = sampling_precision, ReducedCopy()
+        self.compile_network, self.compiles = compile, compile is True
+        self.seed, self.noise_source = seed, noise_source
         self._check_arguments()
         self.record_arguments()
 
@@ -139,6 +149,7 @@ class DiffusionModule(L.LightningModule, ABC):
         check_at_least(0, warmup_steps=self.warmup_steps, seed=self.seed)
         check_at_least(0, skip_bad_batches=self.skip_bad_batches)
         check_one_of(NetworkPrecision, sampling_precision=self.sampling_precision)
+        self.image_noise(())  # says what is wrong
         self._update_check = UpdateCheck(self.skip_bad_batches)
         self._update_is_good = True
         self._warned_of: set[Sampler] = set()
@@ -247,8 +258,8 @@ class DiffusionModule(L.LightningModule, ABC):
     ) -> Tensor:
         """Draw images with the averaged network.
 
-        Image `i` is a function of the seed and `i` alone, up to rounding: it does not depend on
-        the batch or the device.
+        Image `i` is a function of seed, `noise_source` and `i` alone, up to rounding: it does not
+        depend on the batch or the device.
 
         Args:
             indices: Which images, B numbers.
@@ -271,7 +282,7 @@ class DiffusionModule(L.LightningModule, ABC):
             self.check_noise(sampler)
         return (sampler or self.sampler)(
             self.conditioned(label, sampling=True),
-            z.to(self.device),
+            z,
             levels,
             generator=generators,
             progress=progress,
@@ -279,8 +290,8 @@ class DiffusionModule(L.LightningModule, ABC):
 
     def latents(
         self, indices: Iterable[int], level: Tensor | float, *, seed: int | None = None
-    ) -> tuple[Tensor, list[torch.Generator]]:
-        """Start noise `(B, C, H, W)` of the noise's law, on the CPU, and the images' generators.
+    ) -> tuple[Tensor, list[torch.Generator] | ImageNoise]:
+        """Start noise `(B, C, H, W)` of the noise's law on the device, and the images' generators.
 
         Args:
             indices: Which images, B numbers.
@@ -293,6 +304,21 @@ class DiffusionModule(L.LightningModule, ABC):
             self.image_shape,
             noise=self.noise,
             scales=self.schedule(level),
+            noise_source=self.noise_source,
+            device=self.device,
+            compile=self.compiles,
+        )
+
+    def image_noise(
+        self, indices: Iterable[int], *, seed: int | None = None
+    ) -> list[torch.Generator] | ImageNoise:
+        """Fresh generators of images, as `latents` begins with; arguments as there."""
+        return image_noise(
+            self.noise_source,
+            self.seed if seed is None else seed,
+            indices,
+            device=self.device,
+            compile=self.compiles,
         )
 
     def label_of(self, indices: Iterable[int]) -> Tensor | None:
@@ -352,8 +378,8 @@ class DiffusionModule(L.LightningModule, ABC):
         for network in self.networks if self.compiles else []:
             network.compile()
 
-    compiles = False
-    """Whether the networks are compiled."""
+    compiles: bool
+    """Whether the networks, and what draws noise, are compiled."""
 
     @property
     def networks(self) -> list[nn.Module]:

@@ -166,8 +166,8 @@ def averaged_checkpoint(module: DiffusionModule, **changes: Any) -> dict[str, An
     # The same tensors: a file holds them once.
     state |= {f"average.module.{name}": value for name, value in weights.items()}
     names = ["network", "schedule", "noise", "prediction", "time_input", "image_shape", "clip"]
-    names += ["sampler", "timesteps", "num_steps", "last_level", "seed", "distilled_steps"]
-    names += ["sampling_precision"]
+    names += ["sampler", "timesteps", "num_steps", "last_level", "seed", "noise_source"]
+    names += ["distilled_steps", "sampling_precision"]
     names += [name for name in ("loss_weight",) if hasattr(module, name)]
     arguments = {name: describe(getattr(module, name)) for name in names} | changes
     return {

@@ -10,10 +10,14 @@ from ddim_pl.clipping import Clipping
 from ddim_pl.denoiser import TimeInput
 from ddim_pl.noise import Noise
 from ddim_pl.prediction import PredictionType
+from ddim_pl.rng import NoiseSource
 from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.training.base import DiffusionModule
 from ddim_pl.training.hyperparameters import filled
 from ddim_pl.training.loading import load
+
+DEFAULTS = {"time_input": "index", "clip": True, "noise_source": "generators"}
+"""Arguments of a student that is loaded without a teacher and was given none."""
 
 
 class Distillation(DiffusionModule):
@@ -29,6 +33,7 @@ class Distillation(DiffusionModule):
         time_input: By default the teacher's.
         image_shape: By default the teacher's.
         clip: Clip the student's estimates when it samples; by default as the teacher does.
+        noise_source: By default the teacher's, so that images of one seed begin at one latent.
         **kwargs: Arguments of `DiffusionModule`.
 
     Raises:
@@ -47,6 +52,7 @@ class Distillation(DiffusionModule):
         time_input: TimeInput | None = None,
         image_shape: tuple[int, int, int] | None = None,
         clip: bool | Clipping | None = None,
+        noise_source: NoiseSource | None = None,
         **kwargs: Any,
     ) -> None:
         read = load(teacher, name="teacher") if teacher is not None and network is None else None
@@ -57,6 +63,7 @@ class Distillation(DiffusionModule):
             "time_input": time_input,
             "image_shape": image_shape,
             "clip": clip,
+            "noise_source": noise_source,
         }
         if read is not None:
             network = student_network(read, dropout)
@@ -66,10 +73,9 @@ class Distillation(DiffusionModule):
         if network is None:
             raise ValueError("teacher must be given: a checkpoint to distil")
         set_dropout(network, dropout)
-        default = {"prediction": self.prediction_from("eps"), "time_input": "index", "clip": True}
+        default = DEFAULTS | {"prediction": self.prediction_from("eps")}
         super().__init__(network, **filled(student, default), **kwargs)
-        self.teacher_path = teacher
-        self.read_prediction = None if read is None else read.prediction
+        self.teacher_path, self.read_prediction = teacher, read and read.prediction
         if read is not None:
             self.record_arguments(network=network, **student)
             self.check_teacher(read)

@@ -16,7 +16,7 @@ from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.lightning_internals import datamodule_of
 from ddim_pl.noise import latents
 from ddim_pl.prediction import PredictionType
-from ddim_pl.rng import StepGenerators, share_generators
+from ddim_pl.rng import StepGenerators, share_noise
 from ddim_pl.samplers import Sampler
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.schedules import NoiseSchedule
@@ -50,7 +50,8 @@ class LuhmanDistillation(Distillation):
         pair_batch_size: Images in a batch while pairs are made, on each device.
         ema_decay: As in `DiffusionModule`; the paper has 0.995.
         **kwargs: Arguments of `Distillation`. The paper's optimiser is Adam with betas 0.9 and
-            0.98. With `compile` the teacher that makes the pairs is compiled too.
+            0.98. With `compile` the teacher that makes the pairs is compiled too. The pairs'
+            latents have this module's `noise_source`; "philox" makes them on the device.
 
     Raises:
         ValueError: If the teacher cannot be read or does not fit, its sampler is stochastic, or an
@@ -138,12 +139,13 @@ class LuhmanDistillation(Distillation):
             )
         self._check_latents(data)
         teacher = self.read_teacher()
+        teacher.noise_source = self.noise_source
         # Without a trainer, what it has by default.
         precision = "32-true" if data.trainer is None else str(data.trainer.precision)
         first = teacher.schedule(self.teacher_levels[0])
         store = data.open(
             recipe_of(teacher, self.teacher_sampler, self.teacher_levels, precision=precision),
-            partial(latents, noise=teacher.noise, scales=first),
+            partial(latents, noise=teacher.noise, scales=first, compile=self.compiles),
         )
         return teacher, store
 
@@ -151,7 +153,7 @@ class LuhmanDistillation(Distillation):
         """Check that the student will be evaluated on other latents than it is trained on."""
 
         def shares(pair_seed: int) -> bool:
-            return share_generators(self.seed, NUM_EVALUATED, pair_seed, count)
+            return share_noise(self.noise_source, self.seed, NUM_EVALUATED, pair_seed, count)
 
         count = data.num_pairs + data.num_validation
         if shares(data.pair_seed):

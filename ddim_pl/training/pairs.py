@@ -31,7 +31,7 @@ def recipe_of(
     teacher: DiffusionModule, sampler: Sampler, levels: Tensor, *, precision: str
 ) -> dict[str, Any]:
     """All that a pair depends on but its seed and index; the precision is a trainer's."""
-    return {
+    recipe: dict[str, Any] = {
         "teacher": fingerprint(teacher),
         "sampler": str(sampler),
         "levels": levels.tolist(),
@@ -39,6 +39,9 @@ def recipe_of(
         "num_classes": teacher.num_classes,
         "precision": precision,
     }
+    if teacher.noise_source != "generators":  # folders of before have no such entry
+        recipe["noise_source"] = teacher.noise_source
+    return recipe
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import yaml
 from tiny import NETWORK, tiny_config, write_config
 
 from ddim_pl.cli import main
+from ddim_pl.images import read_png
 
 ROOT = Path(__file__).parents[2]
 UNET = "ddim_pl.networks.unet.UNet"
@@ -184,6 +185,16 @@ def test_two_processes_train_and_measure_what_one_process_does(run, tmp_path):
     assert values[0]["test/digits_fd"] == pytest.approx(values[1]["test/digits_fd"], rel=2e-3)
     # Each process has its own noise for the loss.
     assert values[0]["test/loss"] == pytest.approx(values[1]["test/loss"], rel=0.2)
+    for devices in ("1", "2"):
+        common = ["--ckpt_path", str(last), "--trainer.devices", devices]
+        stochastic = ["--model.noise_source", "philox", "--model.sampler.eta", "1"]
+        command("sample", *common, *stochastic, "--num_images", "5", "--output", devices)
+    files = sorted(tmp_path.glob("1/**/00*.png"))
+    assert len(files) == 5
+    for file in files:
+        other = tmp_path / "2" / file.relative_to(tmp_path / "1")
+        difference = read_png(file).int() - read_png(other).int()
+        assert difference.abs().max() <= 1  # convolutions of another batch size
 
 
 # ---- bad input --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.images import read_png
 from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.metrics.quality import SampleQuality
-from ddim_pl.training import ProgressiveDistillation
+from ddim_pl.training import DiffusionModule, ProgressiveDistillation
 
 
 def trainer(folder):
@@ -70,6 +70,23 @@ def test_every_student_has_its_own_steps_and_the_teacher_as_many(tmp_path, run):
     for name in ("distillation.png", "grids.png"):
         assert read_png(tmp_path / "out" / name).shape[1] > 100
     assert (tmp_path / "out" / "distillation.md").read_text().count("\n| ") == 6
+
+
+def test_a_column_is_one_latent_whatever_the_students_draw_from(tmp_path, run, monkeypatch):
+    """The students have generators, as their teacher had."""
+    teacher, folder = run
+    teacher.noise_source = "philox"
+    seen, original = set(), DiffusionModule.latents
+
+    def watched(model, *arguments, **more):
+        z, generators = original(model, *arguments, **more)
+        seen.add((id(model), float(z.sum())))
+        return z, generators
+
+    monkeypatch.setattr(DiffusionModule, "latents", watched)
+    compare(tmp_path / "out", teacher, [str(folder)], num_steps=[4])
+    assert len({model for model, _ in seen}) == 3
+    assert len({value for _, value in seen}) == 1
 
 
 def test_what_was_measured_is_kept(tmp_path, run, monkeypatch):

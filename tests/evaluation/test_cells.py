@@ -45,7 +45,7 @@ def test_settings_come_from_the_callback_where_none_are_given(tmp_path):
     assert {"digits_fd", "digits_precision", "digits_recall"} <= set(rows[0])
 
 
-@pytest.mark.parametrize("other", ["images", "extractor", "precision", "metrics"])
+@pytest.mark.parametrize("other", ["images", "extractor", "precision", "metrics", "noise_source"])
 def test_a_cell_of_other_circumstances_is_measured_anew(tmp_path, monkeypatch, other):
     class OtherDigits(DigitsDataModule):
         pixel = 0
@@ -60,8 +60,9 @@ def test_a_cell_of_other_circumstances_is_measured_anew(tmp_path, monkeypatch, o
             super().__init__()
             self.classifier.head.bias.data += change
 
-    def run(data, features, precision, metrics=("fd",)):
+    def run(data, features, precision, metrics=("fd",), source="generators"):
         calls.clear()
+        model.noise_source = source
         trainer(tmp_path, precision=precision).sweep(
             model,
             data,
@@ -86,6 +87,7 @@ def test_a_cell_of_other_circumstances_is_measured_anew(tmp_path, monkeypatch, o
         "extractor": (first[0], partial(OtherFeatures, 1.0), first[2]),
         "precision": (*first[:2], "bf16-mixed"),
         "metrics": (*first, ("fd", "kid")),
+        "noise_source": (*first, ("fd",), "philox"),
     }
     assert run(*others[other]) == 1
 

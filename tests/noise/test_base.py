@@ -10,7 +10,7 @@ from exact import ExactMixture
 from ddim_pl import noise as noise_module
 from ddim_pl.noise import GammaNoise, GaussianNoise, Noise, latents
 from ddim_pl.prediction import Prediction, eps_from_x
-from ddim_pl.rng import image_generators, randn
+from ddim_pl.rng import image_noise, randn
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
 
@@ -56,23 +56,31 @@ def test_a_law_of_noise_has_a_sampler_that_encodes(kind: type[Noise]) -> None:
     assert sampler.noise == kind()
 
 
-def test_different_seeds_or_indices_give_different_latents() -> None:
-    z = torch.cat([latents(seed, range(50), SHAPE)[0] for seed in range(10)])
+@pytest.mark.parametrize("source", ["generators", "philox"])
+def test_different_seeds_or_indices_give_different_latents(source) -> None:
+    z = torch.cat([latents(seed, range(50), SHAPE, noise_source=source)[0] for seed in range(10)])
     assert len(z.flatten(1).unique(dim=0)) == 500
 
 
-def test_latents_are_the_same_for_any_batch_split_and_order() -> None:
-    whole, _ = latents(5, range(64), SHAPE)
+@pytest.mark.parametrize("source", ["generators", "philox"])
+@pytest.mark.parametrize("noise", [None, GammaNoise(0.5)])
+def test_latents_are_the_same_for_any_batch_split_and_order(source, noise) -> None:
+    def drawn(indices):
+        law = {"noise": noise, "scales": LinearSchedule()(400.0)}
+        return latents(5, indices, SHAPE, noise_source=source, **law)[0]
+
+    whole = drawn(range(64))
     for size in (1, 7, 64):
-        parts = [latents(5, range(i, min(i + size, 64)), SHAPE)[0] for i in range(0, 64, size)]
+        parts = [drawn(range(i, min(i + size, 64))) for i in range(0, 64, size)]
         assert torch.equal(torch.cat(parts), whole)
-    assert torch.equal(latents(5, [9, 3], SHAPE)[0], whole[[9, 3]])
+    assert torch.equal(drawn([9, 3]), whole[[9, 3]])
     assert whole.dtype == torch.float32
 
 
-def test_latents_are_standard_normal_and_independent_between_neighbours() -> None:
+@pytest.mark.parametrize("source", ["generators", "philox"])
+def test_latents_are_standard_normal_and_independent_between_neighbours(source) -> None:
     """Their generators have neighbouring seeds. Seed 0, 5,000 images; 4 standard errors."""
-    z = latents(0, range(5000), SHAPE)[0].flatten(1).double()
+    z = latents(0, range(5000), SHAPE, noise_source=source)[0].flatten(1).double()
     n = z.numel()
     assert abs(z.mean()) < 4 / math.sqrt(n)
     assert abs(z.var() - 1) < 4 * math.sqrt(2 / n)
@@ -84,9 +92,10 @@ def test_latents_are_standard_normal_and_independent_between_neighbours() -> Non
     assert abs((first[1:] * first[:-1]).mean()) < 4 / math.sqrt(5000)
 
 
-def test_the_generators_of_latents_go_on_after_them() -> None:
-    z, generators = latents(5, range(3), SHAPE)
-    fresh = image_generators(5, range(3))
+@pytest.mark.parametrize("source", ["generators", "philox"])
+def test_the_generators_of_latents_go_on_after_them(source) -> None:
+    z, generators = latents(5, range(3), SHAPE, noise_source=source)
+    fresh = image_noise(source, 5, range(3))
     assert torch.equal(randn(z.shape, fresh, z), z)
     more = randn(z.shape, generators, z)
     assert torch.equal(randn(z.shape, fresh, z), more)

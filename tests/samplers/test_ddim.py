@@ -10,7 +10,7 @@ from torch import Tensor
 from ddim_pl import timesteps
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.noise import latents
-from ddim_pl.rng import image_generators, randn
+from ddim_pl.rng import NoiseSource, image_generators, image_noise, randn
 from ddim_pl.samplers import DDIM, Ancestral, Sampler
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
 
@@ -219,9 +219,10 @@ def test_eta_outside_the_unit_interval_is_refused(eta: float) -> None:
 # Images
 
 
+@pytest.mark.parametrize("source", ["generators", "philox"])
 @pytest.mark.parametrize("sampler", EDGES, ids=str)
 def test_same_seed_same_images_for_any_batch_split(
-    sampler: Sampler, gaussian: ExactGaussian
+    sampler: Sampler, source: NoiseSource, gaussian: ExactGaussian
 ) -> None:
     """Bit for bit: the denoiser is elementwise, and each image has its own generator."""
     levels = timesteps.leading(1000, 10)
@@ -229,7 +230,8 @@ def test_same_seed_same_images_for_any_batch_split(
     for size in (1, 7, 64):
         parts = []
         for first in range(0, 64, size):
-            z, generators = latents(3, range(first, min(first + size, 64)), (3, 4, 4))
+            some = range(first, min(first + size, 64))
+            z, generators = latents(3, some, (3, 4, 4), noise_source=source)
             parts.append(sampler(gaussian, z, levels, generator=generators))
         runs.append(torch.cat(parts))
     assert torch.equal(runs[0], runs[1])
@@ -247,14 +249,15 @@ def test_different_seeds_share_no_image(sampler: Sampler, gaussian: ExactGaussia
     assert len(torch.cat(images).flatten(1).unique(dim=0)) == 100
 
 
-@pytest.mark.parametrize("sampler", [DDIM(0.5), Ancestral()], ids=str)
+@pytest.mark.parametrize("source", ["generators", "philox"])
+@pytest.mark.parametrize("sampler", [DDIM(0.5), DDIM(1.0), Ancestral()], ids=str)
 def test_the_noise_is_that_of_the_generators_not_of_the_latents(
-    sampler: Sampler, gaussian: ExactGaussian
+    sampler: Sampler, source: NoiseSource, gaussian: ExactGaussian
 ) -> None:
     levels = timesteps.leading(1000, 5)
-    z, generators = latents(0, range(2), (3, 4, 4))
+    z, generators = latents(0, range(2), (3, 4, 4), noise_source=source)
     one = sampler(gaussian, z, levels, generator=generators)
-    other = sampler(gaussian, z, levels, generator=image_generators(1, range(2)))
+    other = sampler(gaussian, z, levels, generator=image_noise(source, 1, range(2)))
     assert (one != other).all()
 
 

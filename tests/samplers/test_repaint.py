@@ -13,7 +13,7 @@ from ddim_pl import timesteps
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.noise import latents
 from ddim_pl.prediction import Prediction
-from ddim_pl.rng import image_generators
+from ddim_pl.rng import NoiseSource, image_generators
 from ddim_pl.samplers import RePaint
 from ddim_pl.samplers.repaint import visits
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
@@ -55,10 +55,15 @@ def conditional() -> tuple[Tensor, Tensor]:
 
 
 def paint(
-    sampler: RePaint, schedule: NoiseSchedule, num_steps: int, indices: range, dtype: torch.dtype
+    sampler: RePaint,
+    schedule: NoiseSchedule,
+    num_steps: int,
+    indices: range,
+    dtype: torch.dtype,
+    source: NoiseSource = "generators",
 ) -> Tensor:
     """Images `(B, 1, 2, 2)`, each from its own generator."""
-    z, generators = latents(0, indices, (1, 2, 2))
+    z, generators = latents(0, indices, (1, 2, 2), noise_source=source)
     return sampler(
         Correlated(schedule),
         z.to(dtype),
@@ -135,11 +140,14 @@ def test_known_pixels_are_exact(schedule: NoiseSchedule, dtype: torch.dtype, eta
     assert len(images.reshape(3, 4)[:, 1].unique()) == 3
 
 
-def test_an_image_does_not_depend_on_its_batch() -> None:
+@pytest.mark.parametrize("source", ["generators", "philox"])
+def test_an_image_does_not_depend_on_its_batch(source: NoiseSource) -> None:
     """To rounding: the denoiser solves for a whole batch at once."""
     sampler, schedule = RePaint(1.0, 3, 3), LinearSchedule()
-    together = paint(sampler, schedule, 10, range(5), torch.float64)
-    alone = [paint(sampler, schedule, 10, range(i, i + 1), torch.float64) for i in range(5)]
+    together = paint(sampler, schedule, 10, range(5), torch.float64, source)
+    alone = [
+        paint(sampler, schedule, 10, range(i, i + 1), torch.float64, source) for i in range(5)
+    ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-10)
 
 

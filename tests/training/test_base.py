@@ -4,6 +4,7 @@ from typing import get_args
 
 import pytest
 import torch
+from ladders import save
 from lightning import seed_everything
 from tiny import some_ddpm, tiny_ddpm, tiny_unet
 from torch import nn
@@ -12,9 +13,11 @@ from torch._dynamo import config
 from ddim_pl.noise import GammaNoise
 from ddim_pl.prediction import LossWeight
 from ddim_pl.rng import step_generators
+from ddim_pl.samplers import DDIM, Ancestral
 from ddim_pl.schedules import ZeroTerminalSNR
 from ddim_pl.training import base
-from ddim_pl.training.ddpm import denoising_loss
+from ddim_pl.training.ddpm import averaged_checkpoint, denoising_loss
+from ddim_pl.training.loading import load
 
 
 def test_a_step_depends_on_its_seed_alone():
@@ -29,15 +32,62 @@ def test_a_step_depends_on_its_seed_alone():
     assert not torch.equal(losses[0], losses[2])
 
 
-def test_same_index_same_image_for_any_split():
+@pytest.mark.parametrize("source", ["generators", "philox"])
+@pytest.mark.parametrize("sampler", [DDIM(), DDIM(1.0), Ancestral()], ids=str)
+def test_same_index_same_image_for_any_split(sampler, source):
     seed_everything(0, verbose=False)
-    module = tiny_ddpm(timesteps="linear", num_steps=3)
+    module = tiny_ddpm(timesteps="linear", num_steps=3, sampler=sampler, noise_source=source)
     for parameter in module.average.parameters():
         nn.init.normal_(parameter, std=0.1)
     together = module.sample(range(5))
     apart = torch.cat([module.sample([0, 1]), module.sample([2]), module.sample([3, 4])])
     # Convolutions of another batch size may sum in another order.
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_keeps_the_source_of_noise_and_one_without_it_has_generators(tmp_path):
+    """Whatever becomes the default one day."""
+    images = {}
+    for source in ("generators", "philox"):
+        module = some_ddpm(noise_source=source, sampler=DDIM(1.0))
+        path = save(module, tmp_path / f"{source}.ckpt")
+        again = load(path)
+        assert again.noise_source == source
+        images[source] = module.sample(range(3))
+        assert torch.equal(again.sample(range(3)), images[source])
+    assert not torch.allclose(*images.values())
+    content = torch.load(tmp_path / "generators.ckpt", weights_only=True)
+    del content["hyper_parameters"]["noise_source"]
+    torch.save(content, tmp_path / "old.ckpt")
+    assert torch.equal(load(tmp_path / "old.ckpt").sample(range(3)), images["generators"])
+
+
+def test_an_exported_model_keeps_the_source_of_noise():
+    for source in ("generators", "philox"):
+        checkpoint = averaged_checkpoint(some_ddpm(noise_source=source))
+        assert checkpoint["hyper_parameters"]["noise_source"] == source
+
+
+def test_training_has_the_same_noise_whatever_the_images_have():
+    x = torch.zeros(4, 1, 8, 8)
+    generators, philox = (tiny_ddpm(noise_source=each) for each in ("generators", "philox"))
+    losses = [
+        module.loss(generators.denoiser, (x,), step_generators(5, x.device))
+        for module in (generators, philox)
+    ]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"noise_source": "numpy"}, r"noise_source must be one of .*, got 'numpy'"),
+        ({"noise_source": "philox", "seed": 2**64}, r"seed must lie in \[0, 2\^64\)"),
+    ],
+)
+def test_a_source_of_noise_that_there_is_not_is_an_error(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_ddpm(**arguments)
 
 
 def test_classes_reach_the_network_in_training_and_sampling():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ladders import clone, fit, ladder, same, save
-from tiny import tiny_ddpm, tiny_unet
+from tiny import some_ddpm, tiny_ddpm, tiny_unet
 
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
 from ddim_pl.training.loading import load as load_teacher
@@ -17,6 +17,25 @@ def test_a_v_teacher_gives_all_that_is_not_said(teacher):
     assert module.image_shape == read.image_shape
     for network in (module.network, module.average.module, module.teacher):
         assert same(clone(network), clone(read.average.module))
+
+
+def test_a_student_has_the_teachers_source_of_noise_unless_it_is_given_one(tmp_path):
+    """So that images of one seed begin at one latent."""
+    teacher = save(some_ddpm(prediction="v", noise_source="philox"), tmp_path / "philox.ckpt")
+    module = ladder(teacher)
+    assert module.noise_source == "philox"
+    assert module.student_checkpoint()["hyper_parameters"]["noise_source"] == "philox"
+    path = save(module, tmp_path / "student.ckpt")
+    assert load_teacher(path).noise_source == "philox"
+    assert ladder(teacher, noise_source="generators").noise_source == "generators"
+
+
+def test_a_student_of_before_has_generators(teacher, tmp_path):
+    path = save(ladder(teacher), tmp_path / "student.ckpt")
+    content = torch.load(path, weights_only=True)
+    del content["hyper_parameters"]["noise_source"]
+    torch.save(content, tmp_path / "old.ckpt")
+    assert load_teacher(tmp_path / "old.ckpt").noise_source == "generators"
 
 
 def test_another_network_does_not_change_how_the_teacher_is_read(eps_teacher, tmp_path):

@@ -18,7 +18,12 @@ from tiny import tiny_config, tiny_unet, write_config
 from ddim_pl.cli import main
 from ddim_pl.commands.pairs import pairs as pairs_command
 from ddim_pl.data.digits import DigitsDataModule
-from ddim_pl.data.teacher_pairs import PAIR_SEED, PairBatch, TeacherPairsDataModule
+from ddim_pl.data.teacher_pairs import (
+    PAIR_SEED,
+    PairBatch,
+    PairsWithoutLatents,
+    TeacherPairsDataModule,
+)
 from ddim_pl.noise import latents
 from ddim_pl.prediction import decode, target
 from ddim_pl.rng import share_generators, step_generators
@@ -72,14 +77,53 @@ def test_a_fit_makes_the_pairs_learns_them_and_samples_in_one_evaluation(tmp_pat
     assert torch.equal(again.sample(range(3)), module.sample(range(3)))
 
 
-def test_a_stopped_fit_ends_with_the_weights_of_an_unbroken_one(tmp_path, teacher_file):
-    whole = student(teacher_file)
+def test_latents_of_philox_are_made_on_the_device_and_are_those_of_the_pairs(
+    tmp_path, teacher_file
+):
+    module, data = student(teacher_file, noise_source="philox"), pairs(tmp_path)
+    made = []
+    module.loss = lambda denoiser, batch, generators: (
+        made.append(batch) or LuhmanDistillation.loss(module, denoiser, batch, generators)
+    )
+    trainer(tmp_path, max_steps=2).fit(module, data)
+    manifest = json.loads((tmp_path / "pairs" / "manifest.json").read_text())
+    assert manifest["noise_source"] == "philox"
+    assert isinstance(next(iter(data.train_dataloader())), PairsWithoutLatents)
+    teacher = module.read_teacher()
+    assert made
+    for batch in made:
+        assert isinstance(batch, PairBatch)
+        again = DDIM()(teacher.conditioned(batch.labels), batch.latents, module.teacher_levels)
+        # To the rounding of another batch size, which four steps enlarge; other latents' images
+        # differ by about 1.
+        torch.testing.assert_close(batch.images, again, rtol=0, atol=1e-3)
+    (raw,) = data.val_dataloader()
+    z, _ = latents(PAIR_SEED, range(40, 48), (1, 8, 8), noise_source="philox")
+    found = data.on_after_batch_transfer(raw, 0)
+    assert torch.equal(found.latents, z)
+    meta = PairsWithoutLatents(*(each.to("meta") for each in raw))
+    assert data.on_after_batch_transfer(meta, 0).latents.device.type == "meta"  # reads no value
+    half = PairsWithoutLatents(raw.images.bfloat16(), *raw[1:])
+    assert torch.equal(data.on_after_batch_transfer(half, 0).latents, z.bfloat16())
+
+
+def test_the_same_seed_is_refused_by_philox_and_any_other_taken(tmp_path, teacher_file):
+    module = student(teacher_file, noise_source="philox", seed=3)
+    with pytest.raises(ValueError, match=r"pair_seed must share no latents .* got 3 for"):
+        module.check_data(pairs(tmp_path, pair_seed=3))
+    module.check_data(pairs(tmp_path, pair_seed=2))
+
+
+@pytest.mark.parametrize("source", ["generators", "philox"])
+def test_a_stopped_fit_ends_with_the_weights_of_an_unbroken_one(tmp_path, teacher_file, source):
+    make = functools.partial(student, noise_source=source)
+    whole = make(teacher_file)
     trainer(tmp_path / "a", max_steps=7).fit(whole, pairs(tmp_path, steps_per_epoch=5))
-    half = student(teacher_file)
+    half = make(teacher_file)
     t = trainer(tmp_path / "b", max_steps=3)
     t.fit(half, pairs(tmp_path, steps_per_epoch=5))
     t.save_checkpoint(tmp_path / "half.ckpt")
-    rest = student(teacher_file)
+    rest = make(teacher_file)
     trainer(tmp_path / "c", max_steps=7).fit(
         rest, pairs(tmp_path, steps_per_epoch=5), ckpt_path=tmp_path / "half.ckpt"
     )

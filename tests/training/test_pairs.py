@@ -107,6 +107,23 @@ def test_pairs_of_another_recipe_are_refused(tmp_path, teacher_file, change):
         store_of(tmp_path, teacher_file[1], **change)
 
 
+@pytest.mark.parametrize("first", ["generators", "philox"])
+def test_pairs_of_the_other_source_of_noise_are_refused(tmp_path, teacher_file, first):
+    """A folder of before names none; its latents are of generators."""
+    other = {"generators": "philox", "philox": "generators"}[first]
+    module = some_ddpm(network=tiny_unet(num_classes=10), noise_source=first)
+    store, _ = store_of(tmp_path, module)
+    store.begin()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest.get("noise_source") == {"generators": None, "philox": "philox"}[first]
+    assert store_of(tmp_path, module)[0].noise_source == first
+    module.noise_source = other
+    with pytest.raises(
+        ValueError, match=f"must be made with noise_source='{other}', got '{first}'"
+    ):
+        store_of(tmp_path, module)
+
+
 def test_pairs_of_other_weights_are_refused(tmp_path, teacher_file):
     store, _ = store_of(tmp_path, teacher_file[1])
     store.begin()
