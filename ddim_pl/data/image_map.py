@@ -150,17 +150,17 @@ class ImageMap:
             self._check_room(done, old)
             for each in reversed(old):  # the header first
                 each.unlink()
-            gone_on = f", the first {done} of which are there" if done else ""
+            gone_on = f", the first {done} are there already" if done else ""
             rank_zero_info(
-                f"{self._paths.root}: its {len(self._paths)} images are decoded into {self.folder}"
-                f" once{gone_on}, as {problem}; {_size(self._bytes)}"
+                f"{self._paths.root}: its {len(self._paths)} images are decoded into "
+                f"{self.folder} once ({_size(self._bytes)}{gone_on}): {problem}"
             )
             self._make(done)
 
     def _problem(self) -> str | None:
         """Why the map cannot be used, or None."""
         if not self._header.is_file():
-            return "there are none"
+            return "no whole set is there"
         try:
             found = read_sealed(self._header)
             if found == self._recipe:

@@ -219,7 +219,7 @@ def test_what_was_stopped_goes_on(root, cache, monkeypatch, decoded, said, chang
     with pytest.raises(KeyboardInterrupt):
         module(root, cache).prepare_data()
     assert files(cache) == [".json", ".part"]
-    with pytest.raises(ValueError, match=r"cache must hold .*there are none"):
+    with pytest.raises(ValueError, match=r"cache must hold .*no whole set is there"):
         module(root, cache).setup("fit")
     monkeypatch.setattr(image_folder, "decode", go_on)
     (part,), (record,) = cache.glob("*.part"), cache.glob("*.part.json")
@@ -235,7 +235,7 @@ def test_what_was_stopped_goes_on(root, cache, monkeypatch, decoded, said, chang
     decoded.clear()
     found = ready(root, cache)
     assert len(decoded) == (COUNT - stopped if change == "none" else COUNT)
-    assert (f"first {stopped} of which are there" in said[1]) == (change == "none")
+    assert (f"first {stopped} are there already" in said[1]) == (change == "none")
     assert torch.equal(pixels(found), pixels(ready(root)))
     assert files(cache) == [".json", ".npy"]
 
