@@ -58,9 +58,9 @@ from ddim_pl.lightning_internals import (
     slow_down_progress_bar,
     version_given,
 )
+from ddim_pl.locks import alone_in
 from ddim_pl.runs import (
     SHARED,
-    alone_in,
     checkpoint_config,
     claim_version,
     newest_checkpoint,

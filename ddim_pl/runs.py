@@ -1,13 +1,9 @@
 """Run folders `<save_dir>/<name>/version_N`, their checkpoints, and which of them is `last`."""
 
-import contextlib
-import fcntl
-import os
-import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -87,61 +83,6 @@ def claim_version(experiment: Path) -> int:
             number += 1
         else:
             return number
-
-
-_held: set[IO[str]] = set()
-"""Files of the locks that this process holds."""
-
-
-def _leave_locks() -> None:
-    for file in _held:
-        file.close()
-    _held.clear()
-
-
-# A process that loads data may outlive the one that started it, and would keep its locks.
-os.register_at_fork(after_in_child=_leave_locks)
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path, lock: str = ".lock") -> Iterator[None]:
-    """Let no other process work in a folder; the lock of one that has died counts for nothing.
-
-    Args:
-        folder: It must exist.
-        lock: Name of the lock's file, which is there as long as the lock is held.
-
-    Raises:
-        ValueError: If another process works there.
-    """
-    path = folder / lock
-    # Opened anew if the process that held it has removed the file meanwhile.
-    while True:
-        file = path.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise ValueError(
-                f"{folder} must be a folder in which no other process works, got one with "
-                f"{holder}: wait until it has finished, or give another folder"
-            ) from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                break
-        file.close()
-    _held.add(file)
-    try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        _held.discard(file)
-        file.close()
 
 
 def run_of(checkpoint: Path) -> Path:

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import _common, set_parsing_settings
+from lightning.pytorch.utilities import rank_zero_warn
 
 PACKAGES = (
     "ddim_pl",
@@ -183,8 +184,8 @@ def without_places(config: dict[str, Any], checkpoint: str, command: str) -> dic
     """A checkpoint's config without what would decide where files are written.
 
     Loggers write below `runs`, unless the checkpoint lies in a run; checkpoints go into the run;
-    nothing is downloaded into a folder that only the checkpoint names; pairs are made below `runs`
-    alone.
+    nothing is downloaded into a folder that only the checkpoint names; pairs are made, and images
+    kept decoded, below `runs` alone.
 
     Args:
         config: Its `trainer`, `model` and `data`, as plain data.
@@ -223,6 +224,7 @@ def without_places(config: dict[str, Any], checkpoint: str, command: str) -> dic
         arguments = data.get("init_args") or {}
         if "download" in arguments:
             arguments["download"] = False
+        _leave_out_cache(arguments, checkpoint, command)
         folder = arguments.get("folder")
         if command == "fit" and folder and not _may_hold_pairs(folder):
             raise UntrustedError(
@@ -231,6 +233,18 @@ def without_places(config: dict[str, Any], checkpoint: str, command: str) -> dic
             )
         data = arguments.get("images") or {}
     return config
+
+
+def _leave_out_cache(arguments: dict[str, Any], checkpoint: str, command: str) -> None:
+    cache = arguments.get("cache")
+    if cache is None or _below_runs(cache):
+        return
+    del arguments["cache"]
+    if command == "fit":
+        rank_zero_warn(
+            f"{checkpoint} names the cache {cache!r} of its data, which is left out, as it does "
+            "not lie below runs: give --data.cache, or trust the file with --trust"
+        )
 
 
 def set_import_policy(named_by_user: Iterable[str], *, strict: bool) -> None:
@@ -272,9 +286,12 @@ def stays_inside(path: Any) -> bool:
 
 def _may_hold_pairs(folder: Any) -> bool:
     """Whether pairs are there already, or the folder lies below `runs`."""
+    return _below_runs(folder) or (Path(str(folder)) / "manifest.json").is_file()
+
+
+def _below_runs(folder: Any) -> bool:
     path = Path(str(folder))
-    below = stays_inside(path) and path.parts[:1] == ("runs",)
-    return below or (path / "manifest.json").is_file()
+    return stays_inside(path) and path.parts[:1] == ("runs",)
 
 
 def _refusal(source: str, path: Any) -> str:

@@ -3,7 +3,6 @@
 import csv
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,8 @@ import pytest
 from tiny import tiny_config, write_config
 
 from ddim_pl.cli import main
-from ddim_pl.runs import alone_in, claim_version, newest_checkpoint
+from ddim_pl.locks import alone_in
+from ddim_pl.runs import claim_version, newest_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,45 +58,6 @@ def test_processes_that_claim_a_version_get_one_each(tmp_path):
     with multiprocessing.get_context("fork").Pool(4) as pool:
         numbers = pool.map(claim_version, [tmp_path] * 40)
     assert sorted(numbers) == list(range(4, 44))
-
-
-def test_a_folder_is_of_one_process_until_it_ends_or_dies(tmp_path):
-    code = (
-        "import sys, time; from pathlib import Path; from ddim_pl.runs import alone_in\n"
-        "with alone_in(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
-    )
-    arguments = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "in\n"
-        with pytest.raises(ValueError, match=f"no other process.*process {other.pid} on"):
-            alone_in(tmp_path).__enter__()
-        other.kill()
-        other.wait()
-    assert (tmp_path / ".lock").exists()
-    with alone_in(tmp_path):
-        pass
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_process_that_loads_data_does_not_keep_the_lock_of_one_that_died(tmp_path):
-    code = (
-        "import os, sys, time; from pathlib import Path; from ddim_pl.runs import alone_in\n"
-        "with alone_in(Path(sys.argv[1])):\n"
-        "    if os.fork() == 0: print(os.getpid(), flush=True)\n"
-        "    time.sleep(60)"
-    )
-    arguments = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        child = int(other.stdout.readline())
-        other.kill()
-        other.wait()
-        try:
-            with alone_in(tmp_path):
-                os.kill(child, 0)  # it lives
-        finally:
-            os.kill(child, signal.SIGKILL)
 
 
 @pytest.fixture

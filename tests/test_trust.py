@@ -12,6 +12,7 @@ from tiny import tiny_config, write_config
 import ddim_pl
 from ddim_pl.cli import main
 from ddim_pl.data.digits import DigitsDataModule
+from ddim_pl.images import write_png
 from ddim_pl.metrics.inception import InceptionFeatures
 from ddim_pl.training import DDPM
 from ddim_pl.training.hyperparameters import CONFIG_KEY
@@ -270,6 +271,38 @@ def test_a_checkpoint_does_not_say_where_files_go(honest, tmp_path, monkeypatch,
     assert not list(tmp_path.rglob("elsewhere"))
     found = {each.name for each in inside.iterdir()} - {"evil.ckpt"}
     assert found <= {"runs", "evil-run"}
+
+
+@pytest.mark.parametrize("cache", ["elsewhere", "{}/elsewhere", "runs/../elsewhere", "runs/maps"])
+def test_a_checkpoint_does_not_say_where_images_are_kept(honest, tmp_path, monkeypatch, cache):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (100, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    for number, image in enumerate(pixels):
+        write_png(image, Path(f"images/{number}.png"))
+
+    def attack(config, hyper):
+        arguments = {"root": "images", "image_size": 8, "channels": 1}
+        config["data"] = {
+            "class_path": "ddim_pl.data.image_folder.ImageFolderDataModule",
+            "init_args": {**arguments, "batch_size": 50, "cache": cache.format(tmp_path)},
+        }
+
+    path = attacked(honest, attack)
+    quick = ["--trainer.log_every_n_steps", "1"]
+    fit = ["fit", "--ckpt_path", path, *quick, "--trainer.max_epochs", "2"]
+    if cache == "runs/maps":
+        main(fit)
+        assert list(inside.glob("runs/maps/*.npy"))
+        return
+    with pytest.warns(UserWarning, match="which is left out, as it does not lie below runs"):
+        main(fit)
+    assert not list(tmp_path.rglob("elsewhere"))
+    with pytest.warns(UserWarning, match="which is left out"):
+        main([*fit[:-1], "3", "--data.cache", "mine"])  # what the user says is done
+    assert list(inside.glob("mine/*.npy"))
 
 
 def test_a_checkpoint_does_not_say_which_files_are_removed(honest, tmp_path, monkeypatch):

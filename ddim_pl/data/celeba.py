@@ -17,7 +17,8 @@ from torchvision.datasets.utils import (
 
 from ddim_pl.checks import check_at_least
 from ddim_pl.data.base import ImageDataModule, ImageSet
-from ddim_pl.data.image_folder import Box, image_set
+from ddim_pl.data.image_folder import Box, ImageFiles
+from ddim_pl.data.image_list import ImageList
 from ddim_pl.data.squares import Squaring
 
 HOME = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
@@ -46,8 +47,8 @@ class CelebADataModule(ImageDataModule):
 
     Trains on the 162,770 images of the "train" split and validates on the 19,867 of "valid". The
     square FACE of an aligned image is resized by an antialiased bilinear filter, as in the code of
-    [DDIM]. At 64 pixels the set takes 2 GB of memory in each process. Above 93 it
-    exceeds 4 GiB and its images are decoded on demand, see `image_set`: set `num_workers` then.
+    [DDIM]. At 64 pixels the set takes 2 GB of memory in each process. Above 93 it exceeds 4 GiB
+    and its images are decoded on demand, see `ImageFiles`: set `num_workers` then, or `cache`.
 
     Without a network, or without the package gdown that the download needs, put
     `img_align_celeba.zip` and `list_eval_partition.txt` into the folder `celeba` of `root`. They
@@ -58,10 +59,12 @@ class CelebADataModule(ImageDataModule):
         download: Whether to download the two files if they are missing.
         image_size: Side of the square images, at least 1; above 128 enlarges them.
         flip: Whether training images are mirrored left to right with probability 1/2.
+        cache: Folder in which all images are kept decoded, see `ImageFolderDataModule`.
         **kwargs: Arguments of `ImageDataModule`.
 
     Raises:
-        ValueError: If a number is out of range; at `setup`, if an image is broken.
+        ValueError: If a number is out of range; at `setup`, if an image is broken or the `cache`
+            is not made.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class CelebADataModule(ImageDataModule):
         *,
         image_size: int = 64,
         flip: bool = True,
+        cache: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(flip=flip, **kwargs)
@@ -78,19 +82,25 @@ class CelebADataModule(ImageDataModule):
         self.root = root
         self.download = download
         self.image_size = image_size
+        self.cache = cache
         self.squaring = FaceSquaring()
 
     def prepare_data(self) -> None:
-        """Unpack the archive, downloading it and the partition first if needed.
+        """Unpack the archive, downloading it and the partition first if needed; fill the `cache`.
 
         Raises:
             FileNotFoundError: If neither `root` nor the network has a file with its MD5 sum.
+            ValueError: As at `setup`; or the `cache` cannot be written to or is too small.
         """
-        if self.predicting:
+        if self.predicting or self._train_set is not None:
             return
         self._fetch(PARTITION)
-        if (self._folder / IMAGES).is_dir():
-            return
+        if not (self._folder / IMAGES).is_dir():
+            self._unpack()
+        for split in (TRAIN, VALID):
+            self._files(split).prepare()
+
+    def _unpack(self) -> None:
         self._fetch(ARCHIVE)
         # Elsewhere first: an interruption must not leave an incomplete folder under this name.
         with TemporaryDirectory(dir=self._folder, prefix="unpacking-") as part:
@@ -104,15 +114,18 @@ class CelebADataModule(ImageDataModule):
             FileNotFoundError: If the partition or an image is missing.
             ValueError: If an image is broken or too small.
         """
-        paths = [self._folder / IMAGES / name for name in self._names(TRAIN if train else VALID)]
-        return image_set(
-            paths,
-            torch.zeros(len(paths), dtype=torch.int64),
-            1,
+        files = self._files(TRAIN if train else VALID)
+        return files.load(torch.zeros(len(files.paths), dtype=torch.int64), 1)
+
+    def _files(self, split: str) -> ImageFiles:
+        return ImageFiles(
+            ImageList.of(self._folder / IMAGES, self._names(split), {}, {}),
             image_size=self.image_size,
             channels=3,
             squaring=Squaring(),
             box=FACE,
+            cache=self.cache,
+            name=f"celeba-{'train' if split == TRAIN else 'valid'}",
         )
 
     @property

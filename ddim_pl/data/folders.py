@@ -54,10 +54,13 @@ def find_images(root: Path, *, report: bool = True) -> ImageList:
     return found
 
 
-def class_names(root: Path, paths: ImageList) -> list[str]:
+def class_names(root: Path, paths: ImageList, *, report: bool = True) -> list[str]:
     """Return the first-level subfolders, sorted, or [] if all images lie in `root` itself.
 
-    Says how many images each class has.
+    Args:
+        root: The folder.
+        paths: Its images.
+        report: Say how many images each class has.
 
     Raises:
         ValueError: If some images lie in subfolders and some do not, a subfolder holds none, or
@@ -85,7 +88,8 @@ def class_names(root: Path, paths: ImageList) -> list[str]:
             f"root must hold one split, its subfolders classes, got {str(root)!r} with "
             f"{', '.join(counts)}: give the folder of one split, and another as val_root"
         )
-    rank_zero_info(f"{root}: {len(counts)} classes, numbered in this order: {_some(counts)}")
+    if report:
+        rank_zero_info(f"{root}: {len(counts)} classes, numbered in this order: {_some(counts)}")
     return list(counts)
 
 

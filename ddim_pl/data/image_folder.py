@@ -20,12 +20,12 @@ from tqdm.contrib.concurrent import thread_map
 from ddim_pl.checks import check_at_least, check_one_of
 from ddim_pl.data.base import ImageDataModule, ImageSet, TensorImages
 from ddim_pl.data.folders import class_names, find_images, labels_of
+from ddim_pl.data.image_list import NUM_THREADS, CheckedFiles, ImageList
+from ddim_pl.data.image_map import PROGRESS_BAR_FROM, ImageMap
 from ddim_pl.data.squares import Resample, Squaring
 
 # Sets up to this many bytes as uint8 are decoded once and kept in memory, in every process.
 MEMORY_LIMIT = 4 * 2**30
-PROGRESS_BAR_FROM = 1000
-NUM_THREADS = min(16, os.cpu_count() or 1)
 
 Item = TypeVar("Item")
 Channels = Literal[1, 3]
@@ -109,49 +109,86 @@ class FileImages(ImageSet):
         return digest.hexdigest()
 
 
-def image_set(
-    paths: Sequence[Path],
-    labels: Tensor,
-    num_classes: int,
-    *,
-    image_size: int,
-    channels: int,
-    squaring: Squaring | None,
-    box: Box | None = None,
-) -> ImageSet:
-    """Return image files as an image set, decoded now if they fit into `MEMORY_LIMIT`.
+class ImageFiles:
+    """Image files, and how they become an image set.
 
-    The files of a larger set are decoded on demand. They are checked now by `check_header`, which
-    does not find damage inside a file without checksums (JPEG).
+    With a folder of maps they are decoded once and for all, see `ImageMap`. Without it they are
+    decoded by each process if they fit into `MEMORY_LIMIT`; the files of a larger set are decoded
+    on demand. Those are checked before by `check_header`, which does not find damage inside a file
+    without checksums (JPEG), and not again unless a file has changed.
 
     Args:
         paths: The files.
-        labels: Their classes, int64 (N,).
-        num_classes: Number of classes.
         image_size: As in `decode`.
         channels: 3 for RGB, 1 for gray.
         squaring: How to bring the images to this size; None requires that they have it.
         box: Part of each image to keep.
-
-    Raises:
-        ValueError: As in `decode`.
+        cache: The folder of maps.
+        name: Of these files in that folder.
     """
-    shape = (channels, image_size, image_size)
-    decode_file = partial(
-        decode, image_size=image_size, channels=channels, squaring=squaring, box=box
-    )
-    if len(paths) * channels * image_size**2 > MEMORY_LIMIT:
-        resize = squaring is not None
-        check = partial(check_header, image_size=image_size, resize=resize, box=box)
-        _for_each(check, paths, "Checking")
-        return FileImages(paths, labels, num_classes, shape, decode_file)
-    images = torch.empty((len(paths), *shape), dtype=torch.uint8)
 
-    def place(index: int) -> None:
-        images[index] = decode_file(paths[index])
+    def __init__(
+        self,
+        paths: ImageList,
+        *,
+        image_size: int,
+        channels: int,
+        squaring: Squaring | None,
+        box: Box | None = None,
+        cache: str | None = None,
+        name: str = "images",
+    ) -> None:
+        self.paths = paths
+        self._shape = (channels, image_size, image_size)
+        self._decode = partial(
+            decode, image_size=image_size, channels=channels, squaring=squaring, box=box
+        )
+        self._check = partial(
+            check_header, image_size=image_size, resize=squaring is not None, box=box
+        )
+        self._in_memory = len(paths) * channels * image_size**2 <= MEMORY_LIMIT
+        self._map: ImageMap | None = None
+        if cache is not None:
+            folder = Path(cache).expanduser()
+            self._map = ImageMap(folder, name, paths, self._decode, self._shape)
 
-    _for_each(place, range(len(paths)), "Decoding")
-    return TensorImages(images, labels, num_classes)
+    def prepare(self) -> None:
+        """Do what other processes need not do again.
+
+        Raises:
+            ValueError: As in `decode` and `ImageMap.make`.
+        """
+        if self._map is not None:
+            self._map.make()
+        elif not self._in_memory:
+            self._check_headers()
+
+    def load(self, labels: Tensor, num_classes: int) -> ImageSet:
+        """Return the images with their classes, int64 (N,).
+
+        Raises:
+            ValueError: As in `decode` and `ImageMap.open`.
+        """
+        if self._map is not None:
+            return self._map.open(labels, num_classes)
+        if not self._in_memory:
+            self._check_headers()
+            return FileImages(self.paths, labels, num_classes, self._shape, self._decode)
+        images = torch.empty((len(self.paths), *self._shape), dtype=torch.uint8)
+
+        def place(index: int) -> None:
+            images[index] = self._decode(self.paths[index])
+
+        _for_each(place, range(len(self.paths)), "Decoding")
+        return TensorImages(images, labels, num_classes)
+
+    def _check_headers(self) -> None:
+        checked = CheckedFiles(self.paths)
+        resize, side, box = (self._check.keywords[key] for key in ("resize", "image_size", "box"))
+        check = f"{'any size' if resize else f'{side}x{side} pixels'}, box {box}"
+        if not checked.passed(check):
+            _for_each(self._check, self.paths, "Checking")
+            checked.keep(check)
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -160,7 +197,7 @@ class ImageFolderDataModule(ImageDataModule):
     The classes are the first-level subfolders, in alphabetical order; images that lie in `root`
     itself all have class 0. A folder that mixes the two is refused. A set of up to 4 GiB is
     decoded once in each process, which finds broken files before training. Of a larger set only
-    the headers are checked, and images are decoded on demand: set `num_workers` then.
+    the headers are checked, and images are decoded on demand: set `num_workers` then, or `cache`.
 
     Args:
         root: The folder of training images; subfolders are searched.
@@ -171,12 +208,15 @@ class ImageFolderDataModule(ImageDataModule):
         crop_first: Whether the centre is cropped before it is resized.
         channels: 3 for RGB, 1 for gray.
         val_root: Folder of the images to validate on, with the same classes; `root` if None.
+        cache: Folder in which all images are kept decoded, `channels` * `image_size`**2 bytes
+            each, made by `prepare_data` unless they are there; all processes read them from it.
+            None decodes anew in each run.
         **kwargs: Arguments of `ImageDataModule`.
 
     Raises:
         ValueError: If a number is out of range, or there is a way to resize without `resize`; at
             `setup`, if a folder is missing or empty or its layout ambiguous, see `find_images` and
-            `class_names`, or a file is broken or of the wrong size.
+            `class_names`, a file is broken or of the wrong size, or the `cache` is not made.
     """
 
     def __init__(
@@ -189,6 +229,7 @@ class ImageFolderDataModule(ImageDataModule):
         crop_first: bool = False,
         channels: Channels = 3,
         val_root: str | None = None,
+        cache: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -206,13 +247,24 @@ class ImageFolderDataModule(ImageDataModule):
         self.squaring = given
         self.channels = channels
         self.val_root = val_root
+        self.cache = cache
 
     def prepare_data(self) -> None:
-        """List very many files, so that other processes find the list."""
-        if self.predicting:
+        """List very many files, and decode them into `cache` or check them, for all processes.
+
+        Raises:
+            ValueError: As at `setup`; or the `cache` cannot be written to or is too small.
+        """
+        if self.predicting or self._train_set is not None:
             return
+        names = None
         for root in filter(None, (self.root, self.val_root)):
-            find_images(Path(root).expanduser(), report=False)
+            files = self._files(root, report=False)
+            # What labels mean is checked before the longer work.
+            if names is None:
+                names = class_names(files.paths.root, files.paths, report=False)
+            labels_of(files.paths.root, files.paths, names)
+            files.prepare()
 
     @property
     def preparation(self) -> str:
@@ -223,20 +275,23 @@ class ImageFolderDataModule(ImageDataModule):
         """Return the images of `root` or of `val_root`."""
         if not train and self.val_root is None:
             return self.train_set
-        root = Path(self.root).expanduser()
-        paths = find_images(root)
-        names = class_names(root, paths)
+        files = self._files(self.root)
+        names = class_names(files.paths.root, files.paths)
         if not train:
             assert self.val_root is not None
-            root = Path(self.val_root).expanduser()
-            paths = find_images(root)
-        return image_set(
-            paths,
-            labels_of(root, paths, names),
-            max(1, len(names)),
+            files = self._files(self.val_root)
+        labels = labels_of(files.paths.root, files.paths, names)
+        return files.load(labels, max(1, len(names)))
+
+    def _files(self, folder: str, *, report: bool = True) -> ImageFiles:
+        root = Path(folder).expanduser()
+        return ImageFiles(
+            find_images(root, report=report),
             image_size=self.image_size,
             channels=self.channels,
             squaring=self.squaring if self.resize else None,
+            cache=self.cache,
+            name=Path(os.path.abspath(root)).name,
         )
 
 
@@ -268,9 +323,22 @@ def _with_channels(image: Image.Image, channels: int) -> Image.Image:
 
 def _for_each(function: Callable[[Item], None], items: Sequence[Item], verb: str) -> None:
     """Call the function on every item in threads, and raise the first error in order."""
-    hidden = len(items) <= PROGRESS_BAR_FROM or not sys.stderr.isatty()
-    # PIL releases the interpreter lock while it decodes.
-    thread_map(function, items, max_workers=NUM_THREADS, desc=f"{verb} images", disable=hidden)
+    count = len(items)
+    # A task for each item would take more memory than the names of the files.
+    size = max(1, min(100, count // (8 * NUM_THREADS)))
+
+    def some(begin: int) -> None:
+        for index in range(begin, min(begin + size, count)):
+            function(items[index])
+
+    thread_map(  # PIL releases the interpreter lock while it decodes
+        some,
+        range(0, count, size),
+        max_workers=NUM_THREADS,
+        desc=f"{verb} images",
+        disable=count <= PROGRESS_BAR_FROM or not sys.stderr.isatty(),
+        unit_scale=size,
+    )
 
 
 def _check_size(

@@ -4,22 +4,30 @@ A list of three million `Path`s takes 1.5 GB in each process, and a minute to ma
 lie in one array, in the order of sorted paths, and a second array says where each ends. Both are
 kept in the user's cache, together with the times of all folders: a file that appears, goes or is
 renamed changes its folder's, so that the list is known to hold without a look at the files.
+
+What was found of the files themselves holds as long as none has another size or time.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ddim_pl.damage import DamagedError, read_sealed, sealed
 from ddim_pl.files import cache_folder, replacing
 
 FORMAT = 1
+NUM_THREADS = min(16, os.cpu_count() or 1)
+STATED_AT_ONCE = 1000
 KEPT_FROM = 10_000
 """Files from which a list is kept; a shorter one is made at once."""
 
@@ -95,6 +103,35 @@ class ImageList(Sequence[Path]):
         """All relative paths."""
         return map(self.name, range(len(self)))
 
+    def digest(self) -> str:
+        """A digest of the names, without the folder's own."""
+        digest = hashlib.sha256(self._ends.tobytes())
+        digest.update(self._names.tobytes())
+        return digest.hexdigest()
+
+    def stamps(self) -> np.ndarray[Any, Any]:
+        """Sizes in bytes and times in nanoseconds of all files, int64 `(N, 2)`.
+
+        Both are -1 of a file that is not there.
+        """
+        parts = [
+            range(begin, min(begin + STATED_AT_ONCE, len(self)))
+            for begin in range(0, len(self), STATED_AT_ONCE)
+        ]
+        with ThreadPoolExecutor(NUM_THREADS) as pool:  # a file system on a network answers late
+            found = list(pool.map(self._stamps_of, parts))
+        return np.concatenate([np.empty((0, 2), dtype=np.int64), *found])
+
+    def _stamps_of(self, indices: range) -> np.ndarray[Any, Any]:
+        stamps = np.full((len(indices), 2), -1, dtype=np.int64)
+        for row, index in enumerate(indices):
+            try:
+                found = os.stat(f"{self.root}/{self.name(index)}")
+            except OSError:  # whoever opens the file says what is wrong
+                continue
+            stamps[row] = found.st_size, found.st_mtime_ns
+        return stamps
+
     def keep(self, place: Path) -> None:
         """Write the list to a file for `kept_list`; says so if that cannot be done."""
         body = np.concatenate([self._ends.view(np.uint8), self._names])
@@ -149,6 +186,49 @@ def kept_list(root: Path, place: Path) -> ImageList | None:
         return None
     names = body[8 * head["count"] :]
     return ImageList(root, names, ends, head["folders"], head["skipped"], head["counts"])
+
+
+class CheckedFiles:
+    """Which checks the files of a list have passed, as is kept in the user's cache.
+
+    Args:
+        paths: The files, as they are now.
+    """
+
+    def __init__(self, paths: ImageList) -> None:
+        begin = time.time_ns()
+        stamps = paths.stamps()
+        # A file that changes while it is looked at, or has just changed, may look the same later.
+        self._settled = bool((stamps[:, 1] < begin - SETTLED).all())
+        self._files = {
+            "format": FORMAT,
+            "names": paths.digest(),
+            "stamps": hashlib.sha256(stamps.tobytes()).hexdigest(),
+        }
+        # The lists of two splits may be of one folder.
+        name = f"{os.path.abspath(paths.root)} {self._files['names']}"
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+        self._place = cache_folder() / "image-lists" / f"{digest}.checked.json"
+
+    def passed(self, check: str) -> bool:
+        """Whether all files have passed a check, and none has changed since."""
+        return check in self._passed()
+
+    def keep(self, check: str) -> None:
+        """Keep that all files have passed a check; does nothing where that cannot be kept."""
+        if not self._settled:
+            return
+        content = {**self._files, "passed": sorted({*self._passed(), check})}
+        with contextlib.suppress(OSError), replacing(self._place) as part:
+            part.write_text(json.dumps(sealed(content)))
+
+    def _passed(self) -> list[str]:
+        try:
+            kept = read_sealed(self._place)
+        except DamagedError:  # or there is none
+            return []
+        passed = kept.pop("passed", [])
+        return passed if kept == self._files else []
 
 
 def _time_of(folder: str) -> int | None:

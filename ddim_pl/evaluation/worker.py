@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from ddim_pl.data.base import ImageDataModule, IndexBatches
 from ddim_pl.lightning_internals import without_callbacks_and_loggers
-from ddim_pl.runs import alone_in, read_checkpoint, run_of
+from ddim_pl.locks import alone_in
+from ddim_pl.runs import read_checkpoint, run_of
 from ddim_pl.samplers import Sampler
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.training import DiffusionModule

@@ -124,6 +124,25 @@ def test_images_are_those_of_the_ddim_code(
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_decoded_images_are_kept_for_both_splits(
+    tmp_path: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, files)
+    plain = prepared(tmp_path)
+    prepared(tmp_path, cache=str(tmp_path / "maps"))
+
+    def again(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(image_folder, "decode", again)
+    mapped = prepared(tmp_path, cache=str(tmp_path / "maps"))
+    for one, two in ((plain.train_set, mapped.train_set), (plain.val_set, mapped.val_set)):
+        everything = torch.arange(len(one))
+        torch.testing.assert_close(one.images(everything), two.images(everything), rtol=0, atol=0)
+    names = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "maps").glob("*.npy"))
+    assert [name.rpartition("-")[0] for name in names] == ["celeba-train", "celeba-valid"]
+
+
 def test_a_photograph_given_to_a_command_is_cut_as_in_training(
     tmp_path: Path, files: dict[str, bytes]
 ) -> None:

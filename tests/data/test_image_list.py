@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from ddim_pl.data import folders
+from ddim_pl.data import folders, image_folder, image_list
 from ddim_pl.data.folders import class_names, find_images, labels_of
-from ddim_pl.data.image_list import ImageList, kept_list, place_of
+from ddim_pl.data.image_folder import ImageFolderDataModule
+from ddim_pl.data.image_list import CheckedFiles, ImageList, kept_list, place_of
+from ddim_pl.files import cache_folder
 
 WALK = os.walk
 PARTS = st.lists(st.text("ab-. é/\udc80\U0001f600", min_size=1), min_size=1)
@@ -159,3 +162,153 @@ def test_a_list_that_cannot_be_kept_is_a_warning(root, tmp_path, monkeypatch):
     monkeypatch.setenv("DDIM_PL_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="cannot be kept in .*: set DDIM_PL_CACHE to a folder"):
         assert list(find_images(root)) == walked(root)
+
+
+def test_digests_are_those_of_the_names(tmp_path):
+    def digest(*names, root="root"):
+        return ImageList.of(tmp_path / root, names, {}, {}).digest()
+
+    assert digest("a", "bc") == digest("bc", "a") == digest("a", "bc", root="other")
+    assert len({digest("a", "bc"), digest("ab", "c"), digest("a"), digest()}) == 4
+
+
+def test_stamps_are_sizes_and_times_in_order(root, monkeypatch):
+    monkeypatch.setattr(image_list, "STATED_AT_ONCE", 2)
+    (root / "b" / "0.png").write_text("four")
+    os.utime(root / "b" / "0.png", ns=(5, 1234567890123456789))
+    found = find_images(root)
+    expected = [(path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+    assert list(map(tuple, found.stamps().tolist())) == expected
+    assert (4, 1234567890123456789) in expected
+    (root / "b" / "0.png").unlink()
+    assert [-1, -1] in found.stamps().tolist()
+    assert ImageList.of(root, [], {}, {}).stamps().shape == (0, 2)
+
+
+@pytest.fixture
+def photographs(tmp_path, monkeypatch):
+    """A folder of images as if they were too many for memory."""
+    monkeypatch.setattr(image_folder, "MEMORY_LIMIT", 0)
+    for number in range(4):
+        path = tmp_path / "photographs" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9)).save(path)
+        os.utime(path, (1000, 1000))
+    return tmp_path / "photographs"
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """Names of the files whose headers have been looked at."""
+    names = []
+    check = image_folder.check_header
+
+    def check_header(path, *arguments, **keywords):
+        names.append(path.name)
+        check(path, *arguments, **keywords)
+
+    monkeypatch.setattr(image_folder, "check_header", check_header)
+    return names
+
+
+def start(root, **arguments):
+    data = ImageFolderDataModule(str(root), 8, **arguments)
+    data.prepare_data()
+    data.setup("fit")
+
+
+def test_headers_are_looked_at_once(photographs, looked_at):
+    start(photographs)
+    assert sorted(looked_at) == [f"{number}.png" for number in range(4)]
+    start(photographs)
+    ImageFolderDataModule(str(photographs), 16).setup("fit")  # the size does not matter to them
+    assert len(looked_at) == 4
+    # Without resizing it does.
+    for _ in range(2):
+        with pytest.raises(ValueError, match="must have 8x8 pixels, got 9x9"):
+            start(photographs, resize=False)
+    assert len(looked_at) > 4
+
+
+def test_several_checks_are_kept(photographs, looked_at):
+    for _ in range(3):
+        start(photographs)
+        data = ImageFolderDataModule(str(photographs), 9, resize=False)
+        data.setup("fit")
+    assert len(looked_at) == 8
+
+
+@pytest.mark.parametrize("change", ["time", "size", "new", "gone", "renamed", "broken"])
+def test_changed_files_are_looked_at_again(photographs, looked_at, change):
+    start(photographs)
+    first = photographs / "0.png"
+    match change:
+        case "time":
+            os.utime(first, (2000, 2000))
+        case "size":
+            first.write_bytes(first.read_bytes() + b"x")
+            os.utime(first, (1000, 1000))
+        case "new":
+            (photographs / "4.png").write_bytes(first.read_bytes())
+        case "gone":
+            first.unlink()
+        case "renamed":
+            first.rename(photographs / "5.png")
+        case "broken":
+            first.write_bytes(first.read_bytes()[:20])
+    looked_at.clear()
+    if change == "broken":
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"0\.png cannot be read"):
+                start(photographs)
+        return
+    start(photographs)
+    assert len(set(looked_at)) == len(list(photographs.iterdir()))
+    for path in photographs.iterdir():
+        os.utime(path, (1000, 1000))
+    start(photographs)
+    looked_at.clear()
+    start(photographs)
+    assert not looked_at
+
+
+def test_files_that_have_just_changed_may_change_again(photographs, looked_at):
+    (photographs / "3.png").touch()
+    start(photographs)
+    looked_at.clear()
+    start(photographs)
+    assert len(set(looked_at)) == 4
+
+
+@pytest.mark.parametrize("damage", ["flip", "empty", "other", "none"])
+def test_a_damaged_mark_is_made_again(photographs, looked_at, damage):
+    start(photographs)
+    (place,) = cache_folder().rglob("*.checked.json")
+    text = place.read_text()
+    ruined = {"flip": text.replace("9", "8"), "empty": "", "other": '{"passed": 3}'}
+    place.write_text(ruined.get(damage, text))
+    looked_at.clear()
+    start(photographs)
+    assert len(looked_at) == (0 if damage == "none" else 4)
+    assert place.read_text() == text
+
+
+def test_checks_that_cannot_be_kept_are_made_by_each_process(
+    photographs, looked_at, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DDIM_PL_CACHE", str(tmp_path / "file"))
+    start(photographs)
+    looked_at.clear()
+    start(photographs)
+    assert set(looked_at) == {f"{number}.png" for number in range(4)}
+
+
+def test_lists_of_one_folder_have_marks_of_their_own(photographs):
+    one, two = (ImageList.of(photographs, [name], {}, {}) for name in ("0.png", "1.png"))
+    CheckedFiles(one).keep("a check")
+    assert CheckedFiles(one).passed("a check")
+    assert not CheckedFiles(one).passed("another check")
+    assert not CheckedFiles(two).passed("a check")
+    CheckedFiles(two).keep("another check")
+    assert CheckedFiles(one).passed("a check")
