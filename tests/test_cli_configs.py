@@ -24,7 +24,9 @@ def short_config(folder, **trainer):
 
 
 def callbacks_of(config):
-    return {each["class_path"]: each["init_args"] for each in config["trainer"]["callbacks"]}
+    return {
+        each["class_path"]: each.get("init_args", {}) for each in config["trainer"]["callbacks"]
+    }
 
 
 def test_the_default_is_read_from_any_folder(tmp_path, monkeypatch, capsys):

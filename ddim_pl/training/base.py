@@ -390,7 +390,7 @@ class DiffusionModule(L.LightningModule, ABC):
         """Move or convert; on a CUDA device the channels of all networks are last."""
         super()._apply(fn, recurse)
         for network in self.networks:
-            if next(network.parameters()).is_cuda:
+            if any(weight.is_cuda for weight in network.parameters()):
                 channels_last(network)
         return self
 

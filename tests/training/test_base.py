@@ -184,3 +184,9 @@ def test_channels_are_last_on_a_gpu(on_a_gpu):
     module.to("cpu")
     assert layouts(module) == {True}
     assert all(torch.equal(before[n], value) for n, value in module.state_dict().items())
+
+
+def test_a_network_may_have_no_weights():
+    network = nn.Identity()
+    network.in_channels, network.image_size, network.init_args = 1, 8, {}
+    assert tiny_ddpm(network=network).to("cpu").network is network
