@@ -24,6 +24,7 @@ from typing import Any, cast
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -222,8 +223,10 @@ class DiffusionCLI(LightningCLI):
                 # Such a run has no logger, and hence no folder: it leaves nothing.
                 kwargs["default_root_dir"] = tempfile.mkdtemp()
                 atexit.register(shutil.rmtree, kwargs["default_root_dir"], ignore_errors=True)
+            given = self.config_init[self.subcommand].trainer.get("callbacks") or []
             trainer = super().instantiate_trainer(**kwargs)
-        slow_down_progress_bar(trainer)
+        if not any(isinstance(each, ProgressBar) for each in given):
+            slow_down_progress_bar(trainer)
         return trainer
 
     def after_instantiate_classes(self) -> None:

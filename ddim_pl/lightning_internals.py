@@ -99,8 +99,8 @@ REFRESH_RATE = 20
 def slow_down_progress_bar(trainer: L.Trainer) -> None:
     """Replace the bar that Lightning chose by one that looks at every twentieth batch.
 
-    It chooses one that takes milliseconds for each batch, where rich is installed. A bar that the
-    user gave stays.
+    It chooses one that takes milliseconds for each batch, where rich is installed. For a trainer
+    that was given no bar.
     """
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for place, each in enumerate(callbacks):

@@ -90,7 +90,7 @@ def _image_words(seed: Tensor, images: Tensor, draw: Tensor, blocks: Tensor) -> 
 
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, fullgraph=True, dynamic=True)
+    return torch.compile(function, dynamic=True)
 
 
 class ImageNoise:

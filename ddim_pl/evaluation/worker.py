@@ -101,7 +101,7 @@ class Worker:
         """Sum of all workers' values, on the CPU."""
         if self.world_size == 1:  # nothing to sum, and Apple's devices have no float64
             return values.cpu()
-        there = values.to(self.model.device)
+        there = values.to(self.model.device, copy=True)  # Lightning sums in place
         return cast(Tensor, self.trainer.strategy.reduce(there, reduce_op="sum")).cpu()
 
     def gather(self, values: Tensor) -> Tensor:

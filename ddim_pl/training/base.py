@@ -375,9 +375,16 @@ class DiffusionModule(L.LightningModule, ABC):
         )
         if self.compile_network == "auto" and self.compiles:
             torch._dynamo.config.suppress_errors = True  # without a compiler it goes on without
+            self._suppresses = True
         for network in self.networks if self.compiles else []:
             network.compile()
 
+    def teardown(self, stage: str) -> None:
+        """Let other models be told why they cannot be compiled."""
+        if self._suppresses:
+            torch._dynamo.config.suppress_errors = self._suppresses = False
+
+    _suppresses = False
     compiles: bool
     """Whether the networks, and what draws noise, are compiled."""
 
@@ -420,6 +427,10 @@ class DiffusionModule(L.LightningModule, ABC):
             drop_gradients(self.network)
         if self.skip_bad_batches:
             self.log("train/skipped_batches", float(self._update_check.skipped))
+
+    def on_train_start(self) -> None:
+        """Begin to look at updates."""
+        self._update_check.begin()
 
     def on_train_end(self) -> None:
         """See whether the last update was made."""

@@ -86,6 +86,18 @@ class UpdateCheck:
         self._parts: list[_Part] = []
         self._pending: tuple[_Update, _Flag] | None = None
 
+    def begin(self) -> None:
+        """Forget what a fit before has left."""
+        self.in_a_row, self._parts, self._pending = 0, [], None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "UpdateCheck":
+        """A copy of a module has no update under way."""
+        return UpdateCheck(self.skip)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Nor has one in another process."""
+        return UpdateCheck, (self.skip,)
+
     def add(self, batch: "Batch", seed: int, loss: Tensor) -> None:
         """Note a batch of the next update."""
         self._parts.append(_Part(batch, seed, loss.detach()))

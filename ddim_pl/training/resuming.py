@@ -49,7 +49,9 @@ def apply_settings(module: "DiffusionModule", checkpoint: dict[str, Any]) -> Non
     checkpoint["lr_schedulers"] = [] if schedule is None else [schedule.state_dict()]
     kept = checkpoint["optimizer_states"][0]["param_groups"]
     for group, new in zip(kept, optimizer.param_groups, strict=True):
-        group |= {name: value for name, value in new.items() if name != "params"}
+        # The weights are not on their device yet: how they are updated there is the run's own.
+        unknown = [name for name in ("fused", "foreach") if new.get(name) is None]
+        group |= {n: value for n, value in new.items() if n not in ("params", *unknown)}
     rates = ", ".join(f"{group['lr']:g}" for group in kept)
     rank_zero_info(
         f"{', '.join(changed)} differ from the checkpoint's and apply from update {updates + 1}, "

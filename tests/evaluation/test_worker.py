@@ -1,10 +1,12 @@
 """Work on every device."""
 
+from unittest.mock import patch
+
 import torch
 from command_runs import trainer
 from tiny import some_ddpm
 
-from ddim_pl.evaluation.worker import on_every_worker
+from ddim_pl.evaluation.worker import Worker, on_every_worker
 
 
 def test_work_is_not_in_the_trainers_precision_but_the_network_is(tmp_path):
@@ -28,3 +30,13 @@ def test_the_model_is_set_up_so_that_it_can_compile(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "setup", stages.append)
     on_every_worker(trainer(tmp_path), model, lambda device: None)
     assert stages == ["predict"]
+
+
+def test_a_sum_over_workers_leaves_their_own_values(tmp_path):
+    """Lightning's sum writes into what it is given."""
+    model, mine = some_ddpm(), torch.ones(3)
+    worker = Worker(trainer(tmp_path), model, run=None, progress=False)
+    worker.world_size = 2
+    with patch.object(worker.trainer.strategy, "reduce", lambda each, reduce_op: each.mul_(2)):
+        assert torch.equal(worker.all_reduce(mine), torch.full((3,), 2.0))
+    assert torch.equal(mine, torch.ones(3))

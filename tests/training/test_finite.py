@@ -1,5 +1,7 @@
 """What is not finite spoils nothing."""
 
+import copy
+
 import pytest
 import torch
 import yaml
@@ -89,6 +91,16 @@ def test_a_fused_update_that_is_not_made_is_told_of_before_a_checkpoint_is_saved
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert kept["global_step"] == last - 1
     assert all(value.isfinite().all() for value in module.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore:optimizer is not stored")
+def test_after_an_update_that_was_not_made_the_module_can_train_again(tmp_path):
+    module = module_of([2], optimizer=fused)
+    with pytest.raises(NotFiniteError):
+        train(module, tmp_path)
+    copy.deepcopy(module)._update_check.finish(module)
+    module.spoiled, module.kept = (), []
+    assert train(module, tmp_path / "again").global_step == 8
 
 
 class Spoil(Callback):

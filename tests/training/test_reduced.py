@@ -19,8 +19,10 @@ def test_the_copy_follows_the_weights_and_is_made_once():
     assert {p.dtype for p in first.parameters()} == {torch.bfloat16}
     assert first.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert not first.training
+    before = first.conv_in.weight.clone()
     module.average.update_parameters(module.network)
-    assert reduced.of(network) is not first
+    assert reduced.of(network) is first
+    assert not torch.equal(first.conv_in.weight, before)
     torch.testing.assert_close(
         reduced.of(network).conv_in.weight.float(), network.conv_in.weight, rtol=8e-3, atol=1e-6
     )
@@ -74,3 +76,10 @@ def test_what_was_drawn_with_it_has_a_name_of_its_own():
     same.load_state_dict(module.state_dict())
     assert fingerprint(module) != fingerprint(same)
     assert averaged_checkpoint(same)["hyper_parameters"]["sampling_precision"] == "bf16"
+
+
+def test_the_copy_of_a_compiled_network_is_compiled():
+    network, reduced = some_ddpm().average.module, ReducedCopy()
+    assert reduced.of(network)._compiled_call_impl is None
+    network.compile(backend="eager")
+    assert reduced.of(network)._compiled_call_impl is not None

@@ -83,6 +83,18 @@ def test_the_same_settings_leave_the_schedule_as_it_was(tmp_path):
     assert same(*weights)
 
 
+def test_a_run_with_other_settings_still_updates_by_fused_kernels(tmp_path):
+    """As on a GPU, where they are not asked for but chosen once the weights are there."""
+    _, last = train(tmp_path / "first", 6, **settings())
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["optimizer_states"][0]["param_groups"][0]["fused"] = True
+    torch.save(checkpoint, last)
+    _, end = train(tmp_path / "rest", 8, resume=last, **settings(rate=5e-4))
+    (group,) = torch.load(end, weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert group["fused"] is True
+    assert group["initial_lr"] == 5e-4
+
+
 def test_a_schedule_can_be_added_and_left_out(tmp_path):
     plain = {"optimizer": partial(ADAM, lr=1e-3), "warmup_steps": 0}
     _, last = train(tmp_path / "first", 4, **plain)
