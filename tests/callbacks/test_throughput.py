@@ -4,7 +4,7 @@ import csv
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from small_trainer import trainer
 from tiny import tiny_ddpm
@@ -12,6 +12,7 @@ from tiny import tiny_ddpm
 import callbacks.throughput
 from callbacks import Throughput
 from ddim_pl.data.digits import DigitsDataModule
+from ddim_pl.lightning_internals import slow_down_progress_bar
 
 
 class Turns(Callback):
@@ -63,3 +64,14 @@ def test_no_batch_waits_for_the_device_but_those_that_are_logged(tmp_path, monke
     # At the first batch, at the last, where it logs, and at the end of the epoch.
     assert 3 <= len(asked) <= 4
     assert set(asked) == {torch.device("cpu")}
+
+
+def test_the_bar_that_lightning_chose_looks_at_every_twentieth_batch(tmp_path):
+    t = trainer(tmp_path, enable_progress_bar=True)
+    slow_down_progress_bar(t)
+    assert type(t.progress_bar_callback) is TQDMProgressBar
+    assert t.progress_bar_callback.refresh_rate == 20
+    own = TQDMProgressBar(refresh_rate=3)
+    t = trainer(tmp_path, enable_progress_bar=True, callbacks=[own])
+    slow_down_progress_bar(t)
+    assert t.progress_bar_callback is own
