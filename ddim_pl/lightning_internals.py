@@ -104,8 +104,7 @@ def slow_down_progress_bar(trainer: L.Trainer) -> None:
     """
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for place, each in enumerate(callbacks):
-        own = type(each) in (TQDMProgressBar, RichProgressBar)
-        if own and cast(TQDMProgressBar, each).refresh_rate == 1:
+        if isinstance(each, TQDMProgressBar | RichProgressBar):
             callbacks[place] = TQDMProgressBar(refresh_rate=REFRESH_RATE)
 
 

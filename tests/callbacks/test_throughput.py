@@ -4,13 +4,15 @@ import csv
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from small_trainer import trainer
-from tiny import tiny_ddpm
+from tiny import tiny_config, tiny_ddpm, write_config
 
 import callbacks.throughput
 from callbacks import Throughput
+from ddim_pl.cli import main
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.lightning_internals import slow_down_progress_bar
 
@@ -71,7 +73,15 @@ def test_the_bar_that_lightning_chose_looks_at_every_twentieth_batch(tmp_path):
     slow_down_progress_bar(t)
     assert type(t.progress_bar_callback) is TQDMProgressBar
     assert t.progress_bar_callback.refresh_rate == 20
-    own = TQDMProgressBar(refresh_rate=3)
-    t = trainer(tmp_path, enable_progress_bar=True, callbacks=[own])
-    slow_down_progress_bar(t)
-    assert t.progress_bar_callback is own
+
+
+def test_a_bar_of_the_config_stays(tmp_path, monkeypatch):
+    bars = []
+    monkeypatch.setattr(Trainer, "fit", lambda trainer, *_, **__: bars.append(trainer))
+    config = tiny_config(tmp_path)
+    config["trainer"].pop("enable_progress_bar")
+    path = "lightning.pytorch.callbacks.TQDMProgressBar"
+    for more in ([], [{"class_path": path, "init_args": {"refresh_rate": 3}}]):
+        config["trainer"]["callbacks"] += more
+        main(["fit", "--config", write_config(config, tmp_path / "config.yaml")])
+    assert [each.progress_bar_callback.refresh_rate for each in bars] == [20, 3]
