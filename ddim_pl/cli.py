@@ -223,7 +223,7 @@ class DiffusionCLI(LightningCLI):
                 # Such a run has no logger, and hence no folder: it leaves nothing.
                 kwargs["default_root_dir"] = tempfile.mkdtemp()
                 atexit.register(shutil.rmtree, kwargs["default_root_dir"], ignore_errors=True)
-            given = self.config_init[self.subcommand].trainer.get("callbacks") or []
+            given = [*(self.config_init[self.subcommand].trainer.get("callbacks") or [])]
             trainer = super().instantiate_trainer(**kwargs)
         if not any(isinstance(each, ProgressBar) for each in given):
             slow_down_progress_bar(trainer)
