@@ -340,7 +340,7 @@ def _check(num_levels: int, num_steps: int) -> None:
 
 
 def _check_signal(schedule: NoiseSchedule, name: str) -> None:
-    if schedule(schedule.num_levels).alpha == 0:
+    if schedule.ends_without_signal:
         raise ValueError(
             f"timesteps must not be {name!r} with a schedule whose last level has no signal, got "
             f"{schedule}: its log-SNR is infinite there; use 'trailing'"

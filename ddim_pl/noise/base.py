@@ -8,13 +8,21 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddim_pl.denoiser import Denoiser
 from ddim_pl.prediction import Prediction, eps_from_x
-from ddim_pl.rng import Generators, ImageNoise, NoiseSource, image_noise, randn
+from ddim_pl.rng import (
+    Generators,
+    ImageNoise,
+    NoiseSource,
+    gaussian_latents,
+    image_noise,
+    randn,
+)
 from ddim_pl.scales import Scales, expand_like, float64
 from ddim_pl.transitions import ddim_step, two_step_target
 
@@ -182,10 +190,11 @@ def latents(
     Raises:
         ValueError: If scales are required and not given, or as by `image_noise`.
     """
-    generators = image_noise(noise_source, seed, indices, device=device, compile=compile)
-    size, like = (len(generators), *shape), torch.empty(0, device=device)
     if noise is None or noise.is_gaussian:
-        return randn(size, generators, like), generators
+        more: dict[str, Any] = {"noise_source": noise_source, "device": device, "compile": compile}
+        return gaussian_latents(seed, indices, shape, **more)
     if scales is None:
         raise ValueError(f"scales must be given for {noise}, got None: its law depends on them")
+    generators = image_noise(noise_source, seed, indices, device=device, compile=compile)
+    size, like = (len(generators), *shape), torch.empty(0, device=device)
     return noise.draw(size, scales, generators, like), generators

@@ -374,17 +374,19 @@ class DiffusionModule(L.LightningModule, ABC):
             self.compile_network == "auto" and stage == "fit" and _trains_on_cuda(self)
         )
         if self.compile_network == "auto" and self.compiles:
-            torch._dynamo.config.suppress_errors = True  # without a compiler it goes on without
-            self._suppresses = True
+            config: Any = torch._dynamo.config
+            self._suppressed = config.suppress_errors
+            config.suppress_errors = True  # without a compiler it goes on without
         for network in self.networks if self.compiles else []:
             network.compile()
 
     def teardown(self, stage: str) -> None:
         """Let other models be told why they cannot be compiled."""
-        if self._suppresses:
-            torch._dynamo.config.suppress_errors = self._suppresses = False
+        if self._suppressed is not None:
+            config: Any = torch._dynamo.config
+            config.suppress_errors, self._suppressed = self._suppressed, None
 
-    _suppresses = False
+    _suppressed: bool | None = None
     compiles: bool
     """Whether the networks, and what draws noise, are compiled."""
 

@@ -160,7 +160,9 @@ def test_networks_are_compiled_where_it_pays(compile, on_cuda, stage, wanted, mo
     module = tiny_ddpm(compile=compile)
     config.suppress_errors = False
     module.setup(stage)
-    suppressed, config.suppress_errors = config.suppress_errors, False
+    suppressed = config.suppress_errors
+    module.teardown(stage)
+    assert config.suppress_errors is False
     assert [id(each) for each in compiled] == [id(each) for each in module.networks if wanted]
     assert module.compiles is wanted
     assert suppressed is (compile == "auto" and wanted)
