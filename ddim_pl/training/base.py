@@ -369,7 +369,11 @@ class DiffusionModule(L.LightningModule, ABC):
         check_finite_weights(checkpoint["state_dict"], "lower the rate or clip the gradients")
 
     def setup(self, stage: str) -> None:
-        """Compile the networks in place, so that checkpoints keep their names."""
+        """Lay out and compile the networks in place, so that checkpoints keep their names."""
+        in_fit = stage == "fit" and self._trainer is not None
+        if in_fit and str(self.trainer.precision).startswith("bf16"):
+            for network in self.networks:
+                channels_last(network)
         self.compiles = self.compile_network is True or (
             self.compile_network == "auto" and stage == "fit" and _trains_on_cuda(self)
         )
@@ -524,8 +528,8 @@ def channels_last(network: nn.Module) -> None:
 def _average(network: nn.Module, decay: float) -> ExponentialAverage:
     """The average, its channels last.
 
-    Not those of the network in training: on a CPU its layout decides which activations a dropout
-    drops, and runs of before go on as they would have.
+    Not those of a network in training in float32: on a CPU its layout decides which activations a
+    dropout drops and gains little, and runs of before go on as they would have.
     """
     average = ExponentialAverage(network, decay)
     channels_last(average.module)

@@ -4,12 +4,13 @@ from typing import get_args
 
 import pytest
 import torch
-from ladders import save
+from ladders import save, trainer
 from lightning import seed_everything
 from tiny import some_ddpm, tiny_ddpm, tiny_unet
 from torch import nn
 from torch._dynamo import config
 
+from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.noise import GammaNoise
 from ddim_pl.prediction import LossWeight
 from ddim_pl.rng import step_generators
@@ -186,6 +187,18 @@ def test_channels_are_last_on_a_gpu(on_a_gpu):
     module.to("cpu")
     assert layouts(module) == {True}
     assert all(torch.equal(before[n], value) for n, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_a_fit_in_bfloat16_has_channels_last_from_its_first_update(tmp_path, precision):
+    module = some_ddpm(network=tiny_unet())
+    trained = trainer(tmp_path, precision=precision, max_steps=1)
+    trained.fit(module, DigitsDataModule(batch_size=8))
+    states = [trained.optimizers[0].state[w]["exp_avg"] for w in module.network.parameters()]
+    kernels = [state for state in states if state.ndim == 4 and min(state.shape[1:]) > 1]
+    assert kernels
+    last = {state.is_contiguous(memory_format=torch.channels_last) for state in kernels}
+    assert last == {precision == "bf16-mixed"}
 
 
 def test_a_network_may_have_no_weights():
