@@ -32,6 +32,7 @@ from ddim_pl.timesteps import linear, trailing
 from ddim_pl.training import DDPM
 
 SIZES = {"digits": (64, 50), "cifar10": (8, 2)}
+FITS = {"digits": (48, 30), "cifar10": (8, 3)}
 
 
 def _sampling(bench: Bench, name: str, precision: str) -> Contender:
@@ -51,11 +52,11 @@ def _update(bench: Bench, name: str) -> Contender:
     return partial(Updates(bench, module, 4 if bench.tiny else 48, "float32"), 5)
 
 
-def _fit(bench: Bench, name: str) -> Contender:
+def _fit(bench: Bench, name: str, precision: str) -> Contender:
     folder = Path(tempfile.mkdtemp())
-    batch, steps = (4, 2) if bench.tiny else (48, 30)
+    batch, steps = (4, 2) if bench.tiny else FITS[name]
     model = make_model(name, tiny=bench.tiny)
-    return partial(fit_for, bench, folder, batch, steps, 2, "float32", model)
+    return partial(fit_for, bench, folder, batch, steps, 1, precision, model)
 
 
 def _deq(bench: Bench) -> Contender:
@@ -74,7 +75,8 @@ CASES: dict[str, Callable[[Bench], Contender]] = {
 }
 CASES |= {f"loop, eta {eta:g}": partial(_loop, eta=eta) for eta in (0.0, 1.0)}
 CASES |= {"update, digits": partial(_update, name="digits")}
-CASES |= {"fit, digits": partial(_fit, name="digits"), "DEQ, digits": _deq}
+CASES |= {"fit, digits": partial(_fit, name="digits", precision="float32"), "DEQ, digits": _deq}
+CASES |= {f"fit, {name}, bf16": partial(_fit, name=name, precision="bf16") for name in SIZES}
 
 
 def serve(bench: Bench, case: str) -> None:
