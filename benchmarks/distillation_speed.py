@@ -2,12 +2,14 @@
 
 A stage of `speed.py` and `gpu.py`. An update of the student (two evaluations of the teacher, and
 the student's own forward and backward pass) against a plain update of the same network: 5/3 is
-the count of passes. Making pairs, which draws images and writes them, against drawing alone.
+the count of passes; and with `teacher_precision: bf16` against without ("over its peer"). Making
+pairs, which draws images and writes them, against drawing alone.
 """
 
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from measuring import Bench, Row
@@ -20,6 +22,7 @@ from ddim_pl.samplers import DDIM
 from ddim_pl.timesteps import linear
 from ddim_pl.training import DDPM, DiffusionModule, ProgressiveDistillation
 from ddim_pl.training.pairs import make_pairs, recipe_of
+from ddim_pl.training.reduced import NetworkPrecision
 
 
 def distillation(bench: Bench) -> None:
@@ -27,9 +30,11 @@ def distillation(bench: Bench) -> None:
     on_gpu = bench.device == "cuda"
     name, batch = ("cifar10", 128) if on_gpu else ("digits", 128)
     batch = 4 if bench.tiny else batch
-    for precision in precisions(bench.device):
-        text = f"update, {name}, batch {batch}, {precision}"
-        bench.case(text, partial(_updates, bench, name, batch, precision))
+    cases = [(name, batch, precision) for precision in precisions(bench.device)]
+    cases += [] if on_gpu else [("cifar10", 4 if bench.tiny else 8, "float32")]
+    for case in cases:
+        text = "update, {}, batch {}, {}".format(*case)
+        bench.case(text, partial(_updates, bench, *case))
     bench.case(f"pairs, {name}, batch {batch}", partial(_pairs, bench, name, batch))
 
 
@@ -78,15 +83,23 @@ def _plain(bench: Bench, name: str) -> DDPM:
 
 def _updates(bench: Bench, name: str, batch: int, precision: str) -> list[Row]:
     plain = _plain(bench, name)
-    student = ProgressiveDistillation(
-        make_network(name, tiny=bench.tiny), plain.schedule, rounds=[(8, 1_000_000)]
+    student, reduced = (
+        ProgressiveDistillation(
+            make_network(name, tiny=bench.tiny),
+            plain.schedule,
+            rounds=[(8, 1_000_000)],
+            teacher_precision=teacher_precision,
+        )
+        for teacher_precision in get_args(NetworkPrecision)
     )
-    count = 1 if bench.tiny else 5
+    modules = {"plain": plain, "progressive": student, "teacher_precision='bf16'": reduced}
+    count = 1 if bench.tiny or batch == 8 else 5
     contenders = {
         label: in_that(precision, partial(Updates(bench, module, batch, precision), count))
-        for label, module in (("plain", plain), ("progressive", student))
+        for label, module in modules.items()
     }
-    return bench.in_turn(contenders, work=count, unit="updates")
+    peers = {"teacher_precision='bf16'": "progressive"}
+    return bench.in_turn(contenders, work=count, unit="updates", peers=peers)
 
 
 def _pairs(bench: Bench, name: str, batch: int) -> list[Row]:

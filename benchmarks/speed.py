@@ -20,7 +20,7 @@ STAGES = {  # each with the seconds after which it begins nothing new
     "sampling": (sampling, 200.0),
     "loop": (loop, 40.0),
     "training": (training, 180.0),
-    "distillation": (distillation, 60.0),
+    "distillation": (distillation, 150.0),
     "deq": (deq, 60.0),
     "memory": (memory, 300.0),
 }

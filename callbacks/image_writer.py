@@ -1,7 +1,7 @@
 """The images of `predict`, as PNG files."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -9,13 +9,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ddim_pl.checks import check_at_least
+from ddim_pl.evaluation.manifest import write_manifest
 from ddim_pl.images import PngWriter, grid, read_png, to_uint8, write_png
+from ddim_pl.training import DiffusionModule
 
 
 class ImageWriter(L.Callback):
     """Write each image of `predict` as `images/<index>.png`, and a grid of the first ones.
 
     Every rank writes its own images; the first rank then lays out `grid.png`, apart from them.
+    `manifest.json` says how they were made.
 
     Args:
         folder: Where to write, without images of an earlier call; by default `predict` in the
@@ -53,6 +56,10 @@ class ImageWriter(L.Callback):
             for file in old:
                 file.unlink()
             rank_zero_info(f"{len(old)} images of an earlier call are removed from {run}")
+        if trainer.is_global_zero:
+            assert isinstance(pl_module, DiffusionModule)
+            file = self._folder / "manifest.json"
+            write_manifest(file, trainer, pl_module, cast(str | None, trainer.ckpt_path))
         trainer.strategy.barrier("old images removed")
         self._last_index = -1
         self._writer = PngWriter()

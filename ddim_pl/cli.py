@@ -33,7 +33,7 @@ import ddim_pl.data
 import ddim_pl.metrics
 import ddim_pl.networks
 from ddim_pl import signals
-from ddim_pl.cli_checks import check_config, check_module, naming_trainer
+from ddim_pl.cli_checks import check_config, check_module, check_sampling_precision, naming_trainer
 from ddim_pl.cli_commands import DESCRIPTIONS, exit_without_command
 from ddim_pl.cli_configs import (
     DEFAULTS,
@@ -165,8 +165,10 @@ class DiffusionCLI(LightningCLI):
         for command in self.subcommands():
             self._command_parser(command).callback_lists = callback_lists(base, args)
         self.config = parser.parse_args(args)
-        check_config(self.config[self.config.subcommand])
-        self._resolve_checkpoint(self.config[self.config.subcommand])
+        command, config = self.config.subcommand, self.config[self.config.subcommand]
+        check_config(config)
+        check_sampling_precision(command, config, given="sampling_precision" in given.of_model)
+        self._resolve_checkpoint(config)
 
     def _command_parser(self, command: str) -> CommandParser:
         # internal: Lightning 2.6 keeps the commands' parsers private.

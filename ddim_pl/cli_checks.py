@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -24,6 +25,9 @@ LARGEST_RATE = 1e3
 
 LEAST = {"check_val_every_n_epoch": 1, "accumulate_grad_batches": 1, "log_every_n_steps": 0}
 """The least values of the trainer's numbers that Lightning does not check itself."""
+
+IN_FULL_PRECISION = ("reconstruct", "invert", "forward")
+"""Commands on which `sampling_precision` has no effect: they encode, or use no network."""
 
 HARDWARE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins")
 
@@ -59,6 +63,35 @@ def check_config(config: Namespace) -> None:
                     f"trainer.logger.{name} must lie below the folder of runs, got "
                     f"{settings[name]!r}: give another folder as --trainer.logger.save_dir"
                 )
+
+
+def check_sampling_precision(command: str, config: Namespace, *, given: bool) -> None:
+    """Check that `sampling_precision` has an effect on a command whose user gives it.
+
+    Says so where a checkpoint's has none.
+
+    Args:
+        command: The command.
+        config: Its arguments.
+        given: Whether the user gives it, so that it is not the checkpoint's.
+
+    Raises:
+        ValueError: If it is given and has no effect.
+    """
+    precision = config.model.get("init_args", Namespace()).get("sampling_precision", 32)
+    encodes = command == "interpolate" and bool(config.from_data or config.images)
+    if precision == 32 or not (encodes or command in IN_FULL_PRECISION):
+        return
+    name = f"{command} between images" if encodes else command
+    if given:
+        raise ValueError(
+            f"sampling_precision must be 32 for {name}, which works with the weights as they are, "
+            f"got {precision!r}: leave it out"
+        )
+    rank_zero_info(
+        f"{name} works with the weights as they are: sampling_precision {precision} of the "
+        "checkpoint has no effect on it"
+    )
 
 
 def check_module(module: DiffusionModule) -> None:

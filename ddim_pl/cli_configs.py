@@ -6,7 +6,7 @@ merge callbacks of one class, and find the checkpoint whose config is the base.
 
 import importlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,6 +53,7 @@ class Given:
         checkpoint: The last `ckpt_path`, be it an argument or an entry of a config.
         shows_only: Whether the arguments want a help or a config printed.
         named_paths: Dotted paths of what the arguments and configs name.
+        of_model: Names of the arguments of the model that they give.
     """
 
     command: str | None
@@ -60,6 +61,7 @@ class Given:
     checkpoint: str | None
     shows_only: bool
     named_paths: set[str]
+    of_model: set[str] = field(default_factory=set)
 
     @classmethod
     def by(cls, args: Sequence[str], commands: Collection[str]) -> "Given":
@@ -67,6 +69,7 @@ class Given:
         command = args[0] if args and args[0] in commands else None
         given = cls(command, [], None, any(map(_shows_only, args)), set())
         for name, value in options(args):
+            given.of_model |= _arguments_of_model(name, value)
             if name != "--ckpt_path":
                 given.named_paths |= dotted_paths([value, read_config(value)])
             if name in ("-c", "--config"):
@@ -178,6 +181,18 @@ def options(args: Sequence[str]) -> list[tuple[str, str]]:
         name, equals, value = arg.partition("=")
         pairs.append((name, value if equals else next(iter(args[place + 1 :]), "")))
     return [pair for pair in pairs if pair[0].startswith("-")]
+
+
+def _arguments_of_model(option: str, value: str) -> set[str]:
+    """Names of the arguments of the model that an option, or the config it names, gives."""
+    if option.startswith("--model."):
+        return {option.removeprefix("--model.").removeprefix("init_args.").partition(".")[0]}
+    if option not in ("-c", "--config", "--model"):
+        return set()
+    config = read_config(value)
+    model = config if option == "--model" else config.get("model")
+    arguments = model.get("init_args") if isinstance(model, dict) else None
+    return {*(model if isinstance(model, dict) else ()), *(arguments or ())}
 
 
 def _shows_only(arg: str) -> bool:

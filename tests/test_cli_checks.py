@@ -11,6 +11,8 @@ from ddim_pl.cli_errors import run_message
 
 HUGE = 10**23
 
+REDUCED = "--model.sampling_precision bf16"
+
 WRONG = [
     # What is wrong, and the argument that the one line names.
     ("fit --trainer.precision 12", "trainer.precision"),
@@ -94,6 +96,10 @@ WRONG = [
     ("invert --ckpt_path CK --start foo", "start"),
     (f"invert --ckpt_path CK --num_updates {HUGE}", "num_updates"),
     ("levels --ckpt_path CK --output x.txt", "output"),
+    (f"reconstruct --ckpt_path CK {REDUCED}", "sampling_precision must be 32 for reconstruct"),
+    (f"invert --ckpt_path CK {REDUCED}", "sampling_precision must be 32 for invert"),
+    (f"forward --ckpt_path CK {REDUCED}", "sampling_precision must be 32 for forward"),
+    (f"interpolate --ckpt_path CK --from_data true {REDUCED}", "between images, which works with"),
     ("levels --ckpt_path CK --num_steps [0]", "num_steps"),
     ("pairs --ckpt_path CK", "folder"),
     ("pairs --ckpt_path CK --folder o --num_pairs 2 --shard_size 0", "shard_size"),
@@ -120,6 +126,33 @@ def checkpoint(tmp_path_factory):
     config["model"]["init_args"]["network"]["init_args"]["num_classes"] = 10
     main(["fit", "--config", write_config(config, folder / "config.yaml")])
     return folder / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+
+
+def test_sampling_precision_that_has_no_effect_is_an_error_where_it_is_given(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    """Of a checkpoint it is said to have none, and nothing fails."""
+    monkeypatch.chdir(tmp_path)
+    reduced, given = str(tmp_path / "reduced.ckpt"), "sampling_precision"
+    main(["export", "--ckpt_path", str(checkpoint), "--output", reduced, *REDUCED.split()])
+    few = ["--num_images", "2", "--num_steps", "[2]", "--ckpt_path", reduced]
+    config = write_config({"model": {"init_args": {given: "bf16"}}}, tmp_path / "mine.yaml")
+    for arguments in (["--config", config], [f"--model.init_args.{given}=bf16"]):
+        message = error_of(["reconstruct", *few, *arguments], capsys)
+        assert f"{given} must be 32 for reconstruct" in message
+        assert "got 'bf16': leave it out" in message
+    assert not list(tmp_path.glob("*-run"))
+    told: list[str] = []
+    monkeypatch.setattr("ddim_pl.cli_checks.rank_zero_info", told.append)
+    for place, arguments in enumerate(([], [f"--model.{given}", "32"])):
+        main(["reconstruct", *few, *arguments, "--output", f"{place}"])
+        assert len(told) == 1
+    assert "sampling_precision bf16 of the checkpoint has no effect" in told[0]
+    written = [(tmp_path / f"{place}" / "reconstruct.md").read_text() for place in (0, 1)]
+    assert written[0] == written[1]
+    assert "precision 32-true" in written[0]
+    drawn = ["interpolate", "--num_pairs", "1", "--num_points", "2", "--output", "between"]
+    main([*drawn, "--ckpt_path", str(checkpoint), *REDUCED.split()])
 
 
 def error_of(arguments, capsys):

@@ -102,7 +102,7 @@ def invert(
         found, curve = _invert_all(worker, real, levels, first, optimise, batch_size)
         if worker.is_first:
             text = f"{len(levels) - 1} {timesteps} steps from {start}, {method}, Adam {lr:g}"
-            _write(folder, real, found, curve, text)
+            _write(worker, folder, real, found, curve, text)
 
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
 
@@ -222,6 +222,7 @@ def _mean_curve(
 
 
 def _write(
+    worker: Worker,
     folder: Path,
     real: RealImages,
     found: dict[str, Tensor],
@@ -242,7 +243,8 @@ def _write(
     _write_events(folder, curve)
     last = curve[-1]
     text = (
-        f"{len(real.images)} images inverted: {text}.\n\n{_summary(real, found)}\n"
+        f"{len(real.images)} images inverted: {text}, precision {worker.trainer.precision}.\n\n"
+        f"{_summary(real, found)}\n"
         f"{int(last['update'])} updates, {last['evaluations']:.0f} evaluations of the network for "
         f"each image, {last['seconds']:.0f} s."
     )

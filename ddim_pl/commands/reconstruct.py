@@ -89,7 +89,8 @@ def reconstruct(
             row = {"steps": count, "network evaluations": evaluations}
             rows.append({**row, "error": float(error.mean()), "standard error": scatter(error)})
         if worker.is_first:
-            _write(folder, shown, rows, f"{unclipped_sampler(model)}, {timesteps} levels")
+            text = f"{unclipped_sampler(model)}, {timesteps} levels"
+            _write(folder, shown, rows, f"{text}, precision {worker.trainer.precision}")
 
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
 

@@ -1,7 +1,8 @@
 """`main.py sample`: images of a checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ddim_pl.checks import check_at_least
+from ddim_pl.evaluation.manifest import write_manifest
 from ddim_pl.evaluation.worker import Worker, check_label, on_every_worker
 from ddim_pl.files import replacing
 from ddim_pl.images import PngWriter, grid, to_uint8, write_png
@@ -34,6 +36,8 @@ def sample(
 ) -> None:
     """Draw images with a checkpoint's averaged weights: a grid, single PNGs, an NPZ.
 
+    `manifest.json` beside them says how they were made.
+
     Image i of a seed is the same for any number of devices and any batch size. The sampler is the
     checkpoint's own, or what is given as `--model.sampler`, `--model.timesteps` and
     `--model.num_steps`. With the `split_levels` of `DEQ` or `ParaDiGMS` the devices share the
@@ -45,7 +49,7 @@ def sample(
         ckpt_path: Checkpoint, or "last".
         num_images: How many.
         first: Index of the first image, to continue an earlier call, whose images stay; it is
-            also in the names of the grid and the NPZ.
+            also in the names of the grid, the NPZ and the manifest.
         label: Class to sample; by default all in turn.
         seed: Seed of the images; by default that of training.
         batch_size: Images in a batch, on each worker.
@@ -64,19 +68,19 @@ def sample(
     check_label(model, label)
     indices = range(first, first + num_images)
     part = f"-from-{first:06d}" if first else ""
+    recorded: dict[str, Any] = {"seed": seed, "label": label}
+    recorded |= {"first": first, "num_images": num_images}
 
     def work(worker: Worker) -> None:
         folder = _folder(worker, output, first)
+        if worker.is_first:
+            write_manifest(
+                folder / f"manifest{part}.json", worker.trainer, model, ckpt_path, **recorded
+            )
         worker, writes = _sharing(worker, model)
-        kept: list[Tensor] = []
         found = worker.sample_batches(indices, batch_size, "sampling", label=label, seed=seed)
-        with PngWriter() as writer:
-            for batch, images in found:
-                pixels = to_uint8(images).cpu()
-                if png and writes:
-                    _write_each(writer, folder, batch, pixels)
-                wanted = len(batch) if npz else sum(i - first < GRID_IMAGES for i in batch)
-                kept.append(pixels[:wanted])
+        keep = indices if npz else indices[:GRID_IMAGES]
+        kept = _write_each(found, folder if png and writes else None, keep)
         mine = torch.cat([torch.empty(0, *model.image_shape, dtype=torch.uint8), *kept])
         shown = _first_images(worker, mine, min(num_images, GRID_IMAGES))
         if npz and writes:
@@ -90,7 +94,9 @@ def sample(
 
 def _folder(worker: Worker, output: str | None, first: int) -> Path:
     """Where to write: the run's own folder holds one set of images, another may be continued."""
-    old = ("images/*.png", "*.png", "*.npz") if first == 0 else (f"images/{first:06d}.png",)
+    old: tuple[str, ...] = (f"images/{first:06d}.png",)
+    if first == 0:
+        old = ("images/*.png", "*.png", "*.npz", "manifest*.json")
     alone = output is None and first == 0
     return worker.folder(output, "sample", results=old, earlier="remove" if alone else "refuse")
 
@@ -102,9 +108,19 @@ def _sharing(worker: Worker, model: DiffusionModule) -> tuple[Worker, bool]:
     return worker, True
 
 
-def _write_each(writer: PngWriter, folder: Path, indices: Sequence[int], images: Tensor) -> None:
-    for index, image in zip(indices, images, strict=True):
-        writer.write(image, folder / "images" / f"{index:06d}.png")
+def _write_each(
+    found: Iterable[tuple[Sequence[int], Tensor]], folder: Path | None, keep: range
+) -> list[Tensor]:
+    """Write images as they are drawn, if there is a folder; return those to keep, uint8."""
+    kept: list[Tensor] = []
+    with PngWriter() as writer:
+        for batch, images in found:
+            pixels = to_uint8(images).cpu()
+            for index, image in zip(batch, pixels, strict=True):
+                if folder is not None:
+                    writer.write(image, folder / "images" / f"{index:06d}.png")
+            kept.append(pixels[: sum(index in keep for index in batch)])
+    return kept
 
 
 def _first_images(worker: Worker, mine: Tensor, count: int) -> Tensor:

@@ -166,7 +166,9 @@ class PairStore:
         except DamagedError as error:
             raise ValueError(f"{error}: give another folder") from error
         source = {"noise_source": "generators"}
-        written = source | written
+        # Folders of before say neither; of the network's precision the teacher's digest tells.
+        network = {"sampling_precision": self.recipe.get("sampling_precision")}
+        written = source | network | written
         for name, value in (source | self.recipe).items():
             if written.get(name) != value:
                 raise ValueError(

@@ -24,6 +24,7 @@ from ddim_pl.timesteps import make_levels
 from ddim_pl.training.base import Batch, DiffusionModule, LossKind
 from ddim_pl.training.distillation import Distillation
 from ddim_pl.training.pairs import check_teacher_sampler, make_pairs_on_all, recipe_of
+from ddim_pl.training.reduced import NetworkPrecision
 
 NUM_EVALUATED = 50_000
 """Images of the module's own seed that no pair may share a latent with."""
@@ -47,6 +48,8 @@ class LuhmanDistillation(Distillation):
         teacher_timesteps: Strategy of the teacher's levels; the paper has "quadratic", and on LSUN
             "linear".
         teacher_num_steps: The teacher's steps; the paper has 100, and 50 on LSUN.
+        teacher_precision: The teacher's `sampling_precision` while it draws pairs; by default its
+            own.
         pair_batch_size: Images in a batch while pairs are made, on each device.
         ema_decay: As in `DiffusionModule`; the paper has 0.995.
         **kwargs: Arguments of `Distillation`. The paper's optimiser is Adam with betas 0.9 and
@@ -70,19 +73,18 @@ class LuhmanDistillation(Distillation):
         teacher_sampler: Sampler | None = None,
         teacher_timesteps: str = "quadratic",
         teacher_num_steps: int = 100,
+        teacher_precision: NetworkPrecision | None = None,
         pair_batch_size: int = 500,
         ema_decay: float = 0.995,
         **kwargs: Any,
     ) -> None:
         check_one_of(LossKind, loss=loss)
         check_at_least(1, pair_batch_size=pair_batch_size)
+        if teacher_precision is not None:
+            check_one_of(NetworkPrecision, teacher_precision=teacher_precision)
         if teacher_sampler is not None:
             check_teacher_sampler(teacher_sampler)
-        if prediction == "eps":
-            raise ValueError(
-                "prediction must be 'residual', 'x' or 'v' for a student of one step, got 'eps': "
-                "at the last level eps says nothing of the image"
-            )
+        _check_prediction(prediction)
         self.teacher_timesteps, self.teacher_num_steps = teacher_timesteps, teacher_num_steps
         super().__init__(
             network,
@@ -98,7 +100,7 @@ class LuhmanDistillation(Distillation):
         self.loss_kind = loss
         self.teacher_sampler = teacher_sampler or default_sampler(self.noise)
         self.check_noise(self.teacher_sampler)
-        self.pair_batch_size = pair_batch_size
+        self.teacher_precision, self.pair_batch_size = teacher_precision, pair_batch_size
         _ = self.teacher_levels  # a wrong strategy or number of steps is an error now, not at fit
 
     @staticmethod
@@ -140,6 +142,8 @@ class LuhmanDistillation(Distillation):
         self._check_latents(data)
         teacher = self.read_teacher()
         teacher.noise_source = self.noise_source
+        if self.teacher_precision is not None:
+            teacher.sampling_precision = self.teacher_precision
         # Without a trainer, what it has by default.
         precision = "32-true" if data.trainer is None else str(data.trainer.precision)
         first = teacher.schedule(self.teacher_levels[0])
@@ -186,3 +190,11 @@ class LuhmanDistillation(Distillation):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log no loss: it needs pairs, and a test has real images."""
+
+
+def _check_prediction(prediction: PredictionType | None) -> None:
+    if prediction == "eps":
+        raise ValueError(
+            "prediction must be 'residual', 'x' or 'v' for a student of one step, got 'eps': at "
+            "the last level eps says nothing of the image"
+        )

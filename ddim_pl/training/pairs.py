@@ -32,6 +32,8 @@ def recipe_of(
 ) -> dict[str, Any]:
     """All that a pair depends on but its seed and index; the precision is a trainer's."""
     recipe: dict[str, Any] = {
+        # Before the digest, which differs with it, so that an error names it.
+        "sampling_precision": teacher.sampling_precision,
         "teacher": fingerprint(teacher),
         "sampler": str(sampler),
         "levels": levels.tolist(),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ddim_pl.checks import check_at_least
+from ddim_pl.checks import check_at_least, check_one_of
 from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.lightning_internals import stop_after
 from ddim_pl.prediction import (
@@ -38,6 +38,7 @@ from ddim_pl.training.base import Batch, DiffusionModule
 from ddim_pl.training.ddpm import averaged_checkpoint
 from ddim_pl.training.distillation import Distillation, copy_weights, student_network
 from ddim_pl.training.hyperparameters import NotPlainError, describe
+from ddim_pl.training.reduced import NetworkPrecision, ReducedCopy
 from ddim_pl.transitions import q_sample
 
 
@@ -68,6 +69,8 @@ class ProgressiveDistillation(Distillation):
             paper's two), or any other of `ddim_pl.prediction.LossWeight`.
         clip_teacher: Clip the teacher's estimates to [-1, 1]; the paper does not.
         teacher_prediction: What the first teacher predicts; needed only if `network` is given.
+        teacher_precision: 32, or "bf16": the teacher of each round is evaluated by a bfloat16
+            copy, see `ddim_pl.training.reduced`. Promotion, checkpoints and students are not.
         warmup_steps: Updates of each round over which the rate grows linearly.
         **kwargs: Arguments of `Distillation`. Each round begins a new average; the paper has no
             dropout.
@@ -90,11 +93,12 @@ class ProgressiveDistillation(Distillation):
         loss_weight: LossWeight = "truncated_snr",
         clip_teacher: bool = False,
         teacher_prediction: PredictionType | None = None,
+        teacher_precision: NetworkPrecision = 32,
         warmup_steps: int = 0,
         **kwargs: Any,
     ) -> None:
-        _check_prediction(prediction)
-        check_loss_weight(prediction, loss_weight)
+        _check_prediction(prediction, loss_weight)
+        check_one_of(NetworkPrecision, teacher_precision=teacher_precision)
         check_at_least(0, conversion_updates=conversion_updates, warmup_steps=warmup_steps)
         self.rounds = _check_rounds(rounds)
         # Updates before each round; the last number is the sum of all.
@@ -114,10 +118,9 @@ class ProgressiveDistillation(Distillation):
         )
         self.teacher = student_network(self, 0.0).requires_grad_(False).eval()
         self.record_arguments(teacher_prediction=self.first_prediction)
-        self.conversion_updates = conversion_updates
-        self.loss_weight = loss_weight
-        self.clip_teacher = clip_teacher
-        self.round_warmup = warmup_steps
+        self.conversion_updates, self.loss_weight = conversion_updates, loss_weight
+        self.clip_teacher, self.round_warmup = clip_teacher, warmup_steps
+        self.teacher_precision, self._reduced_teacher = teacher_precision, ReducedCopy()
         self.lr_scheduler = partial(LambdaLR, lr_lambda=self._rate)
         self.round_index = self.round_at(0)
 
@@ -222,11 +225,13 @@ class ProgressiveDistillation(Distillation):
 
     @property
     def teacher_denoiser(self) -> NetworkDenoiser:
-        """The teacher of the present round."""
+        """The teacher of the present round, in `teacher_precision`."""
         first = self.round_index < 0 or (self.round_index == 0 and self.conversion_updates == 0)
         prediction = self.first_prediction if first else self.prediction
+        is_full = self.teacher_precision == 32
+        network = self.teacher if is_full else self._reduced_teacher.of(self.teacher)
         return NetworkDenoiser(
-            self.teacher, self.schedule, prediction, self.clip_teacher, self.time_input
+            network, self.schedule, prediction, self.clip_teacher, self.time_input
         )
 
     def loss(self, denoiser: NetworkDenoiser, batch: Batch, generators: StepGenerators) -> Tensor:
@@ -313,12 +318,13 @@ class ProgressiveDistillation(Distillation):
         return warm * max(0.0, 1 - made / (self._starts[index + 1] - self.start_of(index)))
 
 
-def _check_prediction(prediction: PredictionType) -> None:
+def _check_prediction(prediction: PredictionType, loss_weight: LossWeight) -> None:
     if prediction not in ("x", "v", "both"):
         raise ValueError(
             f"prediction must be 'v', 'x' or 'both' for a student, got {prediction!r}: at the "
             "last level eps says nothing of the image, and a student of one step sees no other"
         )
+    check_loss_weight(prediction, loss_weight)
 
 
 def _check_rounds(rounds: Sequence[Sequence[int]]) -> tuple[Round, ...]:

@@ -95,7 +95,7 @@ def test_predict_writes_every_image_and_a_grid(run, tmp_path):
             f"--trainer.logger.save_dir={tmp_path}",
         ]
     )
-    assert sorted(f.name for f in out.iterdir()) == ["grid.png", "images"]
+    assert sorted(f.name for f in out.iterdir()) == ["grid.png", "images", "manifest.json"]
     assert sorted(f.name for f in (out / "images").iterdir()) == [f"{i:06d}.png" for i in range(7)]
 
 

@@ -20,7 +20,12 @@ def test_sample_writes_the_images_of_the_model(tmp_path, batch_size):
     trainer(tmp_path).sample(model, num_images=7, npz=True, batch_size=batch_size)
     folder = tmp_path / "sample"
     expected = to_uint8(model.sample(range(7)))
-    assert sorted(f.name for f in folder.iterdir()) == ["grid.png", "images", "samples.npz"]
+    assert sorted(f.name for f in folder.iterdir()) == [
+        "grid.png",
+        "images",
+        "manifest.json",
+        "samples.npz",
+    ]
     names = [f"{i:06d}.png" for i in range(7)]
     assert sorted(f.name for f in (folder / "images").iterdir()) == names
     for index, image in enumerate(expected):
@@ -58,7 +63,7 @@ def test_a_second_sample_leaves_none_of_the_first_and_says_so(tmp_path, capsys):
     trainer(tmp_path).sample(model, num_images=5)
     assert "removed" not in capsys.readouterr().out
     trainer(tmp_path).sample(model, num_images=2)
-    assert "6 files of an earlier call are removed" in capsys.readouterr().out
+    assert "7 files of an earlier call are removed" in capsys.readouterr().out
     assert len(list((tmp_path / "sample/images").glob("*.png"))) == 2
 
 
@@ -67,7 +72,8 @@ def test_sample_that_goes_on_in_the_run_keeps_what_is_there(tmp_path):
     trainer(tmp_path).sample(model, num_images=3, npz=True)
     trainer(tmp_path).sample(model, num_images=2, first=3, npz=True)
     assert len(list((tmp_path / "sample/images").glob("*.png"))) == 5
-    names = ["grid-from-000003.png", "grid.png", "samples-from-000003.npz", "samples.npz"]
+    names = ["grid-from-000003.png", "grid.png", "manifest-from-000003.json", "manifest.json"]
+    names += ["samples-from-000003.npz", "samples.npz"]
     found = [f.name for f in (tmp_path / "sample").iterdir() if f.is_file()]
     assert sorted(found) == names
 

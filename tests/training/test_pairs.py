@@ -1,5 +1,6 @@
 """Pairs that can be trusted."""
 
+import copy
 import errno
 import functools
 import json
@@ -211,6 +212,41 @@ def test_pairs_of_another_precision_are_refused(tmp_path, teacher_file):
             num_pairs=48,
             shard_size=16,
         )
+
+
+def test_pairs_of_another_precision_of_the_network_are_refused_by_its_name(tmp_path, teacher_file):
+    """The teacher's digest differs too, and says nothing to a user."""
+    reduced = with_the_steps_of_fit(teacher_file)
+    reduced.sampling_precision = "bf16"
+    there = {"folder": str(tmp_path / "pairs"), "num_pairs": 48, "shard_size": 16}
+    trainer(tmp_path, CommandTrainer).pairs(reduced, **there)
+    manifest = json.loads((tmp_path / "pairs/manifest.json").read_text())
+    assert manifest["sampling_precision"] == "bf16"
+    message = "must be made with sampling_precision=32, got 'bf16'"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, max_steps=1).fit(student(teacher_file), pairs(tmp_path))
+    before = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "pairs").glob("0*")}
+    same = student(teacher_file, teacher_precision="bf16")
+    trainer(tmp_path, max_steps=1).fit(same, pairs(tmp_path))
+    assert {f.name: f.stat().st_mtime_ns for f in (tmp_path / "pairs").glob("0*")} == before
+    message = "must be made with sampling_precision=32, got 'bf16'"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, CommandTrainer).pairs(with_the_steps_of_fit(teacher_file), **there)
+
+
+@pytest.mark.parametrize("precision", [32, "bf16"])
+def test_a_folder_of_before_does_not_name_the_networks_precision(
+    tmp_path, teacher_file, precision
+):
+    module = copy.deepcopy(teacher_file[1])
+    module.sampling_precision = precision
+    store, _ = store_of(tmp_path, module)
+    del store.recipe["sampling_precision"]
+    store.begin()
+    assert store_of(tmp_path, module)[0].num_pairs == 40
+    module.sampling_precision = {32: "bf16", "bf16": 32}[precision]
+    with pytest.raises(ValueError, match="must be made with teacher="):
+        store_of(tmp_path, module)
 
 
 def test_the_command_makes_the_pairs_that_fit_asks_for(tmp_path, teacher_file):

@@ -1,0 +1,65 @@
+"""How images in a folder were made, for whoever finds them: a `manifest.json` beside them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+import ddim_pl
+from ddim_pl.damage import sealed
+from ddim_pl.evaluation.tables import write_text
+from ddim_pl.training import DiffusionModule
+from ddim_pl.training.fingerprint import fingerprint_of_file
+
+
+def write_manifest(
+    file: Path,
+    trainer: L.Trainer,
+    model: DiffusionModule,
+    ckpt_path: str | None,
+    *,
+    seed: int | None = None,
+    label: int | None = None,
+    first: int = 0,
+    num_images: int | None = None,
+) -> None:
+    """Write all that images depend on, with a digest as in other JSON files.
+
+    The checkpoint's fingerprint is that of finished cells and of pairs: of its averaged weights
+    and of what reads them, see `ddim_pl.training.fingerprint`.
+
+    Args:
+        file: Where to.
+        trainer: Its precision is recorded.
+        model: Draws the images, with its own sampler and levels.
+        ckpt_path: The checkpoint, if there is one.
+        seed: Of the images; by default the model's.
+        label: Class of all images; by default all in turn.
+        first: Index of the first image.
+        num_images: How many; by default what lies there.
+    """
+    levels = model.levels
+    content: dict[str, Any] = {
+        "ddim_pl": ddim_pl.__version__,
+        "checkpoint": None if ckpt_path is None else str(ckpt_path),
+        "fingerprint": fingerprint_of_file(model, ckpt_path),
+        "updates": model.checkpoint_step or None,
+        "weights": f"averaged, ema_decay {model.average.decay:g}",
+        "sampler": str(model.sampler),
+        "clip": model.clip if isinstance(model.clip, bool) else str(model.clip),
+        "timesteps": model.timesteps if isinstance(model.timesteps, str) else "list",
+        "steps": len(levels) - 1,
+        "levels": levels.tolist(),
+        "network evaluations": model.sampler.num_evaluations(levels),
+        "seed": model.seed if seed is None else seed,
+        "noise_source": model.noise_source,
+        "first": first,
+        "num_images": num_images,
+        "label": label,
+        "num_classes": model.num_classes,
+        "shape": list(model.image_shape),
+        "precision": str(trainer.precision),
+        "sampling_precision": model.sampling_precision,
+    }
+    write_text(file, json.dumps(sealed(content), indent=1))

@@ -1,0 +1,79 @@
+"""The record beside images."""
+
+import pytest
+from tiny import tiny_config, write_config
+
+import ddim_pl
+from ddim_pl.cli import main
+from ddim_pl.damage import read_sealed
+from ddim_pl.data.image_folder import ImageFolderDataModule
+from ddim_pl.timesteps import make_levels
+from ddim_pl.training import DDPM
+from ddim_pl.training.fingerprint import fingerprint
+
+GIVEN = ["--model.sampler", "Heun", "--model.num_steps", "3", "--model.sampling_precision", "bf16"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    config = tiny_config(folder, max_steps=5, limit_val_batches=0)
+    config["trainer"]["callbacks"] = config["trainer"]["callbacks"][-1:]
+    main(["fit", "--config", write_config(config, folder / "config.yaml")])
+    return folder / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+
+
+def expected_of(file, **changes):
+    """The record, written out by hand."""
+    model = DDPM.load_from_checkpoint(file, weights_only=True, sampling_precision="bf16")
+    levels = make_levels("trailing", model.schedule, 3)
+    return {
+        "ddim_pl": ddim_pl.__version__,
+        "checkpoint": str(file),
+        "fingerprint": fingerprint(model),
+        "updates": 5,
+        "weights": "averaged, ema_decay 0.9",
+        "sampler": "Heun()",
+        "clip": True,
+        "timesteps": "trailing",
+        "steps": 3,
+        "levels": levels.tolist(),
+        "network evaluations": 5,
+        "seed": 3,
+        "noise_source": "generators",
+        "first": 0,
+        "num_images": None,
+        "label": None,
+        "num_classes": None,
+        "shape": [1, 8, 8],
+        "precision": "32-true",
+        "sampling_precision": "bf16",
+        **changes,
+    }
+
+
+def test_sample_says_how_its_images_were_made(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    common = ["sample", "--ckpt_path", str(checkpoint), "--output", str(out), *GIVEN]
+    main([*common, "--num_images", "3", "--seed", "9"])
+    first = expected_of(checkpoint, seed=9, num_images=3)
+    assert read_sealed(out / "manifest.json") == first
+    main([*common, "--num_images", "2", "--first", "3", "--model.noise_source", "philox"])
+    assert read_sealed(out / "manifest.json") == first
+    second = expected_of(checkpoint, first=3, num_images=2, noise_source="philox")
+    assert read_sealed(out / "manifest-from-000003.json") == second
+    data = ImageFolderDataModule(str(out / "images"), image_size=8, channels=1)
+    assert len(data.load(train=True)) == 5  # what a distance measures is the images alone
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+def test_predict_says_how_its_images_were_made(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    main(
+        [
+            *("predict", "--ckpt_path", str(checkpoint), *GIVEN, "--data.num_predict", "4"),
+            *("--trainer.callbacks=callbacks.ImageWriter", f"--trainer.callbacks.folder={out}"),
+        ]
+    )
+    assert read_sealed(out / "manifest.json") == expected_of(checkpoint)
+    assert len(list((out / "images").iterdir())) == 4
