@@ -11,9 +11,11 @@ import argparse
 import gc
 import json
 import logging
+import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 import traceback
 import warnings
@@ -22,6 +24,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -33,6 +36,7 @@ Contender = Callable[[], object]
 ROOT = Path(ddim_pl.__file__).parents[1]  # of the package that is measured
 MIB = 2**20
 LEAST_ROUNDS = 2
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def machine(device: str, threads: int) -> Row:
@@ -352,7 +356,11 @@ def command(stages: Stages, description: str, *, name: str, device: str, threads
         parser.error(str(error))
     bench = Bench(results, options.device, options.threads, options.tiny)
     bench.compile, bench.rounds = options.compile, options.rounds
-    return run(bench, stages, options.stage, 60 * options.minutes)
+    with tempfile.TemporaryDirectory() as cache:
+        # A call that is killed may leave half a kernel, on which every later one would fail.
+        given = {COMPILED: os.environ.get(COMPILED, cache)}
+        with mock.patch.dict(os.environ, given):
+            return run(bench, stages, options.stage, 60 * options.minutes)
 
 
 def run(bench: Bench, stages: Stages, wanted: list[str], seconds: float = float("inf")) -> int:

@@ -1,10 +1,12 @@
 """Contenders take turns, ratios are those of pairs, and results are kept."""
 
 import json
+import os
+import sys
 
 import pytest
 import torch
-from measuring import Bench, Results, run, shown, speed
+from measuring import COMPILED, Bench, Results, command, run, shown, speed
 
 
 def bench(folder, **arguments):
@@ -133,6 +135,22 @@ def test_what_was_compiled_is_forgotten_after_each_case_and_told(tmp_path):
 @torch.compile(backend="eager")
 def _compiled(x):
     return x + 1
+
+
+def test_a_call_shares_no_kernels_with_one_that_may_have_been_killed(tmp_path, monkeypatch):
+    monkeypatch.delenv(COMPILED, raising=False)
+    monkeypatch.setattr(sys, "argv", ["try.py", "--out", str(tmp_path)])
+    places = []
+
+    def stage(given):
+        given.case("a", lambda: places.append(os.environ[COMPILED]) or [])
+
+    for name in ("one", "two"):
+        threads = torch.get_num_threads()
+        assert command({name: (stage, 100.0)}, "", name=name, device="cpu", threads=threads) == 0
+    assert len(set(places)) == 2
+    assert not any(os.path.exists(place) for place in places)
+    assert COMPILED not in os.environ
 
 
 def test_results_of_another_machine_are_refused(tmp_path):
