@@ -1,15 +1,16 @@
 """How near a forward pass comes to what the machine can do.
 
-Two limits: the rate of a large matrix product, and the time of the network's own convolutions and
-linear maps, each alone with the input it has in the network. What is between is memory: norms,
-activations, copies.
+Three limits: the rate of a large matrix product; the time of the network's own convolutions and
+linear maps, each alone with the input it has in the network; and what these layers must take by
+count, each the longer of its operations at the rate of the matrix product and its bytes (input,
+weights and output, once) at the rate of a copy. What is between is memory: norms, activations.
 """
 
 import copy
 from functools import partial
 
 import torch
-from measuring import Bench, Row
+from measuring import MIB, Bench, Row
 from subjects import (
     diffusers_network,
     has,
@@ -29,18 +30,18 @@ def limits(bench: Bench) -> None:
     """The rate of matrix products, and the share of it that the networks reach."""
     size = 64 if bench.tiny else 8192 if bench.device == "cuda" else 2048
     batches = {"digits": 64, "cifar10": 256 if bench.device == "cuda" else 8}
+    bench.case("copy", partial(_copy, bench))
     for precision in precisions(bench.device):
         bench.case(f"matrix {size}, {precision}", partial(_matrix, bench, size, precision))
     for name, batch in batches.items():
         for precision in precisions(bench.device):
-            rows = bench.results.rows("limits")
-            found = [r["GFLOP/s"] for r in rows if r["case"] == f"matrix {size}, {precision}"]
-            if found:
+            rows = {row["case"]: row for row in bench.results.rows("limits")}
+            found = rows.get(f"matrix {size}, {precision}"), rows.get("copy")
+            if None not in found:
+                rates = found[0]["GFLOP/s"], found[1]["GB/s"]
                 bench.case(
                     f"{name}, batch {batch}, {precision}",
-                    partial(
-                        _forward, bench, name, 2 if bench.tiny else batch, precision, found[0]
-                    ),
+                    partial(_forward, bench, name, 2 if bench.tiny else batch, precision, rates),
                 )
 
 
@@ -55,6 +56,15 @@ def _dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def _copy(bench: Bench) -> list[Row]:
+    """Bytes read and written in a second, of blocks that no cache holds."""
+    size = MIB * (1 if bench.tiny else 2048 if bench.device == "cuda" else 256)
+    a = torch.zeros(size, dtype=torch.uint8, device=bench.device)
+    b = torch.ones_like(a)
+    rows = bench.in_turn({"copy": lambda: a.copy_(b)}, work=2 * size / 1e9, unit="GB")
+    return [{k: v for k, v in row.items() if k not in ("speed", "quartiles")} for row in rows]
+
+
 def _matrix(bench: Bench, size: int, precision: str) -> list[Row]:
     a = torch.randn(size, size, device=bench.device, dtype=_dtype(precision))
     with in_precision(precision):
@@ -65,7 +75,9 @@ def _matrix(bench: Bench, size: int, precision: str) -> list[Row]:
 
 
 @torch.no_grad()
-def _forward(bench: Bench, name: str, batch: int, precision: str, rate: float) -> list[Row]:
+def _forward(
+    bench: Bench, name: str, batch: int, precision: str, rates: tuple[float, float]
+) -> list[Row]:
     """The network as it is, in the other memory format, its layers alone, and diffusers'."""
     network = make_network(name, tiny=bench.tiny).eval().to(bench.device, _dtype(precision))
     inputs = example(network, batch)
@@ -87,9 +99,12 @@ def _forward(bench: Bench, name: str, batch: int, precision: str, rate: float) -
         contenders["diffusers' forward"] = lambda: theirs(*inputs)
     with in_precision(precision):
         rows = bench.in_turn(contenders, work=flops / 1e9, unit="GFLOP")
+    least, moved = counted(layers, *rates)
     for row in rows:
         row["GFLOP an image"] = flops / batch / 1e9
-        row["share of the matrix rate"] = row["GFLOP/s"] / rate
+        row["GB of the layers"] = moved
+        row["share of the matrix rate"] = row["GFLOP/s"] / rates[0]
+        row["share of the count"] = least / row["seconds"]
     alone = {row["contender"]: row["seconds"] for row in rows}
     for row, layer in ((rows[0], "its layers alone"), (rows[1], f"its layers alone, {word}")):
         row["share of the layers' rate"] = alone[layer] / row["seconds"]
@@ -121,6 +136,24 @@ def inputs_of_layers(network: nn.Module, inputs: list[Tensor]) -> Inputs:
     for hook in hooks:
         hook.remove()
     return found
+
+
+@torch.no_grad()
+def counted(layers: Inputs, gflops: float, gigabytes: float) -> tuple[float, float]:
+    """Seconds that the layers must take, and the gigabytes that they move.
+
+    Args:
+        layers: With their inputs.
+        gflops: GFLOP in a second.
+        gigabytes: GB in a second.
+    """
+    least = moved = 0.0
+    for layer, x in layers:
+        tensors = (x, layer(x), *layer.parameters())
+        size = sum(each.numel() * each.element_size() for each in tensors) / 1e9
+        least += max(count_flops(layer, x) / 1e9 / gflops, size / gigabytes)
+        moved += size
+    return least, moved
 
 
 def run_layers(layers: Inputs) -> None:

@@ -11,9 +11,11 @@ import argparse
 import gc
 import json
 import logging
+import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 import traceback
 import warnings
@@ -22,6 +24,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -33,6 +36,7 @@ Contender = Callable[[], object]
 ROOT = Path(ddim_pl.__file__).parents[1]  # of the package that is measured
 MIB = 2**20
 LEAST_ROUNDS = 2
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def machine(device: str, threads: int) -> Row:
@@ -204,12 +208,29 @@ class Bench:
             traceback.print_exc()
             return
         finally:
+            self._forget_compiled(name)
             gc.collect()
             if self.device == "cuda":
                 torch.cuda.empty_cache()
         cases[name] = rows
         self.results.write()
         print(table(rows), flush=True)
+
+    def _forget_compiled(self, name: str) -> None:
+        """Let the next case compile anew, and say whether this one did.
+
+        The compiler gives up silently after eight versions of a function, which all cases share,
+        and its second batch size gets slower kernels that serve any.
+        """
+        if not self.compile:
+            return
+        from torch._dynamo.utils import counters
+
+        graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+        if graphs or breaks:
+            self.note(f"{name}: {graphs} compiled graphs, {breaks} breaks between them")
+        counters.clear()
+        torch.compiler.reset()
 
     def note(self, text: str) -> None:
         """Write a remark below the stage's table."""
@@ -319,6 +340,12 @@ def command(stages: Stages, description: str, *, name: str, device: str, threads
         help="measure what compiles, too",
     )
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="begin no case after so many; the same command goes on (default: no limit)",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     quieten()
@@ -329,25 +356,34 @@ def command(stages: Stages, description: str, *, name: str, device: str, threads
         parser.error(str(error))
     bench = Bench(results, options.device, options.threads, options.tiny)
     bench.compile, bench.rounds = options.compile, options.rounds
-    return run(bench, stages, options.stage)
+    with tempfile.TemporaryDirectory() as cache:
+        # A call that is killed may leave half a kernel, on which every later one would fail.
+        given = {COMPILED: os.environ.get(COMPILED, cache)}
+        with mock.patch.dict(os.environ, given):
+            return run(bench, stages, options.stage, 60 * options.minutes)
 
 
-def run(bench: Bench, stages: Stages, wanted: list[str]) -> int:
+def run(bench: Bench, stages: Stages, wanted: list[str], seconds: float = float("inf")) -> int:
     """Run the stages that are not done; the exit status, 1 if one is left or a case failed.
 
     Args:
         bench: What they measure with.
         stages: Functions by name, and the seconds after which they begin nothing new.
         wanted: Names; all if empty.
+        seconds: After which no stage begins anything new.
     """
+    end = time.monotonic() + seconds
     for name in wanted or list(stages):
-        function, seconds = stages[name]
+        function, limit = stages[name]
         stage = bench.results.stage(name)
         if stage["done"]:
             print(f"{name}: done before")
             continue
-        bench.stage, bench.deadline, bench.complete = name, time.monotonic() + seconds, True
-        stage["notes"] = []
+        bench.stage, bench.deadline, bench.complete = name, time.monotonic() + limit, True
+        bench.deadline = min(bench.deadline, end)
+        stage["notes"] = [
+            note for note in stage["notes"] if note.partition(":")[0] in stage["cases"]
+        ]
         function(bench)
         stage["done"] = bench.complete
         bench.results.write()

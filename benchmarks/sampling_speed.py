@@ -6,7 +6,7 @@ same levels; tests/benchmarks/test_subjects.py compares the images.
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -36,26 +36,30 @@ from ddim_pl.timesteps import linear, trailing
 from ddim_pl.training import DDPM
 
 PEER = "diffusers' pipeline"
+CUDA_GRAPHS = "in CUDA graphs by hand"
 DEQ_SWEEPS = 10  # what 1000 steps take at most, docs/results/deq.md
 
 
 def sampling(bench: Bench) -> None:
     """Images a second, ours and others', at every precision."""
-    cases = [("digits", 64, 50), ("cifar10", 8, 4), ("cifar10", 32, 1)]
+    every, usual = precisions(bench.device), ("float32", "bf16")
+    cases = [("digits", 64, 50, usual), ("cifar10", 8, 4, usual), ("cifar10", 32, 1, usual)]
     if bench.device == "cuda":
-        cases = [("digits", 64, 50), ("cifar10", 16, 50), ("cifar10", 256, 20)]
+        cases = [("cifar10", 16, 50, usual), ("cifar10", 256, 20, every)]
+        cases += [("digits", 64, 50, usual)]
     if bench.tiny:
-        cases = [("digits", 2, 2), ("cifar10", 2, 2)]
-    for name, batch, steps in cases:
+        cases = [("digits", 2, 2, every), ("cifar10", 2, 2, every)]
+    for name, batch, steps, kinds in cases:
         bench.case(
-            f"{name}, batch {batch}, {steps} steps", partial(_sampling, bench, name, batch, steps)
+            f"{name}, batch {batch}, {steps} steps",
+            partial(_sampling, bench, name, batch, steps, kinds),
         )
 
 
-def _sampling(bench: Bench, name: str, batch: int, steps: int) -> list[Row]:
+def _sampling(bench: Bench, name: str, batch: int, steps: int, kinds: Sequence[str]) -> list[Row]:
     contenders: dict[str, Contender] = {}
     peers: dict[str, str] = {}
-    for precision in precisions(bench.device):
+    for precision in kinds:
         for label, call in _samplers(bench, name, batch, steps, precision):
             contenders[f"{label}, {precision}"] = in_that(precision, call)
             if label.startswith("ours"):
@@ -78,10 +82,14 @@ def _samplers(
     make = partial(make_model, name, tiny=bench.tiny)
     model = converted(make(), precision).to(bench.device)
     yield "ours", partial(draw, model, batch, steps)
-    for key, value in settings(bench, precision):
+    for key, value in settings(bench, precision, without=[("compile", False)]):
         changed = converted(make(**{key: value}), precision).to(bench.device)
         changed.setup("predict")  # compiles
         yield f"ours {key}={value}", partial(draw, changed, batch, steps)
+    if bench.compile and precision == "bf16":
+        graphs = converted(make(), precision).to(bench.device)
+        graphs.average.module.compile(mode="reduce-overhead")
+        yield f"ours {CUDA_GRAPHS}", partial(draw, graphs, batch, steps)
     word, layout = other_memory_format(model.average.module)
     other = converted(make(), precision).to(bench.device)
     other.average.module.to(memory_format=layout)
@@ -222,13 +230,15 @@ def _deq(bench: Bench, name: str, batch: int, steps: int) -> list[Row]:
     levels = linear(model.schedule.num_levels, steps)
     sweeps = 2 if bench.tiny else DEQ_SWEEPS
     at_once = DEQ(Anderson(tolerance=0.0, max_sweeps=sweeps), max_batch=1024)
-    rows = bench.in_turn(
-        {
-            f"sequential DDIM, {precision}": lambda: DDIM()(denoiser, z, levels),
-            f"DEQ, {precision}": lambda: at_once.solve(denoiser, z, levels),
-        },
-        work=batch,
-        unit="images",
-    )
+    contenders: dict[str, Contender] = {
+        f"sequential DDIM, {precision}": lambda: DDIM()(denoiser, z, levels),
+        f"DEQ, {precision}": lambda: at_once.solve(denoiser, z, levels),
+    }
+    if bench.device == "cuda" and has(bench, "diffusers"):
+        network = diffusers_network(network_arguments(name, tiny=bench.tiny)).eval()
+        network = network.to(bench.device, torch.bfloat16)
+        pipeline = diffusers_pipeline(model, network, clip=clips(model))
+        contenders[f"{PEER}, {precision}"] = partial(draw_by_pipeline, pipeline, batch, steps)
+    rows = bench.in_turn(contenders, work=batch, unit="images")
     rows[1]["seconds a sweep"] = rows[1]["seconds"] / sweeps
     return rows

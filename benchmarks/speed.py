@@ -13,6 +13,7 @@ from limits import limits
 from measuring import command
 from peak_memory import memory
 from sampling_speed import deq, loop, sampling
+from threads import threads
 from training_speed import training
 
 STAGES = {  # each with the seconds after which it begins nothing new
@@ -23,6 +24,7 @@ STAGES = {  # each with the seconds after which it begins nothing new
     "distillation": (distillation, 150.0),
     "deq": (deq, 60.0),
     "memory": (memory, 300.0),
+    "threads": (threads, 60.0),
 }
 
 if __name__ == "__main__":

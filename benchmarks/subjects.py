@@ -133,14 +133,21 @@ def choices(hint: Any) -> tuple[Any, ...]:
     return ()
 
 
-def settings(bench: Bench, precision: str, *, network: bool = True) -> list[tuple[str, Any]]:
+def settings(
+    bench: Bench,
+    precision: str,
+    *,
+    network: bool = True,
+    without: Sequence[tuple[str, Any]] = (),
+) -> list[tuple[str, Any]]:
     """Settings of the product that are measured at a precision, see `offered`.
 
-    What compiles takes part only at the last precision, and if the bench says so; the network's
-    own settings only if `network`.
+    What compiles, or not, takes part only in bf16, and if the bench says so; the network's own
+    settings only if `network`; those of `without`, which change nothing there, not at all.
     """
     every = offered(DDPM, DiffusionModule, *([UNet] if network else []))
-    if bench.compile and precision == precisions(bench.device)[-1]:
+    every = [each for each in every if each not in without]
+    if bench.compile and precision == "bf16":
         return every
     if not bench.compile and any("compile" in name for name, _ in every):
         bench.note("what compiles is left out; `--compile` measures it")
@@ -162,7 +169,12 @@ def other_memory_format(network: nn.Module) -> tuple[str, torch.memory_format]:
 
 def precisions(device: str) -> Sequence[str]:
     """Precisions that are compared. On a GPU "float32" has TF32 where PyTorch ships it."""
-    return ("ieee float32", "float32", "tf32", "bf16") if device == "cuda" else ("float32", "bf16")
+    return ("float32", "bf16", *(("tf32", "ieee float32") if device == "cuda" else ()))
+
+
+def shipped(bench: Bench) -> dict[str, Any]:
+    """Arguments of a model as it is without settings: on a GPU a fit compiles by itself."""
+    return {} if bench.compile or bench.device == "cpu" else {"compile": False}
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from measuring import ROOT, Bench, Contender, Row
-from sampling_speed import in_that
+from sampling_speed import CUDA_GRAPHS, in_that
 from subjects import (
     autocast,
     build,
@@ -29,6 +29,7 @@ from subjects import (
     other_memory_format,
     precisions,
     settings,
+    shipped,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,13 +44,14 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def training(bench: Bench) -> None:
     """Updates a second."""
     # Name, batch, updates in a turn, and updates of each fit that are not timed.
-    cases = [("digits", 48, 15, 2), ("cifar10", 8, 2, 1)]
+    every, usual = precisions(bench.device), ("float32", "bf16")
+    cases = [("digits", 48, 15, 2, usual), ("cifar10", 8, 2, 1, usual)]
     if bench.device == "cuda":
-        cases = [("digits", 48, 100, 5), ("cifar10", 128, 20, 5)]
+        cases = [("cifar10", 128, 20, 5, every), ("digits", 48, 100, 5, usual)]
     if bench.tiny:
-        cases = [("digits", 4, 2, 1), ("cifar10", 4, 2, 1)]
-    for name, batch, steps, skip in cases:
-        for precision in precisions(bench.device):
+        cases = [("digits", 4, 2, 1, every), ("cifar10", 4, 2, 1, every)]
+    for name, batch, steps, skip, kinds in cases:
+        for precision in kinds:
             bench.case(
                 f"{name}, batch {batch}, {precision}",
                 partial(_training, bench, name, batch, steps, skip, precision),
@@ -63,16 +65,36 @@ def _training(
     with tempfile.TemporaryDirectory() as folder:
         fit = partial(fit_for, bench, Path(folder), batch, steps, skip, precision)
         contenders = dict(_loops(bench, name, batch, steps, precision))
-        contenders["Lightning, ours"] = partial(fit, make_model(name, tiny=bench.tiny))
-        for key, value in settings(bench, precision):
-            model = make_model(name, tiny=bench.tiny, **{key: value})
-            contenders[f"Lightning, ours {key}={value}"] = partial(fit, model)
+        for label, model in _models(bench, name, precision):
+            contenders[f"Lightning, {label}"] = partial(fit, model)
         rows = bench.in_turn(
             {key: in_that(precision, call) for key, call in contenders.items()},
             work=steps,
             unit="updates",
         )
     return [row | {"ms an update": 1e3 * row["seconds"] / steps} for row in rows]
+
+
+def _models(bench: Bench, name: str, precision: str) -> Iterator[tuple[str, DDPM]]:
+    """Ours as it is, with each setting, and with what no setting turns."""
+    make = partial(make_model, name, tiny=bench.tiny)
+    usual = shipped(bench)
+    yield "ours", make(**usual)
+    # A fit draws nothing, and compiles by itself on a GPU and nowhere else.
+    same = [("sampling_precision", "bf16"), ("compile", bench.device == "cuda")]
+    for key, value in settings(bench, precision, without=same):
+        yield f"ours {key}={value}", make(**usual | {key: value})
+    if bench.device == "cuda" or bench.tiny:
+        optimizer = make().optimizer
+        # An optimiser that was told how to update stays as it is.
+        yield (
+            "ours foreach=True of Adam",
+            make(**usual, optimizer=partial(optimizer, foreach=True)),
+        )
+    if bench.compile and precision == "bf16":
+        model = make(compile=False)
+        model.network.compile(mode="reduce-overhead")
+        yield f"ours {CUDA_GRAPHS}", model
 
 
 # ---- bare loops -------------------------------------------------------------------------------

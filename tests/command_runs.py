@@ -8,10 +8,10 @@ from tiny import some_ddpm, tiny_unet
 from ddim_pl.commands import Trainer
 
 
-def trainer(folder, **settings):
+def trainer(folder, *, devices=1, **settings):
     return Trainer(
         accelerator="cpu",
-        devices=1,
+        devices=devices,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

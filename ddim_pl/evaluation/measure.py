@@ -160,7 +160,10 @@ def measure(
 def _measure_real(worker: Worker, settings: MeasureSettings, data: ImageDataModule) -> None:
     """Add the real images, once, or what was kept of them."""
     quality = settings.quality
-    if not quality.needs_real or quality.num_real:
+    if not quality.needs_real:
+        return
+    # The first has an image if any has; others may have none, and all must go on alike.
+    if worker.broadcast(quality.num_real > 0):
         return
     kept = RealStatistics(worker, settings, data)
     if kept.load():

@@ -5,6 +5,8 @@ in every run on the same data, and with Inception and 50,000 images they take lo
 distance. A file of them is named by a digest of what they depend on, to the last bit: the images,
 the extractor's weights, batch size, processes, device and the version of PyTorch. It also holds
 the features of the first images, so that an extractor whose code has changed is noticed.
+
+The first worker alone looks for the file, reads and writes it, and tells the others what it found.
 """
 
 import hashlib
@@ -113,7 +115,10 @@ class RealStatistics:
 
     def _read(self) -> dict[str, Tensor] | None:
         assert self.path is not None
-        if not self.path.is_file():
+        try:
+            if not self.path.is_file():
+                return None
+        except OSError:  # such as a folder that may not be read: `save` says so
             return None
         try:
             sums = read_tensors(self.path, needs_seal=True)

@@ -5,7 +5,7 @@ import sys
 
 import gpu
 import pytest
-from measuring import command
+from measuring import Bench, Results, command, run
 from peak_memory import CASES, ON_A_GPU
 
 
@@ -36,6 +36,7 @@ def test_all_stages_run_and_are_not_run_again(tmp_path, monkeypatch, capsys):
         row["contender"] for case in stages["training"]["cases"].values() for row in case
     }
     assert {"bare loop, ours", "bare loop, diffusers", "Lightning, ours"} <= contenders
+    assert "Lightning, ours foreach=True of Adam" in contenders
     capsys.readouterr()
     assert call(monkeypatch, tmp_path) == 0
     assert capsys.readouterr().out.count("done before") == len(gpu.STAGES)
@@ -58,7 +59,8 @@ def test_hours_are_those_of_the_config():
     }
     fits = [("digits", "Lightning, ours", 9.0), ("cifar10", "bare loop, ours", 8.0)]
     fits += [("cifar10", "Lightning, ours", 2.0), ("cifar10", "Lightning, ours a=1", 1.0)]
-    draws = [(1, "ours", 7.0), (8, "ours", 5.0), (8, "ours a=1", 1.0)]
+    draws = [(1, "ours", 7.0), (8, "ours", 5.0), (8, "ours a=1", 1.0), (8, "ours b=2", 4.0)]
+    draws += [(8, "ours contiguous by hand", 9.0), (8, "diffusers' pipeline", 9.0)]
     cells = {
         "training": [
             {"case": f"{name}, batch 8, float32", "contender": contender, "ms an update": ms}
@@ -71,7 +73,7 @@ def test_hours_are_those_of_the_config():
         ],
         "features": [{"case": "", "contender": "features and sums, float32", "images/s": 0.5}],
     }
-    plain, other = gpu.hours_of(config, cells, ("float32",))
+    plain, other, drawing = gpu.hours_of(config, cells, ("float32", "bf16"))  # bf16 has no rows
     assert plain["updates"] == 3_600_000
     assert plain["training, hours"] == pytest.approx(2.0)
     assert plain["3,600 images of 10 steps, hours"] == pytest.approx(0.05)
@@ -79,6 +81,31 @@ def test_hours_are_those_of_the_config():
     assert plain["fit, hours"] == pytest.approx(2.0 + 2 * 2.05)
     assert other["contender"] == "ours a=1, float32"
     assert other["fit, hours"] == pytest.approx(1.0 + 2 * 2.01)
+    assert drawing["contender"] == "ours b=2, float32"  # a fit is as fast with it as without
+    assert drawing["fit, hours"] == pytest.approx(2.0 + 2 * 2.04)
+
+
+def test_hours_are_counted_anew_until_their_stages_are_finished(tmp_path):
+    bench = Bench(Results(tmp_path, "try", {}))
+    stages = {"hours": gpu.STAGES["hours"]}
+    rows = {
+        "training": ("Lightning, ours", "ms an update"),
+        "sampling": ("ours", "ms for image and step"),
+        "features": ("features and sums", "images/s"),
+    }
+    for stage, (contender, number) in rows.items():
+        assert run(bench, stages, []) == 1
+        assert not bench.results.rows("hours")
+        row = {"contender": contender + ", float32" * (stage != "training"), number: 1.0}
+        bench.results.stage(stage)["cases"]["cifar10, float32"] = [row]
+    assert run(bench, stages, []) == 1
+    assert len(bench.results.rows("hours")) == 1
+    more = [{"contender": "Lightning, ours a=1", "ms an update": 1.0}]
+    bench.results.stage("training")["cases"]["cifar10, batch 8, float32"] = more
+    for stage in rows:
+        bench.results.stage(stage)["done"] = True
+    assert run(bench, stages, []) == 0
+    assert len(bench.results.rows("hours")) == 2
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Operations are counted as by hand."""
 
+import pytest
 import torch
-from limits import count_flops, example, inputs_of_layers, run_layers
+from limits import count_flops, counted, example, inputs_of_layers, run_layers
 from subjects import make_network
 from torch import nn
 
@@ -28,3 +29,11 @@ def test_every_layer_is_called_alone_with_its_own_input():
     kinds = (nn.Conv2d, nn.Linear)
     assert {id(m) for m, _ in layers} == {id(m) for m in network.modules() if isinstance(m, kinds)}
     run_layers(layers)
+
+
+def test_a_layer_takes_the_longer_of_its_operations_and_its_bytes():
+    layer, x = nn.Linear(100, 50), torch.randn(7, 100)
+    flops, size = 2 * 7 * 100 * 50 / 1e9, 4 * (7 * 100 + 100 * 50 + 50 + 7 * 50) / 1e9
+    slow, fast = 1.0, 1e9
+    assert counted([(layer, x)], slow, fast) == pytest.approx((flops, size))
+    assert counted([(layer, x)] * 2, fast, slow) == pytest.approx((2 * size, 2 * size))

@@ -1,10 +1,12 @@
 """Contenders take turns, ratios are those of pairs, and results are kept."""
 
 import json
+import os
+import sys
 
 import pytest
 import torch
-from measuring import Bench, Results, run, shown, speed
+from measuring import COMPILED, Bench, Results, command, run, shown, speed
 
 
 def bench(folder, **arguments):
@@ -92,6 +94,63 @@ def test_a_stage_begins_no_case_after_its_time(tmp_path):
     stages = {"one": (lambda given: given.case("a", lambda: calls.append("a") or []), -1.0)}
     assert run(bench(tmp_path), stages, []) == 1
     assert not calls
+
+
+def test_a_run_begins_nothing_after_its_own_time_and_goes_on_with_the_next(tmp_path):
+    calls = []
+    stages = {
+        name: (lambda given, name=name: given.case(name, lambda: calls.append(name) or []), 100.0)
+        for name in ("one", "two")
+    }
+    assert run(bench(tmp_path), stages, [], -1.0) == 1
+    assert not calls
+    assert run(bench(tmp_path), stages, [], 100.0) == 0
+    assert calls == ["one", "two"]
+
+
+def test_notes_on_finished_cases_stay_and_others_are_made_anew(tmp_path):
+    def stage(given):
+        given.note("of the stage")
+        given.case("a", lambda: given.note("a: of the case") or [])
+        given.case("b", lambda: given.results.stage("one")["cases"]["c"])
+
+    for _ in range(2):
+        given = bench(tmp_path)
+        assert run(given, {"one": (stage, 100.0)}, []) == 1
+        assert sorted(given.results.stage("one")["notes"]) == ["a: of the case", "of the stage"]
+
+
+def test_what_was_compiled_is_forgotten_after_each_case_and_told(tmp_path):
+    """In one process all would share a limit of versions, and run uncompiled after it."""
+    given = bench(tmp_path, compile=True)
+    given.stage = "one"
+
+    for name in ("a", "b"):
+        given.case(name, lambda: [{"value": float(_compiled(torch.zeros(())))}])
+    assert given.results.stage("one")["notes"] == [
+        f"{name}: 1 compiled graphs, 0 breaks between them" for name in ("a", "b")
+    ]
+
+
+@torch.compile(backend="eager")
+def _compiled(x):
+    return x + 1
+
+
+def test_a_call_shares_no_kernels_with_one_that_may_have_been_killed(tmp_path, monkeypatch):
+    monkeypatch.delenv(COMPILED, raising=False)
+    monkeypatch.setattr(sys, "argv", ["try.py", "--out", str(tmp_path)])
+    places = []
+
+    def stage(given):
+        given.case("a", lambda: places.append(os.environ[COMPILED]) or [])
+
+    for name in ("one", "two"):
+        threads = torch.get_num_threads()
+        assert command({name: (stage, 100.0)}, "", name=name, device="cpu", threads=threads) == 0
+    assert len(set(places)) == 2
+    assert not any(os.path.exists(place) for place in places)
+    assert COMPILED not in os.environ
 
 
 def test_results_of_another_machine_are_refused(tmp_path):

@@ -1,7 +1,10 @@
 """Statistics of the real images, kept for later runs."""
 
 import os
+import socket
+import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from ddim_pl.data.base import ImageDataModule, TensorImages
 from ddim_pl.data.digits import digits_arrays
 from ddim_pl.data.image_folder import ImageFolderDataModule
 from ddim_pl.evaluation.measure import MeasureSettings, measure
-from ddim_pl.evaluation.worker import Worker, on_every_worker
+from ddim_pl.evaluation.worker import on_every_worker
 from ddim_pl.images import write_png
 from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.metrics.quality import SampleQuality
@@ -67,8 +70,8 @@ def same_ddpm():
     return some_ddpm(num_steps=1)
 
 
-def measured(folder, data, extractor=Counting, **settings):
-    """The numbers, and how many real images the extractor saw."""
+def measured(folder, data, extractor=Counting, *, devices=1, **settings):
+    """The numbers, and how many real images the extractor saw in this process."""
     found = []
     arguments = {"num_samples": 40, "batch_size": 40, **settings}
 
@@ -77,11 +80,13 @@ def measured(folder, data, extractor=Counting, **settings):
         data.setup()
         given = MeasureSettings(extractor, **arguments)
         found.append(measure(worker, given, data, "").values)
+        drawn = len(worker.share(range(arguments["num_samples"])))
+        found.append(extractor.seen - drawn)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*singular covariance")
-        on_every_worker(trainer(folder), same_ddpm(), work)
-    return found[0], extractor.seen - arguments["num_samples"]
+        on_every_worker(trainer(folder, devices=devices), same_ddpm(), work)
+    return found
 
 
 def test_a_second_run_reads_no_real_images_and_has_the_same_bits(cache, images, tmp_path):
@@ -223,55 +228,143 @@ def test_a_run_that_ends_early_keeps_nothing(cache, images, tmp_path, monkeypatc
     assert not cache.exists()
 
 
-class Spawned(Worker):
-    """A worker in a process that no trainer started."""
-
-    def __init__(self, rank):
-        self.rank, self.world_size, self.is_first = rank, 2, rank == 0
-        self.shows_progress, self.model = False, same_ddpm()
-
-    def broadcast(self, value):
-        values = [value]
-        torch.distributed.broadcast_object_list(values)
-        return values[0]
-
-    def all_reduce(self, values):
-        values = values.clone()
-        torch.distributed.all_reduce(values)
-        return values
-
-    def precision(self):
-        return torch.no_grad()
+def test_a_cache_that_cannot_be_looked_at_is_a_warning(cache, images, tmp_path, monkeypatch):
+    """An error of one process would leave the others waiting for its answer."""
+    monkeypatch.setenv("DDIM_PL_CACHE", str(tmp_path / (300 * "n")))
+    with pytest.warns(UserWarning, match="cannot be kept in .* set DDIM_PL_CACHE to a folder"):
+        found, _ = measured(tmp_path, Images(images))
+    assert found == measured(tmp_path, Images(images), cache=False)[0]
 
 
-def measure_share(rank, folder):
+# ---- several processes ------------------------------------------------------------------------
+
+SHARED = {"num_samples": 41, "batch_size": 16}
+NUM_REAL = 101
+
+
+def in_processes(runs, folder, count):
+    """What `runs(rank, count, folder)` returns in each of the processes, joined as by torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = runs, count, port, str(folder)
+    processes = torch.multiprocessing.spawn(one_of, arguments, nprocs=count, join=False)
+    end = time.monotonic() + 240
+    try:
+        while not processes.join(timeout=1):
+            assert time.monotonic() < end, "the processes wait for one another"
+    finally:
+        for process in processes.processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
+def one_of(rank, runs, count, port, folder):
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    os.environ["DDIM_PL_CACHE"] = f"{folder}/cache-{rank}"  # the first reads and writes, no other
-    found = []
-    for cache in (False, True, True):
-        Counting.seen = 0
-        data = Images(digits_arrays()[0][:101])
-        data.setup()
-        settings = MeasureSettings(Counting, num_samples=41, batch_size=16, cache=cache)
-        values = measure(Spawned(rank), settings, data, "").values
-        found.append((Counting.seen, values))
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.save(runs(rank, count, Path(folder)), f"{folder}/{rank}.pt")
+
+
+def runs_of_two(rank, count, folder):
+    """Of each run the numbers, the real images seen, this rank's warnings and the kept file."""
+    found = {}
+
+    def run(name, place, **settings):
+        os.environ["DDIM_PL_CACHE"] = str(folder / place)
+        data = Images(digits_arrays()[0][:NUM_REAL])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            values, seen = measured(folder, data, devices=count, **SHARED, **settings)
+        texts = [str(each.message) for each in caught]
+        found[name] = {
+            "values": {key: float(value) for key, value in values.items()},
+            "seen": seen,
+            "again": sum("are made again" in text for text in texts),
+            "files": stamps(folder / place),
+        }
+        torch.distributed.barrier()
+
+    own = f"cache-{rank}"  # the first reads and writes, no other
+    run("nothing kept", own, cache=False)
+    run("made", own)
+    run("read", own)
+    if rank == 0:
+        (file,) = (folder / own / "real-statistics").iterdir()
+        damage(file)
+    run("damaged", own)
+    # Each looks into the folder of the other: the first finds nothing, the second the file.
+    run("seen by the second alone", f"cache-{1 - rank}")
+    run("seen by both", "cache-0")
+    run("kid", "cache-2", metrics=("fd", "kid"))
+    return found
+
+
+def stamps(cache):
+    """Names of all files of a cache, with what changes when one is written again."""
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
 @pytest.mark.slow
-def test_two_processes_keep_the_sums_of_both(tmp_path):
-    torch.multiprocessing.spawn(measure_share, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert [seen for seen, _ in first] == [51 + 21, 51 + 8 + 21, 8 + 21]
-    assert [seen for seen, _ in second] == [50 + 20, 50 + 20, 20]
-    assert len({float(values["digits_fd"]) for _, values in (*first, *second)}) == 1
-    assert not (tmp_path / "cache-1").exists()
+def test_two_processes_measure_what_one_does_and_the_first_decides_what_is_read(tmp_path):
+    first, second = in_processes(runs_of_two, tmp_path, 2)
+    seen = {name: (first[name]["seen"], second[name]["seen"]) for name in first}
+    assert seen == {
+        "nothing kept": (51, 50),
+        "made": (51 + 8, 50),
+        "read": (8, 0),
+        "damaged": (51 + 8, 50),
+        "seen by the second alone": (51 + 8, 50),
+        "seen by both": (8, 0),
+        "kid": (51, 50),
+    }
+    distances = {run["values"]["digits_fd"] for each in (first, second) for run in each.values()}
+    assert len(distances) == 1
+    assert first["kid"]["values"] == second["kid"]["values"]
     one, _ = measured(
-        tmp_path, Images(digits_arrays()[0][:101]), num_samples=41, batch_size=16, cache=False
+        tmp_path,
+        Images(digits_arrays()[0][:NUM_REAL]),
+        cache=False,
+        metrics=("fd", "kid"),
+        **SHARED,
     )
-    assert float(first[0][1]["digits_fd"]) == pytest.approx(float(one["digits_fd"]), rel=1e-5)
+    assert first["kid"]["values"] == pytest.approx(
+        {name: float(value) for name, value in one.items()}, rel=1e-5
+    )
+    # The first wrote a file where there was none that is whole; no other wrote any.
+    files = {name: run["files"] for name, run in first.items()}
+    assert not files["nothing kept"]
+    assert not files["kid"]
+    assert len(files["made"]) == 1
+    assert files["read"] == files["made"]
+    assert files["damaged"].keys() == files["made"].keys()
+    assert files["damaged"] != files["made"]
+    assert files["seen by both"] == files["damaged"]
+    assert not any(second[name]["files"] for name in ("made", "read", "damaged"))
+    again = [(run["again"], second[name]["again"]) for name, run in first.items()]
+    assert again == [(name == "damaged", 0) for name in first]
+
+
+def runs_of_three(rank, count, folder):
+    """The distance, twice, of two real images: the third process has none."""
+    found = []
+
+    def work(worker):
+        data = Images(digits_arrays()[0][:2])
+        data.setup()
+        settings = MeasureSettings(DigitsFeatures, **SHARED)
+        for _ in range(2):
+            found.append(float(measure(worker, settings, data, "").values["digits_fd"]))
+
+    os.environ["DDIM_PL_CACHE"] = str(folder / "cache")
+    warnings.filterwarnings("ignore")
+    on_every_worker(trainer(folder, devices=count), same_ddpm(), work)
+    return found
+
+
+@pytest.mark.slow
+def test_a_process_without_real_images_does_not_look_for_them_again(tmp_path):
+    """It would wait for an answer of the others."""
+    found = in_processes(runs_of_three, tmp_path, 3)
+    assert len({value for values in found for value in values}) == 1
