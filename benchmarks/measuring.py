@@ -287,6 +287,12 @@ def speed(first: list[float], seconds: list[float]) -> Row:
     return {"speed": middle, "quartiles": f"{low:.3f} to {high:.3f}", "rounds": len(ratios)}
 
 
+def check_rounds(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Refuse, before anything is measured, fewer rounds than quartiles need."""
+    if rounds < LEAST_ROUNDS:
+        parser.error(f"rounds must be at least {LEAST_ROUNDS}, got {rounds}: a ratio needs pairs")
+
+
 def quieten() -> None:
     """Let neither warnings nor Lightning's remarks come between the tables."""
     warnings.filterwarnings("ignore")
@@ -320,6 +326,7 @@ def command(stages: Stages, description: str, *, name: str, device: str, threads
     )
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
     options = parser.parse_args()
+    check_rounds(parser, options.rounds)
     torch.set_num_threads(options.threads)
     quieten()
     conditions = machine(options.device, options.threads) | {"tiny": options.tiny}
