@@ -20,7 +20,18 @@ from pathlib import Path
 
 import torch
 from distillation_speed import Updates
-from measuring import ROOT, Bench, Contender, Results, Row, machine, quieten, speed, table
+from measuring import (
+    ROOT,
+    Bench,
+    Contender,
+    Results,
+    Row,
+    check_rounds,
+    machine,
+    quieten,
+    speed,
+    table,
+)
 from sampling_speed import DEQ_SWEEPS, draw
 from subjects import Nothing, converted, in_precision, make_model
 from training_speed import fit_for
@@ -142,6 +153,7 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.other / "ddim_pl").is_dir():
         parser.error(f"other must be a checkout of this package, got {options.other}")
+    check_rounds(parser, options.rounds)
     torch.set_num_threads(options.threads)
     quieten()
     bench = Bench(Results(Path(), "between", {}), options.device, options.threads, options.tiny)

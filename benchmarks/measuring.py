@@ -308,6 +308,12 @@ def speed(first: list[float], seconds: list[float]) -> Row:
     return {"speed": middle, "quartiles": f"{low:.3f} to {high:.3f}", "rounds": len(ratios)}
 
 
+def check_rounds(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Refuse, before anything is measured, fewer rounds than quartiles need."""
+    if rounds < LEAST_ROUNDS:
+        parser.error(f"rounds must be at least {LEAST_ROUNDS}, got {rounds}: a ratio needs pairs")
+
+
 def quieten() -> None:
     """Let neither warnings nor Lightning's remarks come between the tables."""
     warnings.filterwarnings("ignore")
@@ -347,6 +353,7 @@ def command(stages: Stages, description: str, *, name: str, device: str, threads
         help="begin no case after so many; the same command goes on (default: no limit)",
     )
     options = parser.parse_args()
+    check_rounds(parser, options.rounds)
     torch.set_num_threads(options.threads)
     quieten()
     conditions = machine(options.device, options.threads) | {"tiny": options.tiny}

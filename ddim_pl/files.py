@@ -40,12 +40,16 @@ def replacing(path: Path) -> Iterator[Path]:
 def cache_folder() -> Path:
     """Where to keep what can be made again: `DDIM_PL_CACHE`, or in the user's cache.
 
-    That is `ddim_pl` in `XDG_CACHE_HOME` or, if it is not set, in `~/.cache`.
+    That is `ddim_pl` in `XDG_CACHE_HOME` or, if it is not set, in `~/.cache`. Of a user without a
+    home, as in some containers, it is a place where nothing can be kept.
     """
     given = os.environ.get(CACHE)
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ddim_pl").expanduser()
+    try:
+        if given:
+            return Path(given).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ddim_pl").expanduser()
+    except RuntimeError:
+        return Path(os.devnull, "ddim_pl")
 
 
 def write_tensors(value: Any, path: Path) -> None:

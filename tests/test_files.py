@@ -2,6 +2,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +88,20 @@ def test_the_cache_is_where_the_environment_says_or_the_users(monkeypatch, tmp_p
         assert cache_folder() == tmp_path / "xdg" / "ddim_pl"
         monkeypatch.delenv("XDG_CACHE_HOME")
         assert cache_folder() == tmp_path / ".cache" / "ddim_pl"
+
+
+def test_a_user_without_a_home_has_no_cache_and_no_error(monkeypatch):
+    """As with a number for a user in a container, of whom the system knows nothing."""
+
+    def unknown(user):
+        raise KeyError(user)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME", "DDIM_PL_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    file = cache_folder() / "folder" / "file"
+    assert not file.is_file()
+    with pytest.raises(NotADirectoryError), replacing(file) as part:
+        part.touch()
+    monkeypatch.setenv("DDIM_PL_CACHE", "/somewhere")
+    assert cache_folder() == Path("/somewhere")

@@ -11,7 +11,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
-from ddim_pl.data.image_list import KEPT_FROM, SETTLED, ImageList, kept_list, place_of
+from ddim_pl.data.image_list import (
+    KEPT_FROM,
+    SETTLED,
+    ImageList,
+    kept_list,
+    place_of,
+    times_of,
+)
 
 JPEG = (".jfif", ".jpe", ".jpeg", ".jpg")
 EXTENSIONS = frozenset((*JPEG, ".bmp", ".gif", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
@@ -42,7 +49,8 @@ def find_images(root: Path, *, report: bool = True) -> ImageList:
         begin = time.time_ns()
         found = _listed(root)
         # A folder that changes while it is read, or has just changed, may look the same later.
-        if len(found) >= KEPT_FROM and max(found.folders.values()) < begin - SETTLED:
+        latest = max(map(max, found.folders.values()))
+        if len(found) >= KEPT_FROM and latest < begin - SETTLED:
             found.keep(place)
     if not found:
         raise ValueError(
@@ -121,10 +129,10 @@ def _listed(root: Path) -> ImageList:
     found: list[str] = []
     skipped: Counter[str] = Counter()
     seen: dict[str, str] = {}
-    times: dict[str, int] = {}
+    times: dict[str, list[int]] = {}
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse):
         _check_once(folder, seen, root)
-        times[os.path.abspath(folder)] = os.stat(folder).st_mtime_ns
+        times[os.path.abspath(folder)] = times_of(folder)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         below = "" if Path(folder) == root else f"{Path(folder).relative_to(root).as_posix()}/"
         for name in names:

@@ -3,7 +3,8 @@
 A list of three million `Path`s takes 1.5 GB in each process, and a minute to make. Here the names
 lie in one array, in the order of sorted paths, and a second array says where each ends. Both are
 kept in the user's cache, together with the times of all folders: a file that appears, goes or is
-renamed changes its folder's, so that the list is known to hold without a look at the files.
+renamed changes its folder's, so that the list is known to hold without a look at the files. Of the
+two times of a folder programs set one, as when they unpack an archive; the other no program sets.
 
 What was found of the files themselves holds as long as none has another size or time.
 """
@@ -42,7 +43,7 @@ class ImageList(Sequence[Path]):
         root: The folder.
         names: Paths relative to it, one behind the other, uint8.
         ends: Where each ends in `names`, int64 `(N,)`.
-        folders: All folders that were read, with their times in nanoseconds.
+        folders: All folders that were read, with their times, see `times_of`.
         skipped: How many other files there are, by ending.
         counts: How many of the files each first-level subfolder holds, in the order of the files.
     """
@@ -52,7 +53,7 @@ class ImageList(Sequence[Path]):
         root: Path,
         names: np.ndarray[Any, Any],
         ends: np.ndarray[Any, Any],
-        folders: Mapping[str, int],
+        folders: Mapping[str, list[int]],
         skipped: Mapping[str, int],
         counts: Mapping[str, int],
     ) -> None:
@@ -68,7 +69,7 @@ class ImageList(Sequence[Path]):
         cls,
         root: Path,
         files: Iterable[str],
-        folders: Mapping[str, int],
+        folders: Mapping[str, list[int]],
         skipped: Mapping[str, int],
     ) -> "ImageList":
         """A list of these files, given relative to the root, in the order of sorted paths."""
@@ -182,7 +183,7 @@ def kept_list(root: Path, place: Path) -> ImageList | None:
     except Exception as error:  # the bytes may say anything
         rank_zero_warn(f"{place} is damaged ({error}): the files in {root} are listed again")
         return None
-    if any(_time_of(folder) != then for folder, then in head["folders"].items()):
+    if any(_changed(folder, then) for folder, then in head["folders"].items()):
         return None
     names = body[8 * head["count"] :]
     return ImageList(root, names, ends, head["folders"], head["skipped"], head["counts"])
@@ -231,8 +232,14 @@ class CheckedFiles:
         return passed if kept == self._files else []
 
 
-def _time_of(folder: str) -> int | None:
+def times_of(folder: str) -> list[int]:
+    """When a folder was modified and when it was changed, in nanoseconds."""
+    found = os.stat(folder)
+    return [found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _changed(folder: str, then: list[int]) -> bool:
     try:
-        return os.stat(folder).st_mtime_ns
+        return times_of(folder) != then
     except OSError:
-        return None
+        return True

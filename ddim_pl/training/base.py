@@ -377,7 +377,7 @@ class DiffusionModule(L.LightningModule, ABC):
         self.compiles = self.compile_network is True or (
             self.compile_network == "auto" and stage == "fit" and _trains_on_cuda(self)
         )
-        if self.compile_network == "auto" and self.compiles:
+        if self.compile_network == "auto" and self.compiles and self._suppressed is None:
             config: Any = torch._dynamo.config
             self._suppressed = config.suppress_errors
             config.suppress_errors = True  # without a compiler it goes on without
@@ -385,10 +385,13 @@ class DiffusionModule(L.LightningModule, ABC):
             network.compile()
 
     def teardown(self, stage: str) -> None:
-        """Let other models be told why they cannot be compiled."""
+        """After a fit that compiled by itself, go on without, and tell others why they cannot."""
         if self._suppressed is not None:
             config: Any = torch._dynamo.config
             config.suppress_errors, self._suppressed = self._suppressed, None
+            self.compiles = False
+            for network in self.networks:
+                network._compiled_call_impl = None
 
     _suppressed: bool | None = None
     compiles: bool

@@ -56,7 +56,8 @@ class _Flag:
     """A boolean of the device, on its way to the host."""
 
     def __init__(self, value: Tensor) -> None:
-        self._value = value.to("cpu", non_blocking=True)
+        # Without an event to wait for, the copy itself waits.
+        self._value = value.to("cpu", non_blocking=value.is_cuda)
         self._event = None
         if value.is_cuda:
             self._event = torch.cuda.Event()

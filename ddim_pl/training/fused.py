@@ -37,7 +37,8 @@ def keep_layout(optimizer: Optimizer) -> None:
     def relay(optimizer: Optimizer) -> None:
         for weight, state in optimizer.state.items():
             for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == weight.shape:
+                # A number has no layout; Adam's own, of updates, may have to stay on the host.
+                if isinstance(value, Tensor) and value.ndim and value.shape == weight.shape:
                     state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
     optimizer.register_load_state_dict_post_hook(relay)

@@ -119,6 +119,7 @@ class RunGuard(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Save the last update, unless this broke one off."""
+        pl_module.teardown(TrainerFn.FITTING)  # which Lightning leaves out
         interrupted = isinstance(exception, signals.Interrupted)
         if not self._whole or (trainer.world_size > 1 and not interrupted):
             return

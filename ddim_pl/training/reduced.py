@@ -27,7 +27,9 @@ class ReducedCopy:
         values = _values(network)
         is_compiled = network._compiled_call_impl is not None
         kind = is_compiled, [(each.shape, each.device, each.dtype) for each in values]
-        state = [(id(each), each._version, each.data_ptr()) for each in values]
+        # Tensors of inference mode count no changes: they are copied each time.
+        counted = not any(each.is_inference() for each in values)
+        state = [(id(each), each._version, each.data_ptr()) for each in values if counted]
         # Also for gradients with respect to its input, whatever mode it is first asked for in.
         with torch.inference_mode(False), torch.no_grad():
             if self._copy is None or kind != self._kind:
@@ -36,7 +38,7 @@ class ReducedCopy:
                 if is_compiled:
                     made.compile()
                 self._copy, self._kind = made.requires_grad_(False).eval(), kind
-            elif state != self._state:
+            elif state != self._state or not counted:
                 for mine, value in zip(_values(self._copy), values, strict=True):
                     mine.copy_(value)
         self._state = state

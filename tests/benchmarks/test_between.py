@@ -1,10 +1,11 @@
 """Two checkouts take turns, each in a process with its own package."""
 
 import sys
+from functools import partial
 
 import between
 import pytest
-from measuring import ROOT
+from measuring import ROOT, command
 
 
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path, monkeypatch, capsys):
@@ -12,6 +13,17 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         between.main()
     assert f"other must be a checkout of this package, got {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["between", "measuring"])
+def test_too_few_rounds_for_quartiles_are_refused(script, tmp_path, monkeypatch, capsys):
+    arguments = [str(ROOT)] if script == "between" else ["--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments, "--rounds", "1"])
+    stages = partial(command, {}, "", name="try", device="cpu", threads=1)
+    with pytest.raises(SystemExit):
+        (between.main if script == "between" else stages)()
+    assert "rounds must be at least 2, got 1" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -89,6 +89,18 @@ def test_a_column_is_one_latent_whatever_the_students_draw_from(tmp_path, run, m
     assert len({value for _, value in seen}) == 1
 
 
+def test_students_are_drawn_in_the_precision_of_their_teacher(tmp_path, run):
+    teacher, folder = run
+    exact = compare(tmp_path / "out", teacher, [str(folder)], num_steps=[2])
+    teacher.sampling_precision = "bf16"
+    rows = compare(tmp_path / "bf16", teacher, [str(folder)], num_steps=[2])
+    assert "network bf16" in (tmp_path / "bf16" / "distillation.md").read_text()
+    for row, other in zip(rows, exact, strict=True):
+        drawn, expected = float(row["digits_fd"]), float(other["digits_fd"])
+        assert drawn != expected
+        assert drawn == pytest.approx(expected, rel=0.05)
+
+
 def test_what_was_measured_is_kept(tmp_path, run, monkeypatch):
     teacher, folder = run
     first = compare(tmp_path / "out", teacher, [str(folder)], num_steps=[2])

@@ -20,22 +20,31 @@ WALK = os.walk
 PARTS = st.lists(st.text("ab-. é/\udc80\U0001f600", min_size=1), min_size=1)
 
 
+class Clock:
+    """The clock of who lists folders, whose own times cannot be set."""
+
+    ahead = 60
+
+    def time_ns(self):
+        return time.time_ns() + self.ahead * 10**9
+
+
 @pytest.fixture
-def root(tmp_path, monkeypatch):
-    """Six images in three folders that have been still for a while."""
+def clock(monkeypatch):
+    """A minute later, so that all folders have been still for a while."""
+    monkeypatch.setattr(folders, "time", made := Clock())
+    return made
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch, clock):
+    """Five images, and another file, in folders that have been still for a while."""
     monkeypatch.setattr(folders, "KEPT_FROM", 1)
     root = tmp_path / "root"
     for name in ("b/1.png", "b/0.png", "a/0.jpg", "a/deep/2.png", "b-c/7.png", "b/x.txt"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
-    settle(root)
     return root
-
-
-def settle(root, age=60):
-    then = time.time() - age
-    for folder, _, _ in WALK(root):
-        os.utime(folder, (then, then))
 
 
 def walked(root):
@@ -111,18 +120,30 @@ def test_the_list_is_the_same_from_another_working_folder(root, walks, monkeypat
         lambda root: (root / "new").mkdir(),
     ],
 )
-def test_a_change_of_names_is_noticed(root, walks, change):
+def test_a_change_of_names_is_noticed(root, walks, clock, change):
     find_images(root)
     change(root)
+    clock.ahead = 0
     found = find_images(root)
     assert walks == [root] * 2
     assert list(found) == walked(root)
     # The folder changed just now: another change at the same tick of its clock would be missed.
     find_images(root)
     assert walks == [root] * 3
-    settle(root)
+    clock.ahead = 60
     assert list(find_images(root)) == list(find_images(root)) == walked(root)
     assert walks == [root] * 4
+
+
+def test_a_change_is_noticed_where_the_times_of_folders_are_set_back(root, walks):
+    """As by who unpacks a second archive, of other images, into the same folders."""
+    for folder, _, _ in WALK(root):
+        os.utime(folder, (1000, 1000))
+    find_images(root)
+    (root / "a" / "new.png").touch()
+    os.utime(root / "a", (1000, 1000))
+    assert list(find_images(root)) == walked(root)
+    assert walks == [root] * 2
 
 
 def test_a_change_of_the_content_of_a_file_needs_no_new_list(root, walks):

@@ -552,3 +552,9 @@ def test_its_group_norm_is_pytorchs_in_bfloat16(side, memory_format):
         exact = plain(h.float())
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), exact, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_without_images_is_one(dtype):
+    network = UNet(**TINY).to(dtype)
+    assert network(torch.zeros(0, 3, 8, 8, dtype=dtype), torch.zeros(0)).shape == (0, 3, 8, 8)

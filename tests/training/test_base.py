@@ -1,11 +1,14 @@
 """What every training method shares."""
 
+from contextlib import nullcontext
 from typing import get_args
 
 import pytest
 import torch
 from ladders import save, trainer
 from lightning import seed_everything
+from lightning.pytorch.callbacks import Callback
+from small_trainer import trainer
 from tiny import some_ddpm, tiny_ddpm, tiny_unet
 from torch import nn
 from torch._dynamo import config
@@ -161,12 +164,37 @@ def test_networks_are_compiled_where_it_pays(compile, on_cuda, stage, wanted, mo
     module = tiny_ddpm(compile=compile)
     config.suppress_errors = False
     module.setup(stage)
-    suppressed = config.suppress_errors
-    module.teardown(stage)
-    assert config.suppress_errors is False
     assert [id(each) for each in compiled] == [id(each) for each in module.networks if wanted]
     assert module.compiles is wanted
-    assert suppressed is (compile == "auto" and wanted)
+    assert config.suppress_errors is (compile == "auto" and wanted)
+    module.teardown(stage)
+    assert config.suppress_errors is False
+
+
+@pytest.mark.parametrize("ends", ["well", "by an error"])
+@pytest.mark.parametrize("compile", ["auto", True])
+def test_what_a_fit_compiled_by_itself_is_not_compiled_afterwards(
+    compile, ends, monkeypatch, tmp_path
+):
+    """Lightning moves the module to the CPU, where that does not pay and may fail."""
+
+    class Fails(Callback):
+        def on_train_batch_end(self, *_):
+            if ends == "by an error":
+                raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr(base, "_trains_on_cuda", lambda module: True)
+    make = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda network: make(network, backend="eager"))
+    module = tiny_ddpm(network=tiny_unet(num_classes=10), compile=compile)
+    data = DigitsDataModule(batch_size=4, steps_per_epoch=1)
+    fit = trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[Fails()]).fit
+    with nullcontext() if ends == "well" else pytest.raises(RuntimeError, match="on fire"):
+        fit(module, data)
+    left = [network._compiled_call_impl is not None for network in module.networks]
+    assert left == [compile is True] * 2
+    assert module.compiles is (compile is True)
+    assert config.suppress_errors is False
 
 
 @pytest.fixture

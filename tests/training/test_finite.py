@@ -1,6 +1,7 @@
 """What is not finite spoils nothing."""
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny import some_ddpm, tiny_config, tiny_ddpm
 from ddim_pl.cli import main
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.training import DDPM
-from ddim_pl.training.finite import NotFiniteError
+from ddim_pl.training.finite import NotFiniteError, _Flag
 from ddim_pl.training.loading import load
 
 
@@ -150,6 +151,19 @@ def test_weights_that_are_infinite_are_not_saved(tmp_path):
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert kept["global_step"] == 2
     assert all(value.isfinite().all() for value in kept["state_dict"].values())
+
+
+@pytest.mark.parametrize("is_cuda", [True, False])
+def test_a_flag_is_copied_beside_the_host_only_where_its_copy_can_be_waited_for(
+    is_cuda, monkeypatch
+):
+    """On Apple's devices, too, an Adam may be fused."""
+    monkeypatch.setattr(torch.cuda, "Event", Mock())
+    value = Mock(is_cuda=is_cuda, to=Mock(return_value=torch.tensor(True)))
+    flag = _Flag(value)
+    value.to.assert_called_once_with("cpu", non_blocking=is_cuda)
+    assert flag.read() is True
+    assert torch.cuda.Event.return_value.synchronize.call_count == is_cuda
 
 
 @pytest.fixture

@@ -77,3 +77,23 @@ def test_states_of_the_other_layout_are_read_and_give_the_same_updates(last_firs
         step(network, optimizer)
         step(other, other_optimizer)
     torch.testing.assert_close(other.weight, network.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_the_number_of_updates_of_a_single_number_stays_on_the_host():
+    """It has the shape of that weight, and Adam would wait for the device to read it."""
+
+    def made(device):
+        weight = nn.Parameter(torch.tensor(1.0, device=device))
+        optimizer = torch.optim.Adam([weight], lr=0.1)
+        keep_layout(optimizer)
+        return weight, optimizer
+
+    weight, optimizer = made("cpu")
+    weight.square().backward()
+    optimizer.step()
+    other, other_optimizer = made("meta")
+    other_optimizer.load_state_dict(optimizer.state_dict())
+    state = other_optimizer.state[other]
+    assert state["step"].device.type == "cpu"
+    assert state["exp_avg"].device.type == "meta"
+    assert float(state["step"]) == 1

@@ -78,6 +78,19 @@ def test_gradients_pass_through_a_copy_made_in_inference_mode():
     assert z.grad.abs().sum() > 0
 
 
+def test_a_network_that_was_made_in_inference_mode_is_followed():
+    """Its tensors do not say that they have changed: students of `compare` are such."""
+    with torch.inference_mode():
+        network, reduced = some_ddpm().average.module, ReducedCopy()
+        bias = network.conv_out.bias
+        assert bias.is_inference()
+        first = reduced.of(network)
+        bias.fill_(3.0)
+        assert reduced.of(network) is first
+        assert (first.conv_out.bias == 3).all()
+    assert not first.conv_out.bias.is_inference()
+
+
 def test_an_unknown_precision_is_an_error():
     with pytest.raises(ValueError, match=r"sampling_precision must be one of \(32, 'bf16'\)"):
         some_ddpm(sampling_precision=16)
