@@ -36,6 +36,9 @@ class CommandParser(LightningArgumentParser):
         """Merge repeated callbacks before jsonargparse fills in their default arguments."""
         # internal: jsonargparse 4 has no public hook before it fills in defaults.
         callbacks = cfg.get("trainer.callbacks")
+        if callbacks is not None and not isinstance(callbacks, list):
+            # The Trainer takes a single one; whoever reads a config finds a list.
+            cfg["trainer.callbacks"] = callbacks = [callbacks]
         # A part of them, or what is merged already, has another length.
         if isinstance(callbacks, list) and len(callbacks) == sum(self.callback_lists):
             cfg["trainer.callbacks"] = merge_repeated(callbacks, self.callback_lists)

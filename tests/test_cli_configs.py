@@ -129,6 +129,18 @@ def test_a_complete_list_of_callbacks_is_taken_as_it_is(tmp_path, capsys):
     assert names == [each["class_path"] for each in tiny_config(tmp_path)["trainer"]["callbacks"]]
 
 
+def test_a_single_callback_is_a_list_of_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
+    arguments = ["fit", "--config", short_config(tmp_path), *more]
+    found = callbacks_of(resolved(arguments, capsys))
+    assert list(found) == ["lightning.pytorch.callbacks.ModelCheckpoint"]
+    assert found["lightning.pytorch.callbacks.ModelCheckpoint"]["save_last"] is True
+    few = ["max_steps=1", "limit_val_batches=0", "log_every_n_steps=1"]
+    main([*arguments, *(f"--trainer.{each}" for each in few)])
+    assert len(list(tmp_path.rglob("last.ckpt"))) == 1
+
+
 def test_a_later_config_wins(tmp_path, capsys):
     over = write_config({"model": {"init_args": {"num_steps": 9}}}, tmp_path / "over.yaml")
     arguments = ["fit", "--config", short_config(tmp_path), "--config", over]

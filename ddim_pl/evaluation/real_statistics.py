@@ -128,7 +128,9 @@ class RealStatistics:
             rank_zero_warn(f"{error}: the statistics of the real images are made again")
             return None
         now = self._first()
-        if first.shape != now.shape or (first - now).abs().max() > TOLERANCE * now.abs().max():
+        same = first.shape == now.shape
+        # Not true for NaN either.
+        if not (same and (first - now).abs().max() <= TOLERANCE * now.abs().max()):
             rank_zero_warn(
                 f"{self.path} holds other features than those of the extractor "
                 f"{self._quality.extractor.name!r}, whose code must have changed: the statistics "

@@ -1,5 +1,6 @@
 """Statistics of the real images, kept for later runs."""
 
+import math
 import os
 import socket
 import time
@@ -28,6 +29,11 @@ class Counting(DigitsFeatures):
     def forward(self, images):
         type(self).seen += len(images)
         return super().forward(images)
+
+
+class Spoiled(Counting):
+    def __call__(self, images):
+        return super().__call__(images) * math.nan
 
 
 class Twice(Counting):
@@ -203,6 +209,15 @@ def test_an_extractor_whose_code_changed_is_noticed(cache, images, tmp_path):
         found, _ = measured(tmp_path, Images(images), Twice)
     expected, _ = measured(tmp_path, Images(images), Twice, cache=False)
     assert found == expected
+
+
+def test_features_that_are_not_finite_now_do_not_pass_for_those_kept(cache, images, tmp_path):
+    measured(tmp_path, Images(images))
+    with (
+        pytest.warns(UserWarning, match="whose code must have changed"),
+        pytest.raises(torch.linalg.LinAlgError),
+    ):
+        measured(tmp_path, Images(images), Spoiled)
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(cache, images, tmp_path):

@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
-from ladders import save, trainer
+from ladders import save
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
 from small_trainer import trainer
