@@ -334,8 +334,20 @@ class SelfAttention(nn.Module):
             part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, HW, C / heads)
             for part in self.qkv(pixels).chunk(3, dim=2)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        mixed = attend(q, k, v).transpose(1, 2).flatten(2)
         return h + self.proj(mixed).transpose(1, 2).unflatten(2, h.shape[2:])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention softmax(q k^T / sqrt(D)) v of (B, heads, N, D), by the fastest way there is.
+
+    On a CPU the gradient of PyTorch's fused kernel takes two to six times as long in bfloat16 as
+    that of the products by themselves (PyTorch 2.15).
+    """
+    if not (q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.float().softmax(-1).to(v.dtype) @ v
 
 
 class Downsample(nn.Module):

@@ -538,6 +538,26 @@ def test_arguments_can_be_read_from_yaml() -> None:
     assert network.init_args["attention"] == [4]
 
 
+@pytest.mark.parametrize("count", [4, 64])
+def test_its_attention_is_pytorchs_in_bfloat16(count):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, count, 16, generator=generator, dtype=torch.float64)
+    exact = nn.functional.scaled_dot_product_attention(q, k, v)
+    q, k, v = (each.bfloat16().requires_grad_() for each in (q, k, v))
+    with torch.profiler.profile() as profile:
+        output = unet.attend(q, k, v)
+    assert not any("scaled_dot_product" in event.key for event in profile.key_averages())
+    assert output.dtype == torch.bfloat16
+    # Eight bits of the inputs, of the weights and of the sum.
+    torch.testing.assert_close(output.double(), exact, rtol=0.03, atol=0.03)
+    found = torch.autograd.grad(output.float().square().sum(), (q, k, v))
+    theirs = nn.functional.scaled_dot_product_attention(q, k, v)
+    expected = torch.autograd.grad(theirs.float().square().sum(), (q, k, v))
+    for one, other in zip(found, expected, strict=True):
+        scale = other.float().abs().max().item()
+        torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=0.03 * scale)
+
+
 @pytest.mark.parametrize("side", [8, 32])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_its_group_norm_is_pytorchs_in_bfloat16(side, memory_format):
