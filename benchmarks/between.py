@@ -27,6 +27,7 @@ from measuring import (
     Results,
     Row,
     check_rounds,
+    device_of,
     machine,
     quieten,
     speed,
@@ -144,11 +145,17 @@ def main() -> None:
     """Print a table, or serve a case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("other", type=Path, help="folder of the other checkout")
-    parser.add_argument("--case", action="append", choices=CASES)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument(
+        "--case",
+        action="append",
+        choices=CASES,
+        metavar="CASE",
+        help=f"may be given several times; by default all of: {'; '.join(CASES)}",
+    )
+    parser.add_argument("--device", type=device_of, choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--rounds", type=int, default=9, help="of a case, at least 2")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not (options.other / "ddim_pl").is_dir():

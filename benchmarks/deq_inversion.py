@@ -23,6 +23,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
+from measuring import device_of
 from torch import Tensor
 
 from ddim_pl.data.base import ImageDataModule
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.02])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_of, default="cpu")
     parser.add_argument("--output", default="runs/deq-inversion")
     parser.add_argument("--gradients", action="store_true", help="compare gradients instead")
     options = parser.parse_args()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from measuring import device_of
 
 from ddim_pl.fixed_point import Anderson, Picard
 from ddim_pl.noise import latents
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--max-sweeps", type=int, default=50)
     parser.add_argument("--max-batch", type=int)
     parser.add_argument("--methods", nargs="+", help="by default all")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_of, default="cpu")
     parser.add_argument("--output", default="runs/deq-sampling")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")

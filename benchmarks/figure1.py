@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from deq_inversion import held_out
+from measuring import device_of
 from torch import Tensor
 
 from ddim_pl.denoiser import NetworkDenoiser
@@ -130,7 +131,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--updates", type=int, help="at most so many, in place of the paper's")
     parser.add_argument("--starts", nargs="+", default=["noise"], choices=["noise", "encoding"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", type=device_of, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--output", default="runs/figure1")
     options = parser.parse_args()
     if all(getattr(options, row.data) is None for row in ROWS):

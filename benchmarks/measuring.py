@@ -39,6 +39,19 @@ LEAST_ROUNDS = 2
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
 
+def device_of(text: str) -> str:
+    """A device as an argument of a script.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is not there.
+    """
+    if text.startswith("cuda") and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(
+            f"must be cpu here, got {text}: PyTorch finds no GPU on this machine"
+        )
+    return text
+
+
 def machine(device: str, threads: int) -> Row:
     """What the numbers depend on: hardware, driver and versions."""
     found: Row = {"processor": _processor(), "threads": threads}
@@ -200,6 +213,7 @@ class Bench:
             self.complete = False
             return
         print(f"{self.stage}: {name} ...", flush=True)
+        self._forget_compiled()  # of what came before the first case
         try:
             rows = measure()
         except Exception as error:  # the other cases are worth having
@@ -216,8 +230,8 @@ class Bench:
         self.results.write()
         print(table(rows), flush=True)
 
-    def _forget_compiled(self, name: str) -> None:
-        """Let the next case compile anew, and say whether this one did.
+    def _forget_compiled(self, name: str | None = None) -> None:
+        """Let the next case compile anew, and say whether the one of this name did.
 
         The compiler gives up silently after eight versions of a function, which all cases share,
         and its second batch size gets slower kernels that serve any.
@@ -227,7 +241,7 @@ class Bench:
         from torch._dynamo.utils import counters
 
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-        if graphs or breaks:
+        if name is not None and (graphs or breaks):
             self.note(f"{name}: {graphs} compiled graphs, {breaks} breaks between them")
         counters.clear()
         torch.compiler.reset()
@@ -336,9 +350,11 @@ def command(stages: Stages, description: str, *, name: str, device: str, threads
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=Path("runs", name), help="folder of results")
     parser.add_argument("--stage", nargs="+", choices=stages, default=[], help="by default all")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=device)
+    parser.add_argument("--device", type=device_of, choices=["cpu", "cuda"], default=device)
     parser.add_argument("--threads", type=int, default=threads, help="of the CPU")
-    parser.add_argument("--rounds", type=int, default=7, help="of a case, if there is time")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="of a case, at least 2, if there is time"
+    )
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,

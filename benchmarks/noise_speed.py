@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import device_of
 from torch import Tensor
 
 from ddim_pl.data.base import BatchIndices
@@ -80,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_of, default="cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
     kinds = {"generators": ("generators", False), "Philox": ("philox", False)}

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from distillation_speed import Updates
-from measuring import MIB, ROOT, Bench, Results, Row
+from measuring import MIB, ROOT, Bench, Results, Row, device_of
 from subjects import CONFIGS, make_model
 
 from ddim_pl.fixed_point import Anderson
@@ -159,7 +159,7 @@ def main() -> None:
     """Run one case and print its peak."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", choices=[*CASES, *ON_A_GPU])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", type=device_of, choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()

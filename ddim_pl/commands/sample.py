@@ -17,6 +17,7 @@ from ddim_pl.images import PngWriter, grid, to_uint8, write_png
 from ddim_pl.training import DiffusionModule
 
 GRID_IMAGES = 100
+MOST_COLUMNS = 20
 
 
 def sample(
@@ -56,7 +57,8 @@ def sample(
         png: Write each image as `images/<index>.png`.
         npz: Write `samples.npz` with uint8 images `arr_0` (N, H, W, C) and, where there are
             classes, labels `arr_1` (N,), the form of guided-diffusion and EDM.
-        columns: Images in a row of `grid.png`, of the first 100 images.
+        columns: Images in a row of `grid.png`, of the first 100 images; by default one for each of
+            up to 20 classes, else the grid is about square.
         output: Folder to write to, without images of an earlier call unless `first` continues it;
             by default `sample` in the checkpoint's run, from which those are removed.
 
@@ -74,9 +76,8 @@ def sample(
     def work(worker: Worker) -> None:
         folder = _folder(worker, output, first)
         if worker.is_first:
-            write_manifest(
-                folder / f"manifest{part}.json", worker.trainer, model, ckpt_path, **recorded
-            )
+            file = folder / f"manifest{part}.json"
+            write_manifest(file, worker.trainer, model, ckpt_path, **recorded)
         worker, writes = _sharing(worker, model)
         found = worker.sample_batches(indices, batch_size, "sampling", label=label, seed=seed)
         keep = indices if npz else indices[:GRID_IMAGES]
@@ -86,10 +87,17 @@ def sample(
         if npz and writes:
             _write_npz(worker, folder / f"samples{part}.npz", mine, model.label_of(indices), label)
         if worker.is_first:
-            write_png(grid(shown, columns=columns), folder / f"grid{part}.png")
+            wide = columns or _columns_of(model, label)
+            write_png(grid(shown, columns=wide), folder / f"grid{part}.png")
             print(f"{num_images} images are in {folder}")
 
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
+
+
+def _columns_of(model: DiffusionModule, label: int | None) -> int | None:
+    """A column for each class, where images have them in turn."""
+    few = model.num_classes is not None and model.num_classes <= MOST_COLUMNS
+    return model.num_classes if few and label is None else None
 
 
 def _folder(worker: Worker, output: str | None, first: int) -> Path:

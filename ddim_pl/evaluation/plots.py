@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,13 @@ def plot_distances(path: Path, rows: Sequence[Row], key: str, series: Sequence[s
     lines: dict[str, list[Row]] = {}
     for name, row in zip(series, rows, strict=True):
         lines.setdefault(name, []).append(row)
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    for axes, x in zip(figure.subplots(1, 2), ("steps", "network evaluations"), strict=True):
+    names = ["steps", "network evaluations"]
+    if all(row[names[0]] == row[names[1]] for row in rows):
+        names.pop()
+    figure = Figure(figsize=(1 + 5.5 * len(names), 5), layout="constrained")
+    values = [max(row[key], 1e-6) for row in rows]
+    labelled = (2, 5) if max(values) > 10 * min(values) else range(2, 10)
+    for axes, x in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for name, points in lines.items():
             ordered = sorted(points, key=lambda row: row[x])
             axes.plot(
@@ -44,7 +50,7 @@ def plot_distances(path: Path, rows: Sequence[Row], key: str, series: Sequence[s
         axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
         axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(_two_and_five)
+        axes.yaxis.set_minor_formatter(partial(_of_digits, labelled))
         axes.tick_params(which="minor", labelsize=7)
         axes.grid(visible=True, which="both", alpha=0.25)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
@@ -103,10 +109,10 @@ def label_rows(path: Path, names: Sequence[str], images: Sequence[Tensor], side:
         page.save(part, format="png")
 
 
-def _two_and_five(value: float, position: int | None = None) -> str:
-    """Label of a logarithmic axis' minor tick: for 2 and 5 of a decade only, so that they fit."""
+def _of_digits(labelled: Sequence[int], value: float, position: int | None = None) -> str:
+    """Label of a logarithmic axis' minor tick, if its first digit is one of those `labelled`."""
     first = round(value / 10 ** math.floor(math.log10(value)))
-    return f"{value:g}" if first in (2, 5) else ""
+    return f"{value:g}" if first in labelled else ""
 
 
 def _apart(values: Sequence[int]) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, cast
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerConfig, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -381,6 +381,8 @@ class DiffusionModule(L.LightningModule, ABC):
             config: Any = torch._dynamo.config
             self._suppressed = config.suppress_errors
             config.suppress_errors = True  # without a compiler it goes on without
+        if self.compiles and not (self._trainer and _trains_on_cuda(self)):
+            rank_zero_info("Compiling the network takes a minute or more on a CPU")
         for network in self.networks if self.compiles else []:
             network.compile()
 

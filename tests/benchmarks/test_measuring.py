@@ -1,16 +1,35 @@
 """Contenders take turns, ratios are those of pairs, and results are kept."""
 
+import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
+import measuring
 import pytest
 import torch
-from measuring import COMPILED, Bench, Results, command, run, shown, speed
+from measuring import COMPILED, Bench, Results, command, device_of, run, shown, speed
 
 
 def bench(folder, **arguments):
     return Bench(Results(folder, "try", {"device": "cpu"}), **arguments)
+
+
+def test_a_device_that_is_not_there_is_said_in_a_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"must be cpu here, got cuda: .* no GPU"):
+        device_of("cuda")
+    assert device_of("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_of("cuda") == "cuda"
+
+
+def test_every_script_says_so():
+    for path in sorted(Path(measuring.__file__).parent.glob("*.py")):
+        text = path.read_text()
+        count = text.count('parser.add_argument("--device"')
+        assert count == text.count('parser.add_argument("--device", type=device_of'), path.name
 
 
 def test_contenders_take_turns_and_the_first_round_does_not_count(tmp_path):

@@ -37,6 +37,16 @@ def test_sample_writes_the_images_of_the_model(tmp_path, batch_size):
     assert close(read_png(folder / "grid.png"), grid(expected)[:1])
 
 
+@pytest.mark.parametrize(("label", "columns"), [(None, 10), (1, None)])
+def test_the_grid_has_a_column_for_each_class(tmp_path, label, columns):
+    model = with_classes()
+    model.sampler, model.num_steps = Heun(), 2
+    trainer(tmp_path).sample(model, num_images=7, label=label)
+    labels = None if label is None else torch.full((7,), label)
+    expected = grid(to_uint8(model.sample(range(7), label=labels)), columns=columns)
+    assert close(read_png(tmp_path / "sample" / "grid.png"), expected[:1])
+
+
 def test_sample_goes_on_where_an_earlier_call_ended(tmp_path):
     model = some_ddpm()
     trainer(tmp_path).sample(model, num_images=3, output=str(tmp_path / "mine"))

@@ -233,3 +233,13 @@ def test_a_network_may_have_no_weights():
     network = nn.Identity()
     network.in_channels, network.image_size, network.init_args = 1, 8, {}
     assert tiny_ddpm(network=network).to("cpu").network is network
+
+
+def test_arguments_change_what_is_loaded(tmp_path):
+    path = save(some_ddpm(), tmp_path / "model.ckpt")
+    model = load(path, sampling_precision="bf16", num_steps=3)
+    assert (model.sampling_precision, len(model.levels)) == ("bf16", 4)
+    with pytest.raises(ValueError, match=r"sampling_precision must be one of"):
+        load(path, sampling_precision=16)
+    with pytest.raises(ValueError, match="num_step"):
+        load(path, num_step=3)
