@@ -40,6 +40,7 @@ from ddim_pl.cli_configs import (
     CommandParser,
     Given,
     callback_lists,
+    classes_first,
     options,
     read_config,
 )
@@ -150,7 +151,7 @@ class DiffusionCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; the checkpoint's config is the base unless another config names a model."""
-        args = list(args)
+        args = classes_first(args)
         given = Given.by(args, self.subcommands())
         self._read: str | None = None
         if given.command in COMMANDS and given.checkpoint is None and not given.shows_only:
