@@ -31,7 +31,9 @@ class CommandParser(LightningArgumentParser):
         """Print the message and exit with status 2; a nested parser raises, as in jsonargparse."""
         if not self.exit_on_error:
             super().error(message, ex)
-        self.exit(2, f"error: {parser_message(message)}\n")
+        # internal: jsonargparse 4 has no public place for the annotations of arguments.
+        types = {each.dest: getattr(each, "_typehint", None) for each in self._actions}
+        self.exit(2, f"error: {parser_message(message, types)}\n")
 
     def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         """Merge repeated callbacks before jsonargparse fills in their default arguments."""
