@@ -254,13 +254,16 @@ class DiffusionCLI(LightningCLI):
             # As fit will do: the checks need the trainer's precision and devices.
             self.datamodule.trainer = self.trainer
             module.check_data(self.datamodule)
+        stage = cast(str, self.subcommand)
+        checks = [each for each in callbacks_of(self.trainer) if isinstance(each, ChecksBeforeRun)]
+        for callback in checks:
+            callback.check_settings(stage)  # decoding the images may take hours
         self.datamodule.prepare_data()
         self.datamodule.setup(self.subcommand)
         if isinstance(self.datamodule, ImageDataModule):
             _check_fit(module, self.datamodule)
-        for callback in callbacks_of(self.trainer):
-            if isinstance(callback, ChecksBeforeRun):
-                callback.check(self.datamodule, cast(str, self.subcommand))
+        for callback in checks:
+            callback.check(self.datamodule, stage)
 
     # ---- the commands -------------------------------------------------------------------------
 
