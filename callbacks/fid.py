@@ -57,19 +57,30 @@ class FrechetDistance(L.Callback):
         self.images_per_second = 0.0
         self._validations = 0
 
-    def check(self, datamodule: L.LightningDataModule | None, stage: str) -> None:
-        """Load the extractor and check that this data can be measured, before a run begins.
+    def check_settings(self, stage: str) -> None:
+        """Load the extractor, before the data are prepared.
 
         Nothing is loaded for a stage ("fit", "validate", "test" or "predict") that does not
         measure.
 
         Raises:
-            ValueError: If the extractor's weights are missing, it does not fit the metrics or the
-                images, or the data module, which must be set up, has no images or too few.
+            ValueError: If the extractor's weights are missing, or it does not fit the metrics.
         """
-        if stage == "predict" or (stage == "fit" and not self.every_n_validations):
-            return
-        self.settings.check(check_images(datamodule))
+        if self._measures_in(stage):
+            _ = self.settings.quality
+
+    def check(self, datamodule: L.LightningDataModule | None, stage: str) -> None:
+        """Check that this data can be measured, before a run begins; also `check_settings`.
+
+        Raises:
+            ValueError: As `check_settings`; or if the extractor does not fit the images, or the
+                data module, which must be set up, has no images or too few.
+        """
+        if self._measures_in(stage):
+            self.settings.check(check_images(datamodule))
+
+    def _measures_in(self, stage: str) -> bool:
+        return stage != "predict" and (stage != "fit" or self.every_n_validations > 0)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Load the extractor where it will be used."""

@@ -1,5 +1,6 @@
 """The images of `predict`, as PNG files."""
 
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,10 +57,11 @@ class ImageWriter(L.Callback):
             for file in old:
                 file.unlink()
             rank_zero_info(f"{len(old)} images of an earlier call are removed from {run}")
+        num_images = _count(trainer)  # on every rank: it reduces
         if trainer.is_global_zero:
             assert isinstance(pl_module, DiffusionModule)
-            file = self._folder / "manifest.json"
-            write_manifest(file, trainer, pl_module, cast(str | None, trainer.ckpt_path))
+            file, checkpoint = self._folder / "manifest.json", cast(str | None, trainer.ckpt_path)
+            write_manifest(file, trainer, pl_module, checkpoint, num_images=num_images)
         trainer.strategy.barrier("old images removed")
         self._last_index = -1
         self._writer = PngWriter()
@@ -102,3 +104,16 @@ class ImageWriter(L.Callback):
 
     def _path(self, index: int) -> Path:
         return self._folder / "images" / f"{index:06d}.png"
+
+
+def _count(trainer: L.Trainer) -> int | None:
+    """Images that all ranks will generate; None if a loader does not know its length."""
+    loaders = trainer.predict_dataloaders
+    loaders = loaders if isinstance(loaders, list) else [loaders]
+    mine = 0
+    for loader, limit in zip(loaders, trainer.num_predict_batches, strict=True):
+        if limit == float("inf"):
+            return None
+        mine += sum(len(batch) for batch in islice(loader, int(limit)))
+    total = torch.tensor(mine, device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(total, reduce_op="sum"))

@@ -40,6 +40,7 @@ from ddim_pl.cli_configs import (
     CommandParser,
     Given,
     callback_lists,
+    classes_first,
     options,
     read_config,
 )
@@ -150,7 +151,7 @@ class DiffusionCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; the checkpoint's config is the base unless another config names a model."""
-        args = list(args)
+        args = classes_first(args)
         given = Given.by(args, self.subcommands())
         self._read: str | None = None
         if given.command in COMMANDS and given.checkpoint is None and not given.shows_only:
@@ -253,13 +254,16 @@ class DiffusionCLI(LightningCLI):
             # As fit will do: the checks need the trainer's precision and devices.
             self.datamodule.trainer = self.trainer
             module.check_data(self.datamodule)
+        stage = cast(str, self.subcommand)
+        checks = [each for each in callbacks_of(self.trainer) if isinstance(each, ChecksBeforeRun)]
+        for callback in checks:
+            callback.check_settings(stage)  # decoding the images may take hours
         self.datamodule.prepare_data()
         self.datamodule.setup(self.subcommand)
         if isinstance(self.datamodule, ImageDataModule):
             _check_fit(module, self.datamodule)
-        for callback in callbacks_of(self.trainer):
-            if isinstance(callback, ChecksBeforeRun):
-                callback.check(self.datamodule, cast(str, self.subcommand))
+        for callback in checks:
+            callback.check(self.datamodule, stage)
 
     # ---- the commands -------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ merge callbacks of one class, and find the checkpoint whose config is the base.
 """
 
 import importlib
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,9 @@ class CommandParser(LightningArgumentParser):
         """Print the message and exit with status 2; a nested parser raises, as in jsonargparse."""
         if not self.exit_on_error:
             super().error(message, ex)
-        self.exit(2, f"error: {parser_message(message)}\n")
+        # internal: jsonargparse 4 has no public place for the annotations of arguments.
+        types = {each.dest: getattr(each, "_typehint", None) for each in self._actions}
+        self.exit(2, f"error: {parser_message(message, types)}\n")
 
     def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         """Merge repeated callbacks before jsonargparse fills in their default arguments."""
@@ -184,6 +187,46 @@ def options(args: Sequence[str]) -> list[tuple[str, str]]:
         name, equals, value = arg.partition("=")
         pairs.append((name, value if equals else next(iter(args[place + 1 :]), "")))
     return [pair for pair in pairs if pair[0].startswith("-")]
+
+
+def classes_first(args: Sequence[str]) -> list[str]:
+    """Name each class in front of the options below it that stand before it.
+
+    jsonargparse applies arguments in their order, and drops without a word those of a class that
+    a later one replaces: of `--model.sampler.eta 0.5 --model.sampler DPMSolverPP` nothing would
+    say that the sampler has no `eta`. A mapping stays where it is, and its class is named in front
+    too, so that a later value still wins. Nothing passes a config, which may change the class. A
+    list that grows, `--trainer.callbacks+=`, stays in its place: what stands before it belongs to
+    the entry before.
+
+    Args:
+        args: The arguments.
+    """
+    ordered, begin = list[tuple[str, list[str]]](), 0
+    for group in _groups(args):
+        name, equals, value = group[0].partition("=")
+        key = name.replace(".init_args", "").removesuffix(".class_path")
+        below = (i for i in range(begin, len(ordered)) if ordered[i][0].startswith(f"{key}."))
+        place = next(below, len(ordered))
+        value = value if equals else "".join(group[1:2])
+        mapping = read_config(value) if place < len(ordered) else {}
+        if mapping:
+            ordered.append((key, group))
+            group = [f"{name}={mapping['class_path']}"] if "class_path" in mapping else []
+        ordered.insert(place, (key, group))
+        if name in ("-c", "--config"):
+            begin = len(ordered)
+    return [arg for _, group in ordered for arg in group]
+
+
+def _groups(args: Sequence[str]) -> list[list[str]]:
+    """Each option with its values; a negative number is a value."""
+    groups: list[list[str]] = []
+    for arg in args:
+        if not groups or re.match(r"--?[A-Za-z]", arg):
+            groups.append([])
+        groups[-1].append(arg)
+    return groups
 
 
 def _arguments_of_model(option: str, value: str) -> set[str]:

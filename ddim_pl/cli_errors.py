@@ -9,10 +9,11 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ddim_pl.renamed import RENAMED
 
@@ -34,16 +35,35 @@ WRONG_CLASS = (
     r"Expected a dot import path string: (\S+)|module '?[\w.]+'? has no attribute '(\w+)'"
     r"|No module named '[\w.]+'"
 )
+WRONG_VALUE = (
+    r"(?:Got|Given) value: (?!NestedArg)(.*?)"
+    r"(?:\. Got value: Namespace\(class_path='([\w.]+)'.*)?$"
+)
+NO_LIST = r"Expected a <class '(?:collections\.abc\.\w+|list|tuple)'>"
+NO_FILE = r"""Parser key "config": (?:File does not exist|Path is not a file): '(.*)'"""
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+MOST_FILES = 4
+"""Files that a message names at most."""
+
+WORDS = {int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("a text", "texts")}
+"""What types are called: of one value, and of several."""
 
 
-def parser_message(message: str) -> str:
+def parser_message(message: str, types: Mapping[str, Any] = MappingProxyType({})) -> str:
     """Say what is wrong with the arguments, in one line.
 
     Args:
         message: What jsonargparse says: nested text, each level a key or a class, the reason last.
+        types: Annotations of the command's own arguments, by their names.
     """
+    missing = re.search(NO_FILE, message)
+    if missing:
+        return _no_config(Path(missing[1]))
     option = re.search(r"Option '([\w.]+)' is not accepted", message)
-    if option:
+    value = re.search(WRONG_VALUE, message, re.MULTILINE)
+    # What comes after a wrong value are other classes that were tried in vain.
+    if option and not (value and value.start() < option.start()):
         owner = _last(OWNER, message[: option.start()])
         kind = _import(owner) if owner else None
         name = owner.rpartition(".")[2] if owner else "this command"
@@ -51,13 +71,12 @@ def parser_message(message: str) -> str:
         return f"{option[1]} is no argument of {name}: {hint}"
     wrong = re.search(WRONG_CLASS, message)
     if wrong:
-        line = _wrong_class(message, wrong)
+        line = _wrong_class(message, wrong, types)
         if line is not None:
             return line
-    pattern = r'Parser key "([\w.]+)":.*(?:Sequence|list).*(?:Given value: |Got value: )(.*)'
-    single = re.match(pattern, message, re.DOTALL)
-    if single and not single[2].startswith("[") and "NestedArg" not in single[2]:
-        return f"{single[1]} must be a list, got {single[2]}: write it as '[{single[2]}]'"
+    line = _wrong_value(message, value, types) if value else None
+    if line is not None:
+        return line
     reason, key = one_line(_reason(message)).rstrip("."), _last(KEY, message)
     if key is not None and "Parser key" not in reason:
         reason = f"{key}: {reason}"
@@ -179,7 +198,85 @@ def _reason(message: str) -> str:
     return _reason(inner)
 
 
-def _wrong_class(message: str, wrong: re.Match[str]) -> str | None:
+def _no_config(file: Path) -> str:
+    """A config that is no file, and those of a similar name, beside it or else of this project."""
+    inside = sorted(file.glob("*.y*ml"))
+    close = inside or _similar(file, file.parent.glob("*.y*ml"))
+    close = close or _similar(file, CONFIGS.glob("*/*.yaml"))
+    here = f"{Path.cwd().as_posix()}/"
+    given, *names = [each.as_posix().removeprefix(here) for each in (file, *close[:MOST_FILES])]
+    hint = f"did you mean {' or '.join(names)}?" if names else f"{CONFIGS} has some"
+    return f"config must be a file that exists, got {given}: {hint}"
+
+
+def _similar(file: Path, known: Iterable[Path]) -> list[Path]:
+    """Those files of the same or else a similar name, the most similar path first."""
+    paths = list(known)
+    stems = difflib.get_close_matches(file.stem, {each.stem for each in paths}, n=len(paths) or 1)
+    stems = [file.stem] if file.stem in stems else stems
+    names = [str(each) for each in paths if each.stem in stems]
+    return [*map(Path, difflib.get_close_matches(str(file), names, len(names) or 1, cutoff=0))]
+
+
+def _wrong_value(message: str, value: re.Match[str], types: Mapping[str, Any]) -> str | None:
+    """A value that is none of those that its argument's annotation allows, if that tells them."""
+    before, given = message[: value.start()], value[1]
+    key = _last(KEY, before)
+    hint = _annotation(before, key, types, value[2])
+    allowed = _allowed(hint)
+    if not allowed:
+        return None
+    remedy = ""
+    choices = [str(each) for part in _parts(hint) for each in _choices(part)]
+    close = difflib.get_close_matches(given, choices, n=1)
+    if close:
+        remedy = f": did you mean {close[0]}?"
+    elif allowed[0].startswith("a list") and not given.startswith("["):
+        one = re.search(NO_LIST, before[before.rfind("Parser key") :])
+        remedy = f": write it as '[{given}]'" if one else " in it"
+    return f"{key} must be {' or '.join(allowed)}, got {given}{remedy}"
+
+
+def _allowed(hint: Any) -> list[str]:
+    """The values that an annotation allows, in words; without the classes among them."""
+    parts = _parts(hint)
+    found = [WORDS[part][0] for part in parts if part in WORDS]
+    found = [_list_of(part) for part in parts if _is_list(part)][:1] + found
+    choices = {str(each): each for part in reversed(parts) for each in reversed(_choices(part))}
+    if choices:
+        shown = _some([repr(each) for each in reversed(choices.values())])
+        found.append(f"one of {shown}" if len(choices) > 1 else shown)
+    found += ["true or false"] if bool in parts else []
+    return found + (["null"] if found and NoneType in parts else [])
+
+
+def _parts(hint: Any) -> list[Any]:
+    """The members of a union, or else its one type; float takes integers too."""
+    if get_origin(hint) not in (Union, UnionType):
+        return [hint]
+    parts = [part for member in get_args(hint) for part in _parts(member)]
+    return [part for part in parts if not (part is int and float in parts)]
+
+
+def _choices(part: Any) -> tuple[Any, ...]:
+    return get_args(part) if get_origin(part) is Literal else ()
+
+
+def _is_list(part: Any) -> bool:
+    kind = get_origin(part) or part
+    return isinstance(kind, type) and kind is not str and issubclass(kind, tuple | Sequence)
+
+
+def _list_of(part: Any) -> str:
+    """A list in words, as in a list of 3 integers."""
+    elements = get_args(part)
+    fixed = get_origin(part) is tuple and Ellipsis not in elements
+    words = [f"{len(elements)}"] if fixed else []
+    words += [WORDS[each][1] for each in elements[:1] if each in WORDS] or ["entries"] * fixed
+    return f"a list of {' '.join(words)}" if words else "a list"
+
+
+def _wrong_class(message: str, wrong: re.Match[str], types: Mapping[str, Any]) -> str | None:
     """A value that names no class of the wanted kind."""
     from torch import Tensor
 
@@ -199,8 +296,10 @@ def _wrong_class(message: str, wrong: re.Match[str]) -> str | None:
         return f"{key} cannot be {given}: it is called {now.__name__} now"
     close = difflib.get_close_matches(given.rpartition(".")[2], known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
+    also = "".join(f", or {each}" for each in _allowed(_annotation(before, key, types)))
     return (
         f"{key} cannot be {given}: {hint}known are {_some(known)}, or any class by its full path"
+        f"{also}"
     )
 
 
@@ -211,11 +310,26 @@ def _base_of(before: str, key: str | None) -> type[Any] | None:
         kind = _import(name)
         if kind is not None and not name.startswith(("collections.", "torch.nn.parameter")):
             return kind
-    owner = _import(_last(OWNER, before) or "")
-    makers = [vars(each).get("__init__") for each in owner.__mro__[:-1]] if owner else []
-    hints = [get_type_hints(maker) for maker in makers if maker is not None]
-    found = next((hint[key] for hint in hints if key in hint), None)
+    found = _annotation(before, key, {})
     return found if isinstance(found, type) else None
+
+
+def _annotation(
+    before: str, key: str | None, types: Mapping[str, Any], owner: str | None = None
+) -> Any:
+    """The annotation of a key: of its owner's argument, or of the command's own."""
+    path = owner or _last(OWNER, before)
+    if path is None:
+        return types.get(key or "")
+    for each in (_import(path) or object).__mro__[:-1]:
+        maker = vars(each).get("__init__")
+        try:
+            hints = get_type_hints(maker) if maker is not None else {}
+        except (NameError, TypeError):  # names that only a type checker imports
+            continue
+        if key in hints:
+            return hints[key]
+    return None
 
 
 def _hint(name: str, names: Sequence[str]) -> str:

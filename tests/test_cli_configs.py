@@ -5,7 +5,7 @@ import yaml
 from tiny import tiny_config, write_config
 
 from ddim_pl.cli import main
-from ddim_pl.cli_configs import DEFAULTS
+from ddim_pl.cli_configs import DEFAULTS, classes_first
 
 
 def resolved(arguments, capsys):
@@ -155,3 +155,75 @@ def test_a_checkpoint_may_be_named_in_the_config_of_a_command(tmp_path):
     content = {"ckpt_path": str(last), "num_images": 2, "output": str(tmp_path / "out")}
     main(["sample", "--config", write_config(content, tmp_path / "sample.yaml")])
     assert (tmp_path / "out" / "images" / "000001.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("fit --a.x 1 --b -1 --a Heun", "fit --a Heun --a.x 1 --b -1"),
+        ("--a.x=1 --a=Heun", "--a=Heun --a.x=1"),
+        ("--a.init_args.x 1 --a.class_path Heun", "--a.class_path Heun --a.init_args.x 1"),
+        ("--a.b.x 1 --a.b Anderson --a DEQ", "--a DEQ --a.b Anderson --a.b.x 1"),
+        ("--a.x 1 --a {class_path:\xa0DDIM}", "--a=DDIM --a.x 1 --a {class_path:\xa0DDIM}"),
+    ],
+)
+def test_a_class_is_named_before_its_arguments(given, expected):
+    words = [each.replace("\xa0", " ") for each in given.split(" ")]
+    assert classes_first(words) == [each.replace("\xa0", " ") for each in expected.split(" ")]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "fit --a Heun --a.x 1",
+        "fit --ab.x 1 --a Heun",
+        "fit --a.x 1 --config c.yaml --a Heun",
+        "fit --a.x 1 -c c.yaml --a Heun",
+        "fit --a.x 1 --a+=Heun --a.x 2",
+        "--config c.yaml fit --a.x 1 --b [1, -2]",
+        "",
+    ],
+)
+def test_all_else_stays_in_its_order(given):
+    assert classes_first(given.split()) == given.split()
+
+
+CLASS_AND_ARGUMENT = [
+    (["--model.sampler", "Heun"], ["--model.sampler.clip", "false"], None),
+    (["--model.sampler", "Heun"], ["--model.sampler.eta", "0.5"], "eta is no argument of Heun"),
+    (["--trainer.logger", "CSVLogger"], ["--trainer.logger.prefix", "a"], None),
+    (["--trainer.logger=CSVLogger"], ["--trainer.logger.log_graph=true"], "log_graph is no arg"),
+    (["--model", "DDPM"], ["--model.rounds", "[[1, 1]]"], "rounds is no argument of DDPM"),
+    (["--data", "ImageFolderDataModule"], ["--data.holdout", "true"], "holdout is no argument of"),
+    (["--model.network", "UNet"], ["--model.network.width", "3"], "width is no argument of UNet"),
+]
+
+
+@pytest.mark.parametrize(("kind", "argument", "message"), CLASS_AND_ARGUMENT)
+def test_an_argument_may_stand_before_its_class(tmp_path, capsys, kind, argument, message):
+    base = ["fit", "--config", short_config(tmp_path)]
+    if message is None:
+        after = resolved([*base, *kind, *argument], capsys)
+        before = resolved([*base, *argument, *kind], capsys)
+        assert before == after
+        assert before != resolved([*base, *kind], capsys)
+        return
+    for arguments in (kind + argument, argument + kind):
+        with pytest.raises(SystemExit) as stop:
+            main([*base, *arguments, "--print_config"])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_of_an_argument_and_a_mapping_the_later_wins(tmp_path, capsys):
+    base = ["fit", "--config", short_config(tmp_path), "--model.sampler.eta", "0.5"]
+    mapping = "{class_path: DDIM, init_args: {eta: 0.25}}"
+    sampler = resolved([*base, "--model.sampler", mapping], capsys)["model"]["init_args"][
+        "sampler"
+    ]
+    assert sampler["init_args"]["eta"] == 0.25
+    mapping = "{class_path: DDIM, init_args: {clip: false}}"
+    sampler = resolved([*base, "--model.sampler", mapping], capsys)["model"]["init_args"][
+        "sampler"
+    ]
+    assert sampler["init_args"] == {"eta": 0.5, "clip": False}

@@ -47,6 +47,84 @@ def test_a_wrong_name_is_answered_by_the_nearest(arguments, message, capsys):
     assert len(text) < 400
 
 
+PRECISIONS = """'16-mixed', 'bf16-true', 'bf16-mixed', '32-true', '64-true', 64, 32, 16, 'bf16'"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--model.sampling_precision", "fp16"],
+            "sampling_precision must be one of 32, 'bf16', got fp16: did you mean bf16?",
+        ),
+        (
+            ["--trainer.precision", "bf17"],
+            f"{PRECISIONS} or null, got bf17: did you mean bf16?",
+        ),
+        (
+            ["--model.noise_source", "phylox"],
+            "noise_source must be one of 'generators', 'philox', got phylox: did you mean philox?",
+        ),
+        (["--model.compile", "x"], "compile must be 'auto' or true or false, got x\n"),
+        (["--model.network.resample", "foo"], "must be one of 'conv', 'block', got foo\n"),
+        (["--model.network.channels", "x"], "error: channels must be an integer, got x\n"),
+        (["--model.sampler", "DDIM", "--model.sampler.eta", "x"], "eta must be a number, got x\n"),
+        (["--model.image_shape", "[1, 8]"], "must be a list of 3 integers or null, got [1, 8]\n"),
+        (["--model.network.attention", "[x]"], "must be a list of integers, got x in it\n"),
+        (["--model.network.attention", "4"], "list of integers, got 4: write it as '[4]'\n"),
+        (["--model.optimizer.lr", "x"], "lr must be a number, got x\n"),
+        (["--model.optimizer.betas", "1"], "betas must be a list of 2 entries, got 1: write it"),
+        (["--model.clip", "foo"], "by its full path, or true or false\n"),
+        (["--trainer.max_steps", "1.5"], "trainer.max_steps must be an integer, got 1.5\n"),
+        (["--seed_everything", "x"], "must be an integer or true or false, got x\n"),
+        (
+            ["--trainer.callbacks+=BitsPerDim", "--trainer.callbacks.variance", "lrge"],
+            "variance must be one of 'small', 'large', got lrge: did you mean large?",
+        ),
+    ],
+)
+def test_a_wrong_value_is_answered_by_what_its_argument_takes(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*BEGIN, *arguments, "--print_config"])  # which a value that is taken would end in
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert len(text.splitlines()) == 1
+
+
+def test_a_wrong_value_of_a_commands_own_argument_is_answered_too(capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "--num_images", "x", "--print_config"])
+    assert "num_images must be an integer, got x\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("configs/digits/dpm.yaml", ["configs/digits/ddpm.yaml"]),
+        ("luhman.yaml", [f"configs/{name}/luhman.yaml" for name in ("digits", "celeba")]),
+        ("configs/digit/table1.yaml", ["configs/digits/table1.yaml", "configs/cifar10/table1"]),
+        ("configs/digits", ["configs/digits/ddim_table1.yaml"]),
+        ("mine/ab.yaml", ["mine/abc.yml?"]),
+        ("mine/nothing_like_it.yaml", ["configs has some"]),
+    ],
+)
+def test_a_config_that_is_missing_is_answered_by_similar_ones(
+    given, found, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "abc.yml").touch()
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", given])
+    text = capsys.readouterr().err
+    assert text.startswith(f"error: config must be a file that exists, got {given}: ")
+    assert all(name in text for name in found)
+    assert text.index(found[0]) == min(text.index(name) for name in found)
+    assert len(text.splitlines()) == 1
+
+
 def test_another_package_called_callbacks_is_named(tmp_path):
     (tmp_path / "callbacks").mkdir()
     (tmp_path / "callbacks" / "__init__.py").touch()

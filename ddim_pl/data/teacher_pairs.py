@@ -32,6 +32,14 @@ from ddim_pl.rng import NoiseSource, gaussian_latents
 # see `ddim_pl.rng.share_generators`.
 PAIR_SEED = 1_001_301
 
+ORIGINS = {
+    "sampling_precision": (
+        " (of the teacher: LuhmanDistillation's teacher_precision, or by default the teacher's "
+        "own)"
+    )
+}
+"""Where entries of a recipe come from that a user gives by another name."""
+
 Latents = Callable[..., tuple[Tensor, Any]]
 """The latents of a seed, given as to `ddim_pl.rng.gaussian_latents`."""
 
@@ -172,8 +180,9 @@ class PairStore:
         for name, value in (source | self.recipe).items():
             if written.get(name) != value:
                 raise ValueError(
-                    f"pairs folder {str(self.folder)!r} must be made with {name}={value!r}, got "
-                    f"{written.get(name)!r}: give another folder, or remove this one"
+                    f"pairs folder {str(self.folder)!r} must be made with {name}={value!r}"
+                    f"{ORIGINS.get(name, '')}, got {written.get(name)!r}: give another folder, or "
+                    "remove this one"
                 )
 
 

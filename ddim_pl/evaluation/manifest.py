@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 import ddim_pl
 from ddim_pl.damage import sealed
@@ -22,7 +23,7 @@ def write_manifest(
     seed: int | None = None,
     label: int | None = None,
     first: int = 0,
-    num_images: int | None = None,
+    num_images: int | None,
 ) -> None:
     """Write all that images depend on, with a digest as in other JSON files.
 
@@ -31,17 +32,19 @@ def write_manifest(
 
     Args:
         file: Where to.
-        trainer: Its precision is recorded.
+        trainer: Its precision and kind of device are recorded.
         model: Draws the images, with its own sampler and levels.
         ckpt_path: The checkpoint, if there is one.
         seed: Of the images; by default the model's.
         label: Class of all images; by default all in turn.
         first: Index of the first image.
-        num_images: How many; by default what lies there.
+        num_images: How many; None if a loader does not know its length.
     """
     levels = model.levels
     content: dict[str, Any] = {
         "ddim_pl": ddim_pl.__version__,
+        "torch": torch.__version__,
+        "device": trainer.strategy.root_device.type,
         "checkpoint": None if ckpt_path is None else str(ckpt_path),
         "fingerprint": fingerprint_of_file(model, ckpt_path),
         "updates": model.checkpoint_step or None,

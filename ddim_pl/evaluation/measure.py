@@ -82,6 +82,9 @@ class MeasureSettings:
 class ChecksBeforeRun(Protocol):
     """A callback that can tell, before a run writes anything, that it will not be able to work."""
 
+    def check_settings(self, stage: str) -> None:
+        """Raise what is wrong whatever the data, before they are prepared; stages as below."""
+
     def check(self, datamodule: L.LightningDataModule | None, stage: str) -> None:
         """Raise what is wrong with this data for "fit", "validate", "test" or "predict"."""
 

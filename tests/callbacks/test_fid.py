@@ -173,6 +173,24 @@ def test_too_few_samples_for_a_metric_are_refused_before_the_run():
         callback.check(digits(), "test")
 
 
+def test_missing_weights_are_an_error_before_the_data_are_prepared(tmp_path, monkeypatch):
+    prepared: list[str] = []
+    monkeypatch.setattr(DigitsDataModule, "prepare_data", lambda self: prepared.append("data"))
+    monkeypatch.setattr(DigitsDataModule, "setup", lambda self, stage: prepared.append(stage))
+    config = tiny_config(tmp_path)
+    features = {
+        "class_path": "ddim_pl.metrics.inception.InceptionFeatures",
+        "init_args": {"weights_path": str(tmp_path / "nowhere.pth")},
+    }
+    config["trainer"]["callbacks"][0]["init_args"]["features"] = features
+    with pytest.raises(SystemExit, match="the Inception weights could not be read"):
+        main(["fit", "--config", write_config(config, tmp_path / "config.yaml")])
+    assert prepared == []
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.yaml"]
+    FrechetDistance(lambda: 1 / 0, every_n_validations=0).check_settings("fit")
+    FrechetDistance(lambda: 1 / 0).check_settings("predict")
+
+
 class ColourDigits(DigitsDataModule):
     def load(self, train):
         found = super().load(train)

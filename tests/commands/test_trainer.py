@@ -157,7 +157,9 @@ def test_two_processes_give_what_one_gives(checkpoint, tmp_path):
 def test_a_single_value_for_a_list_is_told_how_to_be_one(checkpoint, command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--ckpt_path", str(checkpoint), "--num_steps", "5"])
-    assert "num_steps must be a list, got 5: write it as '[5]'" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "num_steps must be a list of integers" in text
+    assert "got 5: write it as '[5]'" in text
 
 
 def test_a_moved_checkpoint_has_one_folder_of_its_own(checkpoint, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The record beside images."""
 
 import pytest
+import torch
 from tiny import tiny_config, write_config
 
 import ddim_pl
@@ -29,6 +30,8 @@ def expected_of(file, **changes):
     levels = make_levels("trailing", model.schedule, 3)
     return {
         "ddim_pl": ddim_pl.__version__,
+        "torch": torch.__version__,
+        "device": "cpu",
         "checkpoint": str(file),
         "fingerprint": fingerprint(model),
         "updates": 5,
@@ -42,7 +45,7 @@ def expected_of(file, **changes):
         "seed": 3,
         "noise_source": "generators",
         "first": 0,
-        "num_images": None,
+        "num_images": 4,
         "label": None,
         "num_classes": None,
         "shape": [1, 8, 8],
@@ -77,3 +80,13 @@ def test_predict_says_how_its_images_were_made(checkpoint, tmp_path):
     )
     assert read_sealed(out / "manifest.json") == expected_of(checkpoint)
     assert len(list((out / "images").iterdir())) == 4
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+def test_predict_records_no_images_that_a_limit_leaves_out(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    few = ["--data.num_predict=8", "--data.batch_size=3", "--trainer.limit_predict_batches=2"]
+    writer = ["--trainer.callbacks=callbacks.ImageWriter", f"--trainer.callbacks.folder={out}"]
+    main(["predict", "--ckpt_path", str(checkpoint), *few, *writer])
+    made = len(list((out / "images").iterdir()))
+    assert read_sealed(out / "manifest.json")["num_images"] == made == 6
