@@ -4,7 +4,6 @@ PyTorch and Lightning are imported where a message needs them: one about the com
 """
 
 import difflib
-import importlib
 import inspect
 import os
 import re
@@ -65,7 +64,7 @@ def parser_message(message: str, types: Mapping[str, Any] = MappingProxyType({})
     # What comes after a wrong value are other classes that were tried in vain.
     if option and not (value and value.start() < option.start()):
         owner = _last(OWNER, message[: option.start()])
-        kind = _import(owner) if owner else None
+        kind = _imported(owner) if owner else None
         name = owner.rpartition(".")[2] if owner else "this command"
         hint = _hint(option[1].partition(".")[0], _arguments(kind)) if kind else LISTS
         return f"{option[1]} is no argument of {name}: {hint}"
@@ -290,7 +289,7 @@ def _wrong_class(message: str, wrong: re.Match[str], types: Mapping[str, Any]) -
         return None
     packages = FEATURES if key == "features" else OURS
     known = [kind.__name__ for kind in known_classes(base, packages)]
-    names = {old.rpartition(".")[2]: _import(new) for old, new in RENAMED.items()}
+    names = {old.rpartition(".")[2]: _imported(new) for old, new in RENAMED.items()}
     now = names.get(given)
     if now is not None and issubclass(now, base):
         return f"{key} cannot be {given}: it is called {now.__name__} now"
@@ -307,7 +306,7 @@ def _base_of(before: str, key: str | None) -> type[Any] | None:
     """The class that a key wants a subclass of: as the message says, or else its owner's hint."""
     tail = before[before.rfind("Parser key") :]
     for name in re.findall(r"[A-Za-z_][\w]*(?:\.\w+)+", _last(r"Subtypes: \[(.*)\]", tail) or ""):
-        kind = _import(name)
+        kind = _imported(name)
         if kind is not None and not name.startswith(("collections.", "torch.nn.parameter")):
             return kind
     found = _annotation(before, key, {})
@@ -321,7 +320,7 @@ def _annotation(
     path = owner or _last(OWNER, before)
     if path is None:
         return types.get(key or "")
-    for each in (_import(path) or object).__mro__[:-1]:
+    for each in (_imported(path) or object).__mro__[:-1]:
         maker = vars(each).get("__init__")
         try:
             hints = get_type_hints(maker) if maker is not None else {}
@@ -350,12 +349,10 @@ def _arguments(kind: type[Any]) -> list[str]:
     return [name for name in found if name not in ("self", "args", "kwargs")]
 
 
-def _import(path: str) -> type[Any] | None:
+def _imported(path: str) -> type[Any] | None:
+    """A class that is imported already: a message may name what a stranger's checkpoint says."""
     module, _, name = path.rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        return None
+    kind = getattr(sys.modules.get(module), name, None)
     return kind if isinstance(kind, type) else None
 
 

@@ -11,7 +11,7 @@ import ddim_pl
 from ddim_pl.damage import sealed
 from ddim_pl.evaluation.tables import write_text
 from ddim_pl.training import DiffusionModule
-from ddim_pl.training.fingerprint import fingerprint_of_file
+from ddim_pl.training.fingerprint import fingerprint
 
 
 def write_manifest(
@@ -33,7 +33,7 @@ def write_manifest(
     Args:
         file: Where to.
         trainer: Its precision and kind of device are recorded.
-        model: Draws the images, with its own sampler and levels.
+        model: Draws the images, with its own sampler and levels; its weights are loaded.
         ckpt_path: The checkpoint, if there is one.
         seed: Of the images; by default the model's.
         label: Class of all images; by default all in turn.
@@ -46,7 +46,7 @@ def write_manifest(
         "torch": torch.__version__,
         "device": trainer.strategy.root_device.type,
         "checkpoint": None if ckpt_path is None else str(ckpt_path),
-        "fingerprint": fingerprint_of_file(model, ckpt_path),
+        "fingerprint": fingerprint(model),
         "updates": model.checkpoint_step or None,
         "weights": f"averaged, ema_decay {model.average.decay:g}",
         "sampler": str(model.sampler),
