@@ -388,6 +388,19 @@ def test_output_has_the_shape_of_the_input(variant: dict[str, Any]) -> None:
     assert output.isfinite().all()
 
 
+def test_patches_of_pixels_are_the_channels_of_a_smaller_image() -> None:
+    patched = randomised(UNet(**TINY | {"image_size": 16, "patch_size": 2}, in_channels=1))
+    plain = randomised(UNet(**TINY, in_channels=4))
+    z, t = batch(channels=1, image_size=16)
+    # Channel 2 i + j of a position is the pixel in row i and column j of its patch.
+    small = torch.cat([z[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=1)
+    output = patched(z, t)
+    assert output.shape == z.shape
+    for channel, wanted in enumerate(plain(small, t).unbind(1)):
+        i, j = divmod(channel, 2)
+        torch.testing.assert_close(output[:, 0, i::2, j::2], wanted)
+
+
 @pytest.mark.parametrize("variant", [{}, FILM], ids=["ho", "salimans_ho"])
 def test_channels_last_gives_the_same_result(variant: dict[str, Any]) -> None:
     network = randomised(UNet(**TINY, **variant))
@@ -485,6 +498,13 @@ def test_times_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
             {"image_size": 30, "multipliers": (1, 2, 2)},
             "image_size must be a multiple of 4 for 3 multipliers, got 30: use 32, or at most 2 ",
         ),
+        (
+            {"patch_size": 2, "image_size": 6, "attention": ()},
+            "multiple of 4 for 2 multipliers and patch_size=2, got 6: use 8, or at most 1 mult",
+        ),
+        ({"patch_size": 3, "attention": ()}, "patch_size=3, got 8: use 12$"),
+        ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
+        ({"patch_size": 4}, r"got \[4\]: choose from \[2, 1\]"),
         ({"attention": (4, 16)}, r"attention must be .*, got \[16\]: choose from \[8, 4\]"),
         ({"groups": 3}, "groups must divide .* got 3 and 16: choose a divisor of 16"),
         ({"num_heads": 3}, "num_heads must divide .* got 3 and 16: choose a divisor of 16"),
