@@ -80,14 +80,19 @@ def gradients(denoiser: NetworkDenoiser, x: Tensor, levels: Tensor, z: Tensor) -
         print(f"| {len(levels) - 1} | {name} | {cosine:.4f} | {error:.3g} |", flush=True)
 
 
-def held_out(config: str, count: int) -> tuple[Tensor, Tensor]:
-    """Images and labels of the config's validation set, with which digits train too."""
+def data_of(settings: dict[str, Any]) -> ImageDataModule:
+    """The data module of a config, given as plain data, with its images loaded."""
     parser = ArgumentParser()
     parser.add_subclass_arguments(ImageDataModule, "data")
-    settings = {"data": yaml.safe_load(Path(config).read_text())["data"]}
-    data = parser.instantiate(parser.parse_object(settings)).data
+    data = parser.instantiate(parser.parse_object({"data": settings["data"]})).data
     data.prepare_data()
     data.setup("test")
+    return data
+
+
+def held_out(config: str, count: int) -> tuple[Tensor, Tensor]:
+    """Images and labels of the config's validation set, with which digits train too."""
+    data = data_of(yaml.safe_load(Path(config).read_text()))
     if count > len(data.val_set):
         raise ValueError(f"images must be at most {len(data.val_set)}, got {count}: {config}")
     indices = torch.arange(count)

@@ -1,0 +1,303 @@
+"""Every claim of the report measured on one data set, in one command, and a page that grows.
+
+    make reproduce
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/reproduce.py digits [--seeds 0 1 2] [--jobs 2]
+        [--budget 3h] [--out runs/reproduce-digits] [--publish]
+
+The page is `OUT/claims.md`, with figures beside it, and is written after each stage. Call the
+command again to go on where it was stopped, in whatever way: what is finished is kept as a small
+JSON in `OUT/results`, training goes on from its last checkpoint, sweeps keep their cells. Once all
+is done, another call gives the same page, byte for byte. `--budget` begins no stage after that
+time; `--publish` copies the page and its figures to `docs/results`.
+
+Seeds are those of training and of sampling. Stages of all seeds run as separate processes, `JOBS`
+at a time, each with one thread, seed by seed: the first seed's page is complete after a third of
+the time. CPU seconds of each stage are in `OUT/times.csv`.
+
+Time plan for digits, in CPU minutes of a seed (0.32 ms for an image and step; 1,797 images):
+
+    eps teacher, 6,000 updates                6   claims 1 to 4, 8, 10
+    teacher of the students, 6,000            6   claims 5 to 7, 10
+    ladder 64 -> 1, 4,000 of 128             13   claims 6, 7, 10
+    pairs, student of one step, 5,800        13   claims 6, 10: as many passes as the ladder
+    three Gamma teachers, a Gaussian, 3,000  12   claim 9: half the length, among themselves
+    their ladders 8 -> 1, 1,500              12   claim 9
+    five etas at 10, 20, 50, 100 steps        9   claims 1, 8
+    DDIM and DDPM at all 1000 levels         19   claims 1, 2
+    Table 1 and adaptive levels               4   claim 4
+    students and teacher                      4   claims 6, 7
+    samplers of Gamma noise                   5   claim 9
+    all else                                 12
+
+That is 115, and for three seeds on two cores about three hours, where nothing else runs; on a busy
+machine an update has been seen to cost half as much again.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from claim_page import write_page
+from claim_stages import Command, Maker, Stage
+from measuring import ROOT, machine
+from studies import STUDIES, Study
+
+from ddim_pl.evaluation.tables import write_csv, write_text
+from ddim_pl.files import replacing
+
+UNITS = {"s": 1, "m": 60, "h": 3600}
+Results = dict[str, dict[str, Any]]
+
+
+class Runner:
+    """Runs stages as processes and keeps what they found.
+
+    Args:
+        out: Folder of all.
+        jobs: Stages at a time.
+        lock: A file that no two calls hold; the processes of a killed one hold it to their end.
+    """
+
+    def __init__(self, out: Path, jobs: int, lock: int | None = None) -> None:
+        self.out, self.jobs, self.lock = out, jobs, lock
+        self.children: set[subprocess.Popen[bytes]] = set()
+        self.stopped = threading.Event()
+
+    def file(self, stage: Stage) -> Path:
+        """Of a stage's result."""
+        return self.out / "results" / f"{stage.name}.json"
+
+    def results(self, stages: Sequence[Stage]) -> Results:
+        """What is finished, by stage.
+
+        Raises:
+            ValueError: If a result is that of other commands.
+        """
+        found: Results = {}
+        for stage in stages:
+            if not self.file(stage).is_file():
+                continue
+            content = json.loads(self.file(stage).read_text())
+            if content["commands"] != [list(each) for each in stage.commands]:
+                raise ValueError(
+                    f"out must hold results of the same study, got {self.file(stage)} of other "
+                    "commands: give another folder, or remove this one"
+                )
+            found[stage.name] = content
+        return found
+
+    def run(
+        self, stages: Sequence[Stage], deadline: float, after: Callable[[Results, list[str]], None]
+    ) -> None:
+        """Run what is missing, in the order given.
+
+        Args:
+            stages: None begins before those that it needs.
+            deadline: None begins after it, in seconds of `time.monotonic`.
+            after: Called after each stage with all that is finished, and the names of the stages
+                that failed.
+        """
+        done, failed = self.results(stages), list[str]()
+        running: dict[Future[dict[str, Any]], Stage] = {}
+        with ThreadPoolExecutor(self.jobs) as pool, self._ending_children():
+            while True:
+                busy = {stage.name for stage in running.values()} | done.keys() | {*failed}
+                ready = [s for s in stages if s.name not in busy and done.keys() >= {*s.needs}]
+                for stage in ready[: self.jobs - len(running)]:
+                    if time.monotonic() < deadline:
+                        print(f"{stage.name} ...", flush=True)
+                        running[pool.submit(self.one, stage)] = stage
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    stage = running.pop(future)
+                    try:
+                        done[stage.name] = future.result()
+                    except (subprocess.CalledProcessError, OSError, LookupError) as error:
+                        failed.append(stage.name)
+                        print(f"{stage.name} failed ({error}): see {self.log(stage)}", flush=True)
+                    after(done, failed)
+
+    def one(self, stage: Stage) -> dict[str, Any]:
+        """Run a stage and keep its result."""
+        seconds = sum(self.call(command, stage) for command in stage.prepare())
+        content = {"commands": [list(each) for each in stage.commands]}
+        content |= {"found": stage.collect(), "cpu_seconds": round(seconds, 1)}
+        write_text(self.file(stage), json.dumps(content, indent=1))
+        return content
+
+    def call(self, command: Command, stage: Stage) -> float:
+        """Run a command; its CPU seconds."""
+        self.log(stage).parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        with self.log(stage).open("ab") as log:
+            child = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                pass_fds=() if self.lock is None else (self.lock,),
+            )
+            self.children.add(child)
+            if self.stopped.is_set():
+                child.terminate()
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            self.children.discard(child)
+        if child.returncode:
+            raise subprocess.CalledProcessError(child.returncode, command[:2])
+        return usage.ru_utime + usage.ru_stime
+
+    def log(self, stage: Stage) -> Path:
+        """What a stage printed."""
+        return self.out / "logs" / f"{stage.name}.log"
+
+    @contextmanager
+    def _ending_children(self) -> Iterator[None]:
+        """End the processes if this one is stopped."""
+        try:
+            yield
+        except BaseException:
+            self.stopped.set()
+            for child in list(self.children):
+                child.terminate()
+            raise
+
+
+def reproduce(study: Study, seeds: Sequence[int], runner: Runner, budget: float) -> int:
+    """Run all stages and write the page; the exit status, 1 if a stage failed."""
+    stages = [stage for seed in seeds for stage in Maker(study, seed, runner.out).all()]
+    deadline = time.monotonic() + budget
+    conditions = kept_conditions(runner.out)
+    done, failed = runner.results(stages), list[str]()
+
+    def after(now: Results, broken: list[str]) -> None:
+        done.update(now)
+        failed[:] = broken
+        write(study, seeds, stages, done, runner.out, conditions)
+
+    after(done, [])
+    runner.run(stages, deadline, after)
+    left = len(stages) - len(done)
+    if left and not failed:
+        print(f"The budget is over, {left} stages are left: call the same command to go on")
+    if failed:
+        print(f"{len(failed)} stages failed, {left} are left: {', '.join(failed)}")
+    print(f"The page is {runner.out / 'claims.md'}")
+    return int(bool(failed))
+
+
+def kept_conditions(out: Path) -> dict[str, Any]:
+    """What the numbers depend on, as it was when the first stage began."""
+    file = out / "conditions.json"
+    if not file.is_file():
+        found = machine("cpu", 1)
+        wanted = ("processor", "threads", "python", "torch", "lightning")
+        write_text(file, json.dumps({name: found[name] for name in wanted}, indent=1))
+    return json.loads(file.read_text())
+
+
+def write(
+    study: Study,
+    seeds: Sequence[int],
+    stages: Sequence[Stage],
+    done: Results,
+    out: Path,
+    conditions: dict[str, Any],
+) -> None:
+    """Write the page and the times."""
+    write_page(study, seeds, stages, {k: v["found"] for k, v in done.items()}, out, conditions)
+    times = [
+        {"stage": stage.name, "CPU seconds": done[stage.name]["cpu_seconds"]}
+        for stage in stages
+        if stage.name in done
+    ]
+    if times:
+        write_csv(out / "times.csv", times)
+
+
+def publish(out: Path, name: str, place: Path) -> None:
+    """Copy the page and its figures to the folder `place`, as `NAME.md` and `NAME/`."""
+    shutil.rmtree(place / name, ignore_errors=True)
+    shutil.copytree(out / "figures", place / name)
+    page = (out / "claims.md").read_text()
+    with replacing(place / f"{name}.md") as part:
+        part.write_text(page.replace("](figures/", f"]({name}/"))
+
+
+def seconds_of(text: str) -> float:
+    """Seconds of a time such as 3h, 90m or 45s."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if not found:
+        raise argparse.ArgumentTypeError(
+            f"budget must be a number with s, m or h, got {text!r}: 3h, for example"
+        )
+    return float(found[1]) * UNITS[found[2]]
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[int]:
+    """Hold the folder's lock, which the processes of a killed call keep until they end.
+
+    Raises:
+        ValueError: If another call works there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"out must be a folder in which no other call works, got {out}: wait until it, or "
+                "what a killed call left running, has ended"
+            ) from None
+        yield file.fileno()
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """The command line; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", nargs="?", default="digits", choices=STUDIES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="stages at a time")
+    parser.add_argument("--budget", type=seconds_of, default=float("inf"), help="such as 3h")
+    parser.add_argument("--out", type=Path, help="folder of all, by default runs/reproduce-DATA")
+    parser.add_argument("--publish", action="store_true", help="copy the page to docs/results")
+    options = parser.parse_args(given)
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    if min(options.seeds) < 0 or len({*options.seeds}) < len(options.seeds):
+        parser.error(f"--seeds must be distinct and at least 0, got {options.seeds}")
+    os.chdir(ROOT)
+    out = options.out or Path("runs", f"reproduce-{options.data}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with alone(out) as lock:
+            runner = Runner(out, options.jobs, lock)
+            status = reproduce(STUDIES[options.data], options.seeds, runner, options.budget)
+            if options.publish:
+                publish(out, "claims", ROOT / "docs" / "results")
+    except ValueError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("stopped: call the same command to go on")
+        return 130
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

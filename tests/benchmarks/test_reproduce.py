@@ -1,0 +1,266 @@
+"""Stages run after those they need, once, and go on after a kill; the page stays the same."""
+
+import argparse
+import contextlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import Future
+from pathlib import Path
+
+import claim_measures
+import pytest
+import reproduce
+from claim_stages import Stage
+from measuring import ROOT
+from reproduce import Runner, alone, publish, seconds_of
+
+from benchmarks.tiny_study import TINY
+from ddim_pl.cli import main
+
+APPEND = (
+    "import sys, pathlib; file = pathlib.Path(sys.argv[1]); file.parent.mkdir(exist_ok=True);"
+    "open(file, 'a').write(sys.argv[2])"
+)
+
+
+def writes(out, name, text, needs=(), goes_on=False, code=APPEND):
+    """A stage that appends a text to a file, and finds what is there."""
+    folder = out / "work" / name
+    command = ("-c", code, str(folder / "file"), text)
+    read = (folder / "file").read_text
+    return Stage(name, (command,), read, tuple(needs), folder, goes_on)
+
+
+def run(out, stages, jobs=1, deadline=float("inf")):
+    """What is found, what failed, and the order in which stages ended."""
+    order, last = [], ({}, [])
+
+    def after(done, failed):
+        nonlocal last
+        last = dict(done), list(failed)
+        order.extend(name for name in [*done, *failed] if name not in order)
+
+    Runner(out, jobs).run(stages, deadline, after)
+    return {name: each["found"] for name, each in last[0].items()}, last[1], order
+
+
+def test_stages_run_after_those_they_need_and_once(tmp_path):
+    stages = [writes(tmp_path, "b", "b", ["a"]), writes(tmp_path, "a", "a")]
+    found, failed, order = run(tmp_path, stages)
+    assert (found, failed, order) == ({"a": "a", "b": "b"}, [], ["a", "b"])
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
+    assert run(tmp_path, stages) == ({}, [], [])  # nothing was called, nothing ended
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert {n: r["found"] for n, r in Runner(tmp_path, 1).results(stages).items()} == found
+
+
+def test_two_stages_run_at_a_time(tmp_path):
+    """Each waits for what the other writes, and would not end alone."""
+    wait = (
+        "import sys, time, pathlib\n"
+        "pathlib.Path(sys.argv[1]).parent.mkdir(exist_ok=True)\n"
+        "pathlib.Path(sys.argv[1]).write_text('here')\n"
+        "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.01)"
+    )
+    pair = [tmp_path / "work" / name / "file" for name in ("a", "b")]
+    stages = [
+        writes(tmp_path, name, str(other), code=wait)
+        for name, other in zip("ab", reversed(pair), strict=True)
+    ]
+    assert run(tmp_path, stages, jobs=2)[0] == {"a": "here", "b": "here"}
+
+
+@pytest.mark.parametrize(("goes_on", "left"), [(True, "partwhole"), (False, "whole")])
+def test_a_killed_stage_begins_anew_or_goes_on(tmp_path, goes_on, left):
+    """A sweep finds its cells again; what cannot use them does not."""
+    kill = f"{APPEND}; import os; os.kill(os.getpid(), 9)"
+    other = writes(tmp_path, "other", "fine")
+    killed = writes(tmp_path, "a", "part", goes_on=goes_on, code=kill)
+    after = writes(tmp_path, "b", "b", ["a"])
+    found, failed, _ = run(tmp_path, [killed, after, other])
+    assert found == {"other": "fine"}  # the others go on, those after it do not begin
+    assert failed == ["a"]
+    again = writes(tmp_path, "a", "whole", goes_on=goes_on)
+    found, failed, order = run(tmp_path, [again, after, other])
+    assert found["a"] == left
+    assert (failed, order) == ([], ["other", "a", "b"])
+
+
+def test_a_fit_goes_on_from_its_last_checkpoint(tmp_path):
+    run = tmp_path / "version_0"
+    last = run / "checkpoints" / "last.ckpt"
+    stage = Stage("a", (("main.py", "fit"),), dict, (), run, goes_on=True, run=run)
+    begin = (("main.py", "fit", "--trainer.logger.init_args.version=0"),)
+    assert stage.prepare() == begin
+    run.mkdir()
+    (run / "config.yaml").touch()  # of a fit that was killed before its first checkpoint
+    assert stage.prepare() == begin
+    assert not run.exists()
+    last.parent.mkdir(parents=True)
+    last.touch()
+    assert stage.prepare() == (("main.py", "fit", f"--ckpt_path={last}"),)
+    assert last.exists()
+
+
+def test_no_stage_begins_after_the_budget(tmp_path):
+    stages = [writes(tmp_path, "a", "a")]
+    assert run(tmp_path, stages, deadline=time.monotonic()) == ({}, [], [])
+    assert not (tmp_path / "work").exists()
+    assert run(tmp_path, stages)[0] == {"a": "a"}
+
+
+def test_results_of_other_commands_are_refused(tmp_path):
+    run(tmp_path, [writes(tmp_path, "a", "a")])
+    with pytest.raises(ValueError, match=r"a\.json of other commands: give another folder"):
+        run(tmp_path, [writes(tmp_path, "a", "another")])
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("45s", 45), ("90m", 5400), ("1.5h", 5400)])
+def test_a_budget_is_read(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["3", "h", "3 h", "-1h", "3d"])
+def test_a_budget_without_a_unit_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="budget must be a number with s, m or h"):
+        seconds_of(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--seeds", "1", "1"], "distinct"), (["--jobs", "0"], "at least 1"), (["mnist"], "digits")],
+)
+def test_wrong_arguments_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+SLEEPS = """
+import os, sys
+from pathlib import Path
+import reproduce
+from claim_stages import Stage
+folder = Path(sys.argv[1])
+code = (
+    "import os, sys, time; os.makedirs(os.path.dirname(sys.argv[1]));"
+    "open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
+)
+stage = Stage("a", (("-c", code, str(folder / "work" / "pid")),), dict, (), folder / "work")
+def wait(study, seeds, runner, budget):
+    runner.run([stage], float("inf"), print)
+reproduce.reproduce = wait
+sys.exit(reproduce.main(["--out", str(folder)]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_call_ends_its_processes_and_a_killed_one_leaves_them_the_lock(tmp_path, number):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    call = subprocess.Popen(
+        [sys.executable, "-c", SLEEPS, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths}
+    )
+    pid = tmp_path / "work" / "pid"
+    while not (pid.exists() and pid.read_text()):
+        assert call.poll() is None
+        time.sleep(0.05)
+    call.send_signal(number)
+    assert call.wait() == (130 if number == signal.SIGTERM else -9)
+    child = int(pid.read_text())
+    if number == signal.SIGKILL:
+        with pytest.raises(ValueError, match="no other call works"), alone(tmp_path):
+            pass
+        os.kill(child, signal.SIGKILL)
+    while Path(f"/proc/{child}/stat").exists() and " Z " not in _stat(child):
+        time.sleep(0.01)
+    with alone(tmp_path):
+        pass
+
+
+def _stat(process):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text()
+    return " Z "
+
+
+def test_a_page_is_published_with_its_figures(tmp_path):
+    (tmp_path / "out" / "figures").mkdir(parents=True)
+    (tmp_path / "out" / "figures" / "a.png").write_bytes(b"new")
+    (tmp_path / "out" / "claims.md").write_text("![A](figures/a.png)\n")
+    (tmp_path / "docs" / "claims").mkdir(parents=True)
+    (tmp_path / "docs" / "claims" / "old.png").touch()
+    publish(tmp_path / "out", "claims", tmp_path / "docs")
+    assert (tmp_path / "docs" / "claims.md").read_text() == "![A](claims/a.png)\n"
+    assert [file.name for file in (tmp_path / "docs" / "claims").iterdir()] == ["a.png"]
+
+
+class Here:
+    """An executor whose work is done when it is submitted, in the main thread."""
+
+    def __init__(self, jobs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+class RunnerHere(Runner):
+    """Runs commands in this process, which has everything imported, but for those of one stage."""
+
+    def call(self, command, stage):
+        if stage.name.startswith("eps"):
+            return super().call(command, stage)
+        begin = time.process_time()
+        sys.argv = [*command]
+        if command[0] == "main.py":
+            main([*command[1:]])
+        elif command[0].endswith("claim_measures.py"):
+            claim_measures.main()
+        else:
+            runpy.run_path(command[0], run_name="__main__")
+        return time.process_time() - begin
+
+
+@pytest.mark.slow
+def test_all_claims_are_measured_and_a_second_call_gives_the_same_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(reproduce, "ThreadPoolExecutor", Here)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr("ddim_pl.commands.sweep.SEARCH_IMAGES", 4)
+    monkeypatch.setattr("claim_measures.LEAST_SECONDS", 0.0)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert reproduce.reproduce(TINY, [1], RunnerHere(tmp_path, 1), float("inf")) == 0
+    page = (tmp_path / "claims.md").read_text()
+    assert "not measured yet" not in page
+    assert page.count("<details>") == 10
+    figures = {file: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
+    assert len(figures) == 16
+    times = (tmp_path / "times.csv").read_text()
+    assert reproduce.reproduce(TINY, [1], Runner(tmp_path, 2), float("inf")) == 0
+    assert (tmp_path / "claims.md").read_text() == page
+    assert {file: file.read_bytes() for file in (tmp_path / "figures").iterdir()} == figures
+    assert (tmp_path / "times.csv").read_text() == times
+    lost = next((tmp_path / "results").glob("cost-1.json"))
+    kept = json.loads(lost.read_text())
+    lost.unlink()
+    assert reproduce.reproduce(TINY, [1], Runner(tmp_path, 2), 0.0) == 0  # no time for it
+    assert "| 10 | Cost | not measured yet |" in (tmp_path / "claims.md").read_text()
+    lost.write_text(json.dumps(kept))
+    assert reproduce.reproduce(TINY, [1], Runner(tmp_path, 2), 0.0) == 0
+    assert (tmp_path / "claims.md").read_text() == page
