@@ -48,9 +48,10 @@ faults: $(INSTALLED)
 
 # Every claim of the report, measured: about three hours for digits on two cores; it can be stopped and called again.
 # Options: make reproduce BUDGET=3h MORE='--seeds 0 --publish'
+# On photographs, in as many calls as it takes: make reproduce DATA=cifar10 ROOT=folder BUDGET=3h
 DATA ?= digits
 reproduce: $(INSTALLED)
-	$(BIN)/python benchmarks/reproduce.py $(DATA) $(if $(BUDGET),--budget $(BUDGET)) $(MORE)
+	$(BIN)/python benchmarks/reproduce.py $(DATA) $(if $(ROOT),--root $(ROOT)) $(if $(BUDGET),--budget $(BUDGET)) $(MORE)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,6 +1,7 @@
 """Every claim of the report measured on one data set, in one command, and a page that grows.
 
     make reproduce
+    make reproduce DATA=cifar10 ROOT=folder BUDGET=3h
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/reproduce.py digits [--seeds 0 1 2] [--jobs 2]
         [--budget 3h] [--out runs/reproduce-digits] [--publish]
 
@@ -36,6 +37,7 @@ machine an update has been seen to cost half as much again.
 import argparse
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -44,7 +46,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,13 +55,18 @@ from typing import Any
 from claim_page import write_page
 from claim_stages import Command, Maker, Stage
 from measuring import ROOT, machine
-from studies import STUDIES, Study
+from studies import DIGITS, IMAGES_OF_AN_EPOCH, STUDIES, Study, cifar10
 
 from ddim_pl.evaluation.tables import write_csv, write_text
 from ddim_pl.files import replacing
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
+TERMINATED = (128 + signal.SIGTERM, -signal.SIGTERM)
 Results = dict[str, dict[str, Any]]
+
+
+class Unfinished(Exception):
+    """A fit was stopped, and has saved."""
 
 
 class Runner:
@@ -73,7 +80,8 @@ class Runner:
 
     def __init__(self, out: Path, jobs: int, lock: int | None = None) -> None:
         self.out, self.jobs, self.lock = out, jobs, lock
-        self.children: set[subprocess.Popen[bytes]] = set()
+        self.children: dict[subprocess.Popen[bytes], Stage] = {}
+        self.told: set[subprocess.Popen[bytes]] = set()
         self.stopped = threading.Event()
 
     def file(self, stage: Stage) -> Path:
@@ -106,7 +114,8 @@ class Runner:
 
         Args:
             stages: None begins before those that it needs.
-            deadline: None begins after it, in seconds of `time.monotonic`.
+            deadline: None begins after it, in seconds of `time.monotonic`, and fits are stopped
+                then: the next call goes on with them.
             after: Called after each stage with all that is finished, and the names of the stages
                 that failed.
         """
@@ -122,14 +131,34 @@ class Runner:
                         running[pool.submit(self.one, stage)] = stage
                 if not running:
                     return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                ended = self._wait(running, deadline)
+                for future in ended:
                     stage = running.pop(future)
                     try:
                         done[stage.name] = future.result()
+                    except Unfinished:
+                        print(
+                            f"{stage.name} is stopped: the next call goes on with it", flush=True
+                        )
+                        continue
                     except (subprocess.CalledProcessError, OSError, LookupError) as error:
                         failed.append(stage.name)
                         print(f"{stage.name} failed ({error}): see {self.log(stage)}", flush=True)
                     after(done, failed)
+
+    def _wait(
+        self, running: Mapping[Future[dict[str, Any]], Stage], deadline: float
+    ) -> set[Future[dict[str, Any]]]:
+        """Stages that have ended; after the deadline fits are told to save and end."""
+        left = max(0.0, deadline - time.monotonic())
+        ended = wait(running, left if math.isfinite(left) else None, FIRST_COMPLETED).done
+        if ended:
+            return ended
+        for child, stage in list(self.children.items()):
+            if stage.run is not None and child not in self.told:
+                self.told.add(child)  # a second signal would not let it save
+                child.terminate()
+        return wait(running, return_when=FIRST_COMPLETED).done
 
     def one(self, stage: Stage) -> dict[str, Any]:
         """Run a stage and keep its result."""
@@ -152,12 +181,14 @@ class Runner:
                 stderr=log,
                 pass_fds=() if self.lock is None else (self.lock,),
             )
-            self.children.add(child)
+            self.children[child] = stage
             if self.stopped.is_set():
                 child.terminate()
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
-            self.children.discard(child)
+            del self.children[child]
+        if stage.run is not None and child.returncode in TERMINATED:
+            raise Unfinished
         if child.returncode:
             raise subprocess.CalledProcessError(child.returncode, command[:2])
         return usage.ru_utime + usage.ru_stime
@@ -268,11 +299,32 @@ def alone(out: Path) -> Iterator[int]:
         yield file.fileno()
 
 
+def study_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Study:
+    """The study that the options describe."""
+    own = {"--root": options.root, "--images": options.images}
+    if options.data == "digits":
+        for name, value in own.items():
+            if value is not None:
+                parser.error(f"{name} must be left out for digits, got {value}: it is of cifar10")
+        return DIGITS
+    if options.root is None or not Path(options.root).is_dir():
+        parser.error(
+            f"--root must be the folder of CIFAR-10's training images, got {options.root}: with a "
+            "subfolder for each class"
+        )
+    images = 1_000_000 if options.images is None else options.images
+    if images < IMAGES_OF_AN_EPOCH:
+        parser.error(f"--images must be at least {IMAGES_OF_AN_EPOCH}, an epoch, got {images}")
+    return cifar10(str(Path(options.root).resolve()), images)
+
+
 def main(given: Sequence[str] | None = None) -> int:
     """The command line; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", nargs="?", default="digits", choices=STUDIES)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--root", help="folder of CIFAR-10's training images, by classes")
+    parser.add_argument("--images", type=int, help="of a long fit on CIFAR-10 (default 1000000)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="by default 0 1 2, on CIFAR-10 0")
     parser.add_argument("--jobs", type=int, default=2, help="stages at a time")
     parser.add_argument("--budget", type=seconds_of, default=float("inf"), help="such as 3h")
     parser.add_argument("--out", type=Path, help="folder of all, by default runs/reproduce-DATA")
@@ -280,17 +332,20 @@ def main(given: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    if min(options.seeds) < 0 or len({*options.seeds}) < len(options.seeds):
-        parser.error(f"--seeds must be distinct and at least 0, got {options.seeds}")
+    study = study_of(parser, options)
+    seeds = options.seeds or list(study.seeds)
+    if min(seeds) < 0 or len({*seeds}) < len(seeds):
+        parser.error(f"--seeds must be distinct and at least 0, got {seeds}")
     os.chdir(ROOT)
     out = options.out or Path("runs", f"reproduce-{options.data}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with alone(out) as lock:
             runner = Runner(out, options.jobs, lock)
-            status = reproduce(STUDIES[options.data], options.seeds, runner, options.budget)
+            status = reproduce(study, seeds, runner, options.budget)
             if options.publish:
-                publish(out, "claims", ROOT / "docs" / "results")
+                name = "claims" if study.name == "digits" else f"claims-{study.name}"
+                publish(out, name, ROOT / "docs" / "results")
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -41,6 +41,7 @@ class Study:
         passes: Network passes of an image in the training of "ladder" and "luhman", a backward
             pass counted as two.
         num_samples: Images of a measurement.
+        seeds: By default.
         num_shown: Of these, images on a page.
         batch_size: Images at once.
         steps: Numbers of steps of the quadratic levels, the last one that of Table 1.
@@ -73,6 +74,7 @@ class Study:
     extractor: str
     passes: Mapping[str, int]
     num_samples: int
+    seeds: tuple[int, ...] = (0, 1, 2)
     batch_size: int = 600
     num_shown: int = 10
     steps: tuple[int, ...] = (10, 20, 50, 100)
@@ -156,4 +158,71 @@ DIGITS = Study(
         "See `docs/gamma.md`; DDIM's own step and the quantile step have no such condition.",
     },
 )
-STUDIES = {"digits": DIGITS}
+
+# ---- CIFAR-10 ---------------------------------------------------------------------------------
+
+IMAGES_OF_AN_EPOCH = 64_000
+"""In the `quick*.yaml` of configs/cifar10."""
+
+
+def cifar10(root: str, images: int) -> Study:
+    """CIFAR-10 by the small networks of configs/cifar10/quick*.yaml.
+
+    Args:
+        root: Folder of the training images, a subfolder for each class.
+        images: That each of the two long fits sees; those of claim 9 see a quarter.
+    """
+    folder = ("--data=ImageFolderDataModule", f"--data.root={root}", "--data.image_size=32")
+    of_pairs = tuple(option.replace("--data", "--data.images") for option in folder)
+    long = (*folder, f"--trainer.max_epochs={max(1, images // IMAGES_OF_AN_EPOCH)}")
+    short = (*folder, f"--trainer.max_epochs={max(1, images // 4 // IMAGES_OF_AN_EPOCH)}")
+    teacher, ladder = ("configs/cifar10/quick.yaml", "configs/cifar10/quick_progressive.yaml")
+    few = (*folder, "--model.init_args.rounds=[[8,250],[4,250],[2,500],[1,500]]")
+    gamma = ("--model.noise=ddim_pl.noise.GammaNoise", "--model.sampler=null")
+    # As many network passes as the ladder: 7,332 updates.
+    pairs = (*of_pairs, "--data.init_args.steps_per_epoch=611", "--trainer.max_epochs=12")
+    return Study(
+        name="cifar10",
+        seeds=(0,),
+        fits={
+            "eps": Fit("configs/cifar10/quick_ddpm.yaml", long),
+            "teacher": Fit(teacher, long),
+            "ladder": Fit(ladder, folder, teacher="teacher"),
+            "luhman": Fit("configs/cifar10/quick_luhman.yaml", pairs, "teacher", pairs=True),
+            "short": Fit(teacher, short),
+            **{
+                f"gamma-{theta}": Fit(teacher, (*short, *gamma, f"--model.noise.theta_0={theta}"))
+                for theta in (0.001, 0.01, 0.1)
+            },
+            "short-ladder": Fit(ladder, few, teacher="short"),
+            "gamma-ladder": Fit(ladder, few, teacher="gamma-0.1"),
+        },
+        features="ddim_pl.metrics.cifar.CIFARFeatures",
+        extractor="cifar",
+        passes={"ladder": 6000 * 64 * 5, "luhman": 7332 * 64 * 3 + 32_000 * 16},
+        num_samples=1000,
+        batch_size=250,
+        num_latents=100,
+        num_reconstructed=32,
+        teacher_steps=(64, 32, 16, 8, 4, 2, 1),
+        pair_steps=16,
+        deq_batch=4,
+        invert_steps={10: 60.0, 100: 300.0},
+        num_inverted=4,
+        cost_images=4,
+        # [DDIM], table 2, errors of each dimension scaled to [0, 1].
+        published={
+            3: {
+                10: 0.014,
+                20: 0.0065,
+                50: 0.0023,
+                100: 0.0009,
+                200: 0.0004,
+                500: 0.0001,
+                1000: 0.0001,
+            }
+        },
+    )
+
+
+STUDIES = ("digits", "cifar10")

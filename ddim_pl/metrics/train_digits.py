@@ -27,11 +27,11 @@ NOISE = 0.04
 LABEL_SMOOTHING = 0.05
 
 
-def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return images (B, C, H, W), each shifted by up to one pixel along both axes; zeros enter."""
+def shifted(images: Tensor, generator: torch.Generator, by: int = 1) -> Tensor:
+    """Return images (B, C, H, W), each shifted by up to `by` pixels both ways; zeros enter."""
     batch, _, height, width = images.shape
-    dy, dx = torch.randint(0, 3, (2, batch, 1), generator=generator)
-    padded = F.pad(images, (1, 1, 1, 1))
+    dy, dx = torch.randint(0, 2 * by + 1, (2, batch, 1), generator=generator)
+    padded = F.pad(images, (by, by, by, by))
     rows = torch.arange(height) + dy
     columns = torch.arange(width) + dx
     return padded[

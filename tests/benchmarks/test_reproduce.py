@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import Future
@@ -16,9 +17,11 @@ from pathlib import Path
 import claim_measures
 import pytest
 import reproduce
-from claim_stages import Stage
+import yaml
+from claim_stages import Maker, Stage
 from measuring import ROOT
 from reproduce import Runner, alone, publish, seconds_of
+from studies import cifar10
 
 from benchmarks.tiny_study import TINY
 from ddim_pl.cli import main
@@ -113,6 +116,79 @@ def test_no_stage_begins_after_the_budget(tmp_path):
     assert run(tmp_path, stages, deadline=time.monotonic()) == ({}, [], [])
     assert not (tmp_path / "work").exists()
     assert run(tmp_path, stages)[0] == {"a": "a"}
+
+
+SAVES = """
+import signal, sys, time, pathlib
+last = pathlib.Path(sys.argv[1], "checkpoints", "last.ckpt")
+def save(*_):
+    last.touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+last.parent.mkdir(parents=True, exist_ok=True)
+last.with_name("begun").touch()
+time.sleep(0 if f"--ckpt_path={last}" in sys.argv else 60)
+"""
+
+
+def test_a_fit_is_stopped_at_the_deadline_and_gone_on_with(tmp_path):
+    folder = tmp_path / "runs" / "fit"
+    command = ("-c", SAVES, str(folder))
+    fit = Stage("fit", (command,), dict, (), folder, goes_on=True, run=folder)
+    other = writes(tmp_path, "after", "a", ["fit"])
+    runner, ended = Runner(tmp_path, 1), []
+    thread = threading.Thread(
+        target=runner.run,
+        args=([fit, other], time.monotonic() + 3, lambda done, failed: ended.append(failed)),
+    )
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert ended == []  # neither done nor failed
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+    found, failed, order = run(tmp_path, [fit, other])
+    assert (found, failed, order) == ({"fit": {}, "after": "a"}, [], ["fit", "after"])
+
+
+def test_the_study_of_cifar10_is_of_a_folder(tmp_path, capsys, monkeypatch):
+    kept = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda *given: kept.append(given) or 0)
+    monkeypatch.chdir(tmp_path)
+    given = ["cifar10", "--root", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert reproduce.main([*given, "--images", "128000"]) == 0
+    study, seeds, *_ = kept[0]
+    assert (study.name, seeds) == ("cifar10", [0])
+    assert "--trainer.max_epochs=2" in study.fits["teacher"].options
+    assert f"--data.root={tmp_path}" in study.fits["ladder"].options
+    for wrong, message in (
+        (["cifar10"], "--root must be the folder"),
+        (["cifar10", "--root", "nowhere"], "got nowhere"),
+        ([*given, "--images", "9"], "at least 64000"),
+        (["digits", "--root", str(tmp_path)], "--root must be left out for digits"),
+    ):
+        with pytest.raises(SystemExit):
+            reproduce.main(wrong)
+        assert message in capsys.readouterr().err
+
+
+def test_every_fit_on_cifar10_can_be_made(tmp_path, capsys):
+    for number in range(10):
+        (tmp_path / "images" / str(number)).mkdir(parents=True)
+    study = cifar10(str(tmp_path / "images"), 1_000_000)
+    for name, fit in study.fits.items():
+        (command,) = Maker(study, 0, tmp_path).fit(name, fit).commands
+        with pytest.raises(SystemExit) as stop:
+            main([*command[1:], "--print_config"])
+        captured = capsys.readouterr()
+        assert not stop.value.code, (name, captured.err)
+        shown = yaml.safe_load(captured.out)
+        data = shown["data"]["init_args"]
+        data = data["images"]["init_args"] if fit.pairs else data
+        assert data["root"] == str(tmp_path / "images"), name
+        noise = shown["model"]["init_args"].get("noise") or {}
+        assert (noise.get("init_args") or {}).get("theta_0") == (
+            float(name.removeprefix("gamma-")) if name.startswith("gamma-0") else None
+        )
 
 
 def test_results_of_other_commands_are_refused(tmp_path):
