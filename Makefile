@@ -46,7 +46,7 @@ faults: export OMP_NUM_THREADS ?= 1
 faults: $(INSTALLED)
 	$(BIN)/python benchmarks/faults.py
 
-# Every claim of the report, measured: about three hours for digits on two cores; it can be stopped and called again.
+# Every claim of the report, measured: by count three hours for digits on two cores; it can be stopped and called again.
 # Options: make reproduce BUDGET=3h MORE='--seeds 0 --publish'
 # On photographs, in as many calls as it takes: make reproduce DATA=cifar10 ROOT=folder BUDGET=3h
 DATA ?= digits

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from studies import Study
 
+from ddim_pl.evaluation.plots import logarithmic_x, logarithmic_y
 from ddim_pl.evaluation.tables import markdown, write_text
 from ddim_pl.files import replacing
 
@@ -175,15 +176,13 @@ def curves(axes: Axes, panel: Panel) -> None:
             x, means, yerr=[low, spreads], marker=marker, markersize=4, capsize=2, label=name
         )
     if "x" in panel.log:
-        axes.set_xscale("log")
-        ticks = sorted({each for points in panel.lines.values() for each in points})
-        if len(ticks) < 12:
-            axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks], fontsize=8)
-            axes.set_xticks([], minor=True)
+        logarithmic_x(axes, {each for points in panel.lines.values() for each in points})
     if "y" in panel.log:
-        axes.set_yscale("log")
+        axes.margins(y=0.1)
+        logarithmic_y(axes)
     axes.set(xlabel=panel.x, ylabel=panel.y)
-    axes.legend(fontsize=7)
+    # Above, where it hides no point.
+    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
 
 
 def bars(axes: Axes, panel: Panel) -> None:

@@ -102,7 +102,7 @@ def main() -> None:
         parser.error("root must be given for cifar10 and for nothing else: a folder of images")
     print("| compared with all real images | Fréchet distance |\n|---|---|")
     for name, value in cifar10(options.root) if options.root else digits():
-        print(f"| {name} | {value:.3g} |", flush=True)
+        print(f"| {name} | {value:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

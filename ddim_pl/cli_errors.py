@@ -170,6 +170,8 @@ def known_classes(base: type[Any], packages: tuple[str, ...] = OURS) -> list[typ
     ours = [kind for kind in kinds if f"{kind.__module__}.".startswith(places)]
     # The parts of a network explain no arguments, nor do classes that no config names.
     ours = [kind for kind in ours if _explains_arguments(kind) or not _arguments(kind)]
+    if packages == FEATURES:
+        ours = [kind for kind in ours if hasattr(kind, "name")]  # not what an extractor is made of
     home = base.__module__.partition(".")[0]
     others = [kind for kind in kinds if kind.__module__.partition(".")[0] == home]
     return sorted(set(ours or others), key=lambda kind: kind.__name__)

@@ -108,7 +108,10 @@ WRONG = [
     ("sweep --ckpt_path CK --etas []", "etas"),
     ("sweep --ckpt_path CK --metrics []", "metrics"),
     ("sweep --ckpt_path CK --features torch.nn.Identity", "features"),
-    ("sweep --ckpt_path CK --features foo", "DigitsFeatures, InceptionFeatures"),
+    (
+        "sweep --ckpt_path CK --features foo",
+        "known are CIFARFeatures, DigitsFeatures, InceptionFeatures",
+    ),
     ("sweep --ckpt_path CK --name ../../x", "name must"),
     ("compare --ckpt_path CK --students []", "students"),
     ("compare --ckpt_path CK --students [nowhere]", "students"),

@@ -1,7 +1,7 @@
 """Plots and pages of images; every file appears whole or not at all."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,7 @@ def plot_distances(path: Path, rows: Sequence[Row], key: str, series: Sequence[s
     names = ["steps", "network evaluations"]
     if all(row[names[0]] == row[names[1]] for row in rows):
         names.pop()
-    figure = Figure(figsize=(1 + 5.5 * len(names), 5), layout="constrained")
-    values = [max(row[key], 1e-6) for row in rows]
-    labelled = (2, 5) if max(values) > 10 * min(values) else range(2, 10)
+    figure = Figure(figsize=(6 + 3 * len(names), 5), layout="constrained")
     for axes, x in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for name, points in lines.items():
             ordered = sorted(points, key=lambda row: row[x])
@@ -45,13 +43,9 @@ def plot_distances(path: Path, rows: Sequence[Row], key: str, series: Sequence[s
                 markersize=4,
                 label=name,
             )
-        axes.set(xscale="log", yscale="log", xlabel=x, ylabel=key)
-        ticks = _apart(sorted({row[x] for row in rows}))
-        axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
-        axes.set_xticks([], minor=True)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(partial(_of_digits, labelled))
-        axes.tick_params(which="minor", labelsize=7)
+        axes.set(xlabel=x, ylabel=key)
+        logarithmic_x(axes, {row[x] for row in rows})
+        logarithmic_y(axes)
         axes.grid(visible=True, which="both", alpha=0.25)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     _save_figure(figure, path)
@@ -109,15 +103,33 @@ def label_rows(path: Path, names: Sequence[str], images: Sequence[Tensor], side:
         page.save(part, format="png")
 
 
+def logarithmic_x(axes: Any, values: Iterable[float]) -> None:
+    """Make an axis logarithmic, with ticks at those of the values that leave room for a label."""
+    ticks = _apart(sorted(values))
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+
+
+def logarithmic_y(axes: Any) -> None:
+    """Make an axis logarithmic, with labels between powers of ten where there is room."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    labelled = (2, 5) if high > 10 * low else range(2, 10)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(partial(_of_digits, labelled))
+    axes.tick_params(axis="y", which="minor", labelsize=7)
+
+
 def _of_digits(labelled: Sequence[int], value: float, position: int | None = None) -> str:
     """Label of a logarithmic axis' minor tick, if its first digit is one of those `labelled`."""
     first = round(value / 10 ** math.floor(math.log10(value)))
     return f"{value:g}" if first in labelled else ""
 
 
-def _apart(values: Sequence[int]) -> list[int]:
+def _apart(values: Sequence[float]) -> list[float]:
     """Those that are far enough from their neighbours for a logarithmic axis."""
-    kept: list[int] = []
+    kept: list[float] = []
     for value in values:
         if not kept or value > 1.15 * kept[-1]:
             kept.append(value)

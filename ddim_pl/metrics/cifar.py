@@ -7,12 +7,12 @@ compared with an FID of Inception features, and are never called that.
 
 import copy
 from pathlib import Path
-from typing import Self
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
+
+from ddim_pl.metrics.classifier import Classifier, ClassifierFeatures
 
 WEIGHTS = Path(__file__).with_name("cifar.safetensors")
 IMAGE_SHAPE = (3, 32, 32)
@@ -24,7 +24,7 @@ NUM_FEATURES = 96
 HELDOUT_ACCURACY = 0.8928
 
 
-class CIFARClassifier(nn.Module):
+class CIFARClassifier(Classifier):
     """A small residual network for 32x32 photographs.
 
     Args:
@@ -56,10 +56,6 @@ class CIFARClassifier(nn.Module):
         conv = nn.Conv2d(in_width, width, 3, padding=1, bias=not self.norm)
         return nn.Sequential(conv, norm, pool or nn.Identity(), nn.GELU())
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits `(B, 10)` of float images `(B, 3, 32, 32)` in [-1, 1]."""
-        return self.head(self.trunk(images))
-
 
 class Residual(nn.Module):
     """A block, added to its input."""
@@ -78,69 +74,22 @@ def folded(network: CIFARClassifier) -> CIFARClassifier:
     """The network in evaluation mode without batch normalisation: the same function."""
     plain = copy.deepcopy(network).eval()
     for block in plain.modules():
-        if not isinstance(block, nn.Sequential) or not isinstance(block[0], nn.Conv2d):
+        if not isinstance(block, nn.Sequential):
             continue
-        if isinstance(block[1], nn.BatchNorm2d):
-            block[0] = fuse_conv_bn_eval(block[0], block[1])
-            block[1] = nn.Identity()
+        conv, norm = block[0], block[1]
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            block[0], block[1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
     return plain
 
 
-class CIFARFeatures(nn.Module):
-    """Frozen features of photographs: uint8 (B, 3, 32, 32) to float32 (B, `num_features`).
-
-    With `num_features`, it fits torchmetrics' `FrechetInceptionDistance(feature=...)`.
-
-    Args:
-        weights: Safetensors file of the weights; by default the one shipped with this package.
-    """
+class CIFARFeatures(ClassifierFeatures):
+    """Frozen features of photographs: uint8 (B, 3, 32, 32) to float32 (B, 96)."""
 
     name = "cifar"
+    image_shape = IMAGE_SHAPE
+    shipped = WEIGHTS
+    make_classifier = CIFARClassifier
 
     def __init__(self, weights: str | None = None) -> None:
-        super().__init__()
-        self.num_features = NUM_FEATURES
-        # On the meta device the initial weights use no global random state.
-        with torch.device("meta"):
-            self.classifier = CIFARClassifier()
-        state = {name: value.float() for name, value in load_file(weights or WEIGHTS).items()}
-        self.classifier.load_state_dict(state, assign=True)
+        super().__init__(weights)
         self.classifier.to(memory_format=torch.channels_last)
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode, whatever the `mode` of a surrounding module."""
-        return super().train(False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return float32 features (B, `num_features`) of uint8 images (B, 3, 32, 32).
-
-        Raises:
-            ValueError: If the images are not uint8 or not of that shape.
-        """
-        x = self._normalised(images)
-        # The features of a training run in bfloat16 are computed in float32 too.
-        with torch.autocast(images.device.type, enabled=False):
-            return self.classifier.trunk(x).float()
-
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features and class logits (B, 10), float32; errors as in `forward`."""
-        features = self(images)
-        with torch.autocast(images.device.type, enabled=False):
-            logits = self.classifier.head(features.to(self.classifier.head.weight.dtype))
-        return features, logits.float()
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Return class logits (B, 10) of uint8 images (B, 3, 32, 32); errors as in `forward`."""
-        return self.features_and_logits(images)[1]
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8:
-            raise ValueError(f"images must be torch.uint8, 0 to 255, got {images.dtype}")
-        if images.ndim != 4 or tuple(images.shape[1:]) != IMAGE_SHAPE:
-            raise ValueError(
-                f"images must have shape (B, 3, 32, 32), got {tuple(images.shape)}: other sizes "
-                "need another extractor"
-            )
-        return images.to(self.classifier.head.weight.dtype) / 127.5 - 1

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
 from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -83,18 +84,13 @@ class InceptionFeatures(nn.Module):
 def fold(network: nn.Module) -> None:
     """Scale each convolution by the batch normalisation behind it, which then does nothing.
 
-    With running mean m and variance v, gain g and shift b, g (w x - m) / sqrt(v + eps) + b is
-    (s w) x + (b - s m), s = g / sqrt(v + eps): computed in float64 and rounded once.
+    Computed in float64 and rounded once.
 
     Args:
         network: Changed in place; its blocks are torch-fidelity's `BasicConv2d`.
     """
     for block in network.modules():
         if isinstance(block, BasicConv2d):
-            norm, weight = block.bn, block.conv.weight
-            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-            scaled = weight.double() * scale[:, None, None, None]
-            shift = norm.bias.double() - norm.running_mean.double() * scale
-            block.conv.weight = nn.Parameter(scaled.to(weight.dtype), requires_grad=False)
-            block.conv.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
-            block.bn = nn.Identity()
+            dtype = block.conv.weight.dtype
+            folded = fuse_conv_bn_eval(block.conv.double().eval(), block.bn.double().eval())
+            block.conv, block.bn = folded.to(dtype).requires_grad_(False), nn.Identity()

@@ -71,9 +71,8 @@ class UNet(nn.Module):
             residual branch and of the network. "torch" is PyTorch's own, as in the code of [DDIM].
 
         patch_size: Side of the patches of pixels that are one position of the finest level, with
-            their pixels as its channels. 2 has a quarter of the positions, and the blocks of
-            each level as many channels as before: a good part of the quality for a fraction of
-            the time.
+            their pixels as its channels. With 2 every level has a quarter of the positions, and
+            takes a quarter of the operations.
 
     Attributes:
         init_args: The constructor's arguments as plain data, for checkpoints.

@@ -1,20 +1,13 @@
 """Candidates of the search for a small CIFAR-10 teacher."""
 
-import numpy as np
 import pytest
 import quick_search
-from PIL import Image
+from photographs import folder_of_noise
 
 
 @pytest.fixture
 def folder(tmp_path):
-    generator = np.random.default_rng(0)
-    for number in range(10):
-        (tmp_path / f"images/{number}").mkdir(parents=True)
-        for i in range(13):
-            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / f"images/{number}/{i:02d}.png")
-    return str(tmp_path / "images")
+    return folder_of_noise(tmp_path / "images", 13)
 
 
 def test_every_candidate_can_be_built():

@@ -1,10 +1,9 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from photographs import folder_of_noise
 
 from ddim_pl.metrics import train_cifar
 from ddim_pl.metrics.cifar import HELDOUT_ACCURACY, CIFARFeatures
@@ -14,14 +13,7 @@ PHOTOGRAPHS = os.environ.get("DDIM_PL_CIFAR10_FOLDER")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    """Ten classes of 12 images of noise."""
-    generator = np.random.default_rng(0)
-    for number in range(10):
-        (tmp_path / f"images/{number}").mkdir(parents=True)
-        for i in range(12):
-            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / f"images/{number}/{i:02d}.png")
-    return str(tmp_path / "images")
+    return folder_of_noise(tmp_path / "images", 12)
 
 
 def test_every_tenth_image_of_each_class_is_held_out() -> None:
