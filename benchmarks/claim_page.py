@@ -8,6 +8,7 @@ from typing import Any
 
 from claim_rules import Check, Claim, Evidence, Panel, Seeds
 from claim_stages import Stage
+from claim_training import trained
 from claims import CLAIMS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,6 +33,7 @@ def write_page(
     """Write `claims.md` and its figures from what the stages found, by their names."""
     parts, overview = [], []
     before = head(study, seeds, conditions) + models(study, stages, seeds[0])
+    before += training(study, seeds, stages, out)
     for number, claim in CLAIMS.items():
         names = claim.stages(study)
         complete = [seed for seed in seeds if all(f"{name}-{seed}" in found for name in names)]
@@ -145,6 +147,20 @@ def models(study: Study, stages: Sequence[Stage], seed: int) -> str:
         row["claims"] = ", ".join(str(n) for n in before if f"{name}-{seed}" in before[n])
         rows.append(row)
     return f"Models of a seed:\n\n{markdown(rows)}\n"
+
+
+def training(study: Study, seeds: Sequence[int], stages: Sequence[Stage], out: Path) -> str:
+    """How far the fits are."""
+    places = {stage.name: stage.run for stage in stages if stage.run}
+    runs = {name: {seed: places[f"{name}-{seed}"] for seed in seeds} for name in study.fits}
+    rows, panel = trained(study, runs)
+    if not rows:
+        return ""
+    text = "What training saw so far, a backward pass counted as two:\n\n" + markdown(rows)
+    if panel:
+        draw([panel], out / "figures" / "training.png")
+        text += "\n![FD while the models train](figures/training.png)\n"
+    return text + "\n"
 
 
 def quoted(word: str) -> str:

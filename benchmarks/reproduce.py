@@ -140,7 +140,6 @@ class Runner:
                         print(
                             f"{stage.name} is stopped: the next call goes on with it", flush=True
                         )
-                        continue
                     except (subprocess.CalledProcessError, OSError, LookupError) as error:
                         failed.append(stage.name)
                         print(f"{stage.name} failed ({error}): see {self.log(stage)}", flush=True)

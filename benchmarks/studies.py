@@ -19,12 +19,18 @@ class Fit:
         options: What differs from the file, as arguments of `main.py fit`.
         teacher: The fit that it is distilled from, if it is.
         pairs: Whether it trains on pairs of the teacher, which need a folder.
+        passes: Network passes of an image in an update, a backward pass counted as two.
     """
 
     config: str
     options: tuple[str, ...] = ()
     teacher: str | None = None
     pairs: bool = False
+    passes: int = 3
+
+
+LADDER = 5
+"""Passes of an update of the ladder: two of the teacher, one forward and one backward."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ DIGITS = Study(
     fits={
         "eps": Fit("configs/digits/ddpm_linear.yaml"),
         "teacher": Fit("configs/digits/teacher.yaml"),
-        "ladder": Fit("configs/digits/progressive.yaml", teacher="teacher"),
+        "ladder": Fit("configs/digits/progressive.yaml", teacher="teacher", passes=LADDER),
         # As many network passes as the ladder: 5,800 updates in place of 3,000.
         "luhman": Fit(
             "configs/digits/luhman.yaml",
@@ -134,15 +140,19 @@ DIGITS = Study(
             f"gamma-{theta}": Fit("configs/digits/gamma_ddpm.yaml", _gamma(theta))
             for theta in (0.001, 0.01, 0.1)
         },
-        "short-ladder": Fit("configs/digits/progressive.yaml", (SHORT_LADDER,), teacher="short"),
+        "short-ladder": Fit(
+            "configs/digits/progressive.yaml", (SHORT_LADDER,), teacher="short", passes=LADDER
+        ),
         "gamma-ladder": Fit(
-            "configs/digits/gamma_progressive.yaml", (SHORT_LADDER,), teacher="gamma-0.1"
+            "configs/digits/gamma_progressive.yaml",
+            (SHORT_LADDER,),
+            teacher="gamma-0.1",
+            passes=LADDER,
         ),
     },
     features="ddim_pl.metrics.digits.DigitsFeatures",
     extractor="digits",
-    # An update of the ladder: two passes of the teacher, one forward and two backward.
-    passes={"ladder": 4000 * 128 * 5, "luhman": 5800 * 128 * 3 + 16_000 * 20},
+    passes={"ladder": 4000 * 128 * LADDER, "luhman": 5800 * 128 * 3 + 16_000 * 20},
     num_samples=1797,
     why={
         4: "At level 100 a digit of 64 pixels is nearly decided, so that a leap from the noise to "
@@ -187,19 +197,19 @@ def cifar10(root: str, images: int) -> Study:
         fits={
             "eps": Fit("configs/cifar10/quick_ddpm.yaml", long),
             "teacher": Fit(teacher, long),
-            "ladder": Fit(ladder, folder, teacher="teacher"),
+            "ladder": Fit(ladder, folder, teacher="teacher", passes=LADDER),
             "luhman": Fit("configs/cifar10/quick_luhman.yaml", pairs, "teacher", pairs=True),
             "short": Fit(teacher, short),
             **{
                 f"gamma-{theta}": Fit(teacher, (*short, *gamma, f"--model.noise.theta_0={theta}"))
                 for theta in (0.001, 0.01, 0.1)
             },
-            "short-ladder": Fit(ladder, few, teacher="short"),
-            "gamma-ladder": Fit(ladder, few, teacher="gamma-0.1"),
+            "short-ladder": Fit(ladder, few, teacher="short", passes=LADDER),
+            "gamma-ladder": Fit(ladder, few, teacher="gamma-0.1", passes=LADDER),
         },
         features="ddim_pl.metrics.cifar.CIFARFeatures",
         extractor="cifar",
-        passes={"ladder": 6000 * 64 * 5, "luhman": 7332 * 64 * 3 + 32_000 * 16},
+        passes={"ladder": 6000 * 64 * LADDER, "luhman": 7332 * 64 * 3 + 32_000 * 16},
         num_samples=1000,
         batch_size=250,
         num_latents=100,

@@ -139,12 +139,16 @@ def test_a_fit_is_stopped_at_the_deadline_and_gone_on_with(tmp_path):
     runner, ended = Runner(tmp_path, 1), []
     thread = threading.Thread(
         target=runner.run,
-        args=([fit, other], time.monotonic() + 3, lambda done, failed: ended.append(failed)),
+        args=(
+            [fit, other],
+            time.monotonic() + 3,
+            lambda done, failed: ended.append((dict(done), failed)),
+        ),
     )
     thread.start()
     thread.join(30)
     assert not thread.is_alive()
-    assert ended == []  # neither done nor failed
+    assert ended == [({}, [])]  # the page is written; neither done nor failed
     assert (folder / "checkpoints" / "last.ckpt").exists()
     found, failed, order = run(tmp_path, [fit, other])
     assert (found, failed, order) == ({"fit": {}, "after": "a"}, [], ["fit", "after"])
