@@ -3,13 +3,14 @@
     make reproduce
     make reproduce DATA=cifar10 ROOT=folder BUDGET=3h
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/reproduce.py digits [--seeds 0 1 2] [--jobs 2]
-        [--budget 3h] [--out runs/reproduce-digits] [--publish]
+        [--budget 3h] [--claims 6 7] [--out runs/reproduce-digits] [--publish]
 
 The page is `OUT/claims.md`, with figures beside it, and is written after each stage. Call the
 command again to go on where it was stopped, in whatever way: what is finished is kept as a small
 JSON in `OUT/results`, training goes on from its last checkpoint, sweeps keep their cells. Once all
 is done, another call gives the same page, byte for byte. `--budget` begins no stage after that
-time; `--publish` copies the page and its figures to `docs/results`.
+time; `--claims` makes what these claims need, and leaves the others for another call;
+`--publish` copies the page and its figures to `docs/results`.
 
 Seeds are those of training and of sampling. Stages of all seeds run as separate processes, `JOBS`
 at a time, each with one thread, seed by seed: the first seed's page is complete after a third of
@@ -52,8 +53,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from claim_page import write_page
+from claim_page import with_needs, write_page
 from claim_stages import Command, Maker, Stage
+from claims import CLAIMS
 from measuring import ROOT, machine
 from studies import DIGITS, IMAGES_OF_AN_EPOCH, STUDIES, Study, cifar10
 
@@ -208,9 +210,18 @@ class Runner:
             raise
 
 
-def reproduce(study: Study, seeds: Sequence[int], runner: Runner, budget: float) -> int:
-    """Run all stages and write the page; the exit status, 1 if a stage failed."""
+def reproduce(
+    study: Study,
+    seeds: Sequence[int],
+    runner: Runner,
+    budget: float,
+    claims: Sequence[int] = tuple(CLAIMS),
+) -> int:
+    """Run the stages of these claims and write the page; the exit status, 1 if a stage failed."""
     stages = [stage for seed in seeds for stage in Maker(study, seed, runner.out).all()]
+    names = {name for number in claims for name in CLAIMS[number].stages(study)}
+    wanted = {name for seed in seeds for name in with_needs([*names], stages, seed)}
+    asked = [stage for stage in stages if stage.name in wanted]
     deadline = time.monotonic() + budget
     conditions = kept_conditions(runner.out)
     done, failed = runner.results(stages), list[str]()
@@ -221,8 +232,8 @@ def reproduce(study: Study, seeds: Sequence[int], runner: Runner, budget: float)
         write(study, seeds, stages, done, runner.out, conditions)
 
     after(done, [])
-    runner.run(stages, deadline, after)
-    left = len(stages) - len(done)
+    runner.run(asked, deadline, after)
+    left = sum(stage.name not in done for stage in asked)
     if left and not failed:
         print(f"The budget is over, {left} stages are left: call the same command to go on")
     if failed:
@@ -326,6 +337,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="by default 0 1 2, on CIFAR-10 0")
     parser.add_argument("--jobs", type=int, default=2, help="stages at a time")
     parser.add_argument("--budget", type=seconds_of, default=float("inf"), help="such as 3h")
+    parser.add_argument("--claims", type=int, nargs="+", default=[*CLAIMS], choices=[*CLAIMS])
     parser.add_argument("--out", type=Path, help="folder of all, by default runs/reproduce-DATA")
     parser.add_argument("--publish", action="store_true", help="copy the page to docs/results")
     options = parser.parse_args(given)
@@ -341,7 +353,7 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         with alone(out) as lock:
             runner = Runner(out, options.jobs, lock)
-            status = reproduce(study, seeds, runner, options.budget)
+            status = reproduce(study, seeds, runner, options.budget, options.claims)
             if options.publish:
                 name = "claims" if study.name == "digits" else f"claims-{study.name}"
                 publish(out, name, ROOT / "docs" / "results")
