@@ -160,7 +160,8 @@ def test_the_study_of_cifar10_is_of_a_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = ["cifar10", "--root", str(tmp_path), "--out", str(tmp_path / "out")]
     assert reproduce.main([*given, "--images", "128000"]) == 0
-    study, seeds, *_ = kept[0]
+    study, seeds, *_, claims = kept[0]
+    assert claims == [*range(1, 11)]
     assert (study.name, seeds) == ("cifar10", [0])
     assert "--trainer.max_epochs=2" in study.fits["teacher"].options
     assert f"--data.root={tmp_path}" in study.fits["ladder"].options
@@ -233,7 +234,7 @@ code = (
     "open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
 )
 stage = Stage("a", (("-c", code, str(folder / "work" / "pid")),), dict, (), folder / "work")
-def wait(study, seeds, runner, budget):
+def wait(study, seeds, runner, budget, claims):
     runner.run([stage], float("inf"), print)
 reproduce.reproduce = wait
 sys.exit(reproduce.main(["--out", str(folder)]))
@@ -344,3 +345,14 @@ def test_all_claims_are_measured_and_a_second_call_gives_the_same_page(tmp_path,
     lost.write_text(json.dumps(kept))
     assert reproduce.reproduce(TINY, [1], Runner(tmp_path, 2), 0.0) == 0
     assert (tmp_path / "claims.md").read_text() == page
+
+
+def test_claims_choose_the_stages(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Runner, "run", lambda _, stages, *__: asked.extend(stages))
+    assert reproduce.reproduce(TINY, [3], Runner(tmp_path, 1), 60.0, [7]) == 0
+    names = {stage.name for stage in asked}
+    assert names == {"teacher-3", "ladder-3", "luhman-3", "students-3"}
+    assert "not measured yet" in (tmp_path / "claims.md").read_text()
+    with pytest.raises(SystemExit):
+        reproduce.main(["digits", "--claims", "11"])
