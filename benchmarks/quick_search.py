@@ -3,11 +3,12 @@
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/quick_search.py ROOT [--images 40000]
 
 ROOT is a folder of the training images with a subfolder for each class. A candidate is
-configs/cifar10/quick.yaml with some settings changed. First all candidates make updates in turn,
-which gives the CPU time of an image in units of that config's. Then each trains on as many images
-as cost what `--images` cost that config; last come the loss of its average on 1,280 images and
-the cifar_fd of 1,000 images by 16 steps of DPM-Solver++. What is measured goes to
-`runs/quick-search/search.json` and `search.md`; called again, the script goes on. Without
+configs/cifar10/quick.yaml with some settings changed from the first guess, `BASE`. First all
+candidates make updates in turn, which gives the CPU time of an image in units of that guess's.
+Then each trains on as many images as cost what `--images` cost it; last come the loss of its
+average on 1,280 images and the cifar_fd of 1,000 images by 16 steps of DPM-Solver++. What is
+measured goes to `runs/quick-search/search.json` and `search.md`; called again, the script goes on.
+Without
 `search.json`, but with the weights beside it, it measures again what is trained.
 """
 
@@ -36,7 +37,8 @@ from ddim_pl.metrics.cifar import CIFARFeatures
 from ddim_pl.training import DDPM
 
 OUT = Path("runs/quick-search")
-BASE = "as in quick.yaml"
+BASE = "64 channels, multipliers [1, 2, 4]"
+FIRST = {"channels": 64, "multipliers": [1, 2, 4], "groups": 16}
 ROUNDS = 7
 Changes = dict[str, Any]
 # Changes of the network, and of rate, batch and schedule.
@@ -50,6 +52,10 @@ CANDIDATES: dict[str, tuple[Changes, Changes]] = {
     "two blocks, multipliers [1, 2, 2]": ({"multipliers": [1, 2, 2], "num_blocks": 2}, {}),
     "96 channels, multipliers [1, 2, 2]": (
         {"channels": 96, "multipliers": [1, 2, 2], "groups": 32},
+        {},
+    ),
+    "80 channels, multipliers [1, 2, 2], as in quick.yaml": (
+        {"channels": 80, "multipliers": [1, 2, 2]},
         {},
     ),
     "pixels, not patches; 32 channels, multipliers [1, 2, 4, 4]": (
@@ -71,7 +77,7 @@ class Candidate:
         of_network, of_training = CANDIDATES[name]
         given = copy.deepcopy(config["model"])
         arguments = given["init_args"]
-        arguments["network"]["init_args"] |= of_network
+        arguments["network"]["init_args"] |= FIRST | of_network
         rate = of_training.get("lr", arguments.pop("optimizer")["init_args"]["lr"])
         arguments.pop("optimizer", None)
         L.seed_everything(0)
