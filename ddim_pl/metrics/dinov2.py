@@ -241,5 +241,5 @@ def _load(network: VisionTransformer, path: str | None, size: Size) -> None:
         raise ValueError(
             f"the weights of DINOv2's {size} network could not be {given} ({reason}): download "
             f"{file} from its authors, and put it in {torch.hub.get_dir()}/checkpoints or give "
-            "its path as the weights_path of DINOv2Features"
+            "its path as the weights_path of DINOv2Features (--weights of measure and stats)"
         ) from error

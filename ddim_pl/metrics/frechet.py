@@ -83,10 +83,16 @@ class FrechetDistanceSums(FrechetInceptionDistance):
                 "More than one sample is required for both the real and fake distributed to "
                 "compute FID"
             )
-        return _moments(total, outer, count)
+        return moments(total, outer, count)
 
 
-def _moments(total: Tensor, outer: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean `(D,)` and unbiased covariance `(D, D)` of sums."""
+def moments(total: Tensor, outer: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean `(D,)` and the unbiased covariance `(D, D)` of features.
+
+    Args:
+        total: Sum of the features, `(D,)`, float64.
+        outer: Sum of their outer products, `(D, D)`.
+        count: Their number, at least 2.
+    """
     mean = total / count
     return mean, (outer - count * torch.outer(mean, mean)) / (count - 1)

@@ -121,7 +121,8 @@ def _no_weights(given: str | None, error: Exception) -> str:
         f"the Inception weights could not be {what} ({error}): download {WEIGHTS} from the "
         "releases of torch-fidelity, and put it in "
         f"{torch.hub.get_dir()}/checkpoints or give its path as the weights_path of "
-        "InceptionFeatures, or leave FrechetDistance out of the callbacks"
+        "InceptionFeatures (--weights of measure and stats), or leave FrechetDistance out of the "
+        "callbacks"
     )
 
 
