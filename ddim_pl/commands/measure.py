@@ -181,7 +181,7 @@ def _content(
         "b": sides[True].record(),
         "extractor": quality.extractor.name,
         "weights": digest,
-        "resize": resize_of(quality.extractor) or None,
+        "resize": resize_of(quality.extractor) or "none",
         "precision": "features in float32, statistics in float64",
         "seed": quality.seed,
         "device": quality.device.type,

@@ -69,7 +69,7 @@ def stats(
         num_images=count,
         extractor=quality.extractor.name,
         weights=weights_of(extractor),
-        resize=resize_of(quality.extractor) or None,
+        resize=resize_of(quality.extractor) or "none",
         images=(data.preparation if data is not None else "") or "as they are",
     ).write(Path(output))
     print(f"{output}: {len(mean)} features {quality.extractor.name} of {count} images")

@@ -36,7 +36,8 @@ def test_weights_load_from_a_file_and_the_number_is_called_fid(tmp_path):
     features = InceptionFeatures(str(path))
     grey = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
     expected = theirs(grey.repeat(1, 3, 1, 1))
-    torch.testing.assert_close(features(grey), expected)
+    # Batch norm is folded; rounding is relative to the largest feature.
+    torch.testing.assert_close(features(grey), expected, rtol=0, atol=1e-6 * expected.max().item())
     assert expected.shape == (2, 2048)
     callback = FrechetDistance(lambda: features, num_samples=10)
     data = DigitsDataModule()
