@@ -32,11 +32,15 @@ class FrechetDistance(L.Callback):
         cache: Whether the statistics of the real images are kept for other runs on the same data,
             in `DDIM_PL_CACHE` or the user's cache. With a metric of single features ("kid",
             "precision_recall", "density_coverage") nothing is kept.
+        statistics: NPZ file of statistics in place of the real images, as pytorch-fid, EDM,
+            guided-diffusion and `main.py stats` write them; for "fd" alone, or beside
+            "inception_score".
         every_n_validations: Measure at each n-th validation of `fit`, or at none if 0; `test` and
             `validate` always do.
 
     Raises:
-        ValueError: If a number is too small or a metric unknown.
+        ValueError: If a number is too small, a metric unknown, or statistics are not enough for
+            it.
     """
 
     def __init__(
@@ -47,11 +51,17 @@ class FrechetDistance(L.Callback):
         num_samples: int = 50_000,
         batch_size: int = 250,
         cache: bool = True,
+        statistics: str | None = None,
         every_n_validations: int = 1,
     ) -> None:
         check_at_least(0, every_n_validations=every_n_validations)
         self.settings = MeasureSettings(
-            features or InceptionFeatures, tuple(metrics), num_samples, batch_size, cache
+            features or InceptionFeatures,
+            tuple(metrics),
+            num_samples,
+            batch_size,
+            cache,
+            statistics,
         )
         self.every_n_validations = every_n_validations
         self.images_per_second = 0.0
@@ -64,7 +74,8 @@ class FrechetDistance(L.Callback):
         measure.
 
         Raises:
-            ValueError: If the extractor's weights are missing, or it does not fit the metrics.
+            ValueError: If the extractor's weights are missing, or it does not fit the metrics or
+                the statistics.
         """
         if self._measures_in(stage):
             _ = self.settings.quality

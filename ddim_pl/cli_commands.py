@@ -28,6 +28,9 @@ DESCRIPTIONS = {
     "more.",
     "export": "Write the averaged weights alone, as a checkpoint of a plain DDPM to give to "
     "others.",
+    "measure": "Measure the distance of two sets of images or of their statistics, without a "
+    "model.",
+    "stats": "Write the statistics of images' features as an NPZ file, to be measured against.",
 }
 """What each command does. The parser of a command says the same, see `ddim_pl.cli`."""
 

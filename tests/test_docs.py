@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ddim_pl.cli import main
+from ddim_pl.cli import alone_parser, main
+from ddim_pl.commands import ALONE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -53,7 +54,12 @@ def commands(pages):
 
 EVERY = commands([*PAGES, *CONFIGS])
 FITS = [words for words in EVERY if words[0] == "fit"]
-OTHERS = [words for words in EVERY if words[0] != "fit" and "--ckpt_path" in words]
+WITHOUT_MODEL = [words for words in EVERY if words[0] in ALONE]
+OTHERS = [
+    words
+    for words in EVERY
+    if words[0] != "fit" and ("--ckpt_path" in words or "DigitsFeatures" in words)
+]
 FIRST = [
     ("fit", "--config", f"configs/digits/{name}.yaml")
     for name in ("ddpm", "ddpm_linear", "teacher", "gamma_ddpm")
@@ -65,6 +71,11 @@ def test_there_are_commands():
     assert len(FITS) > 15
     assert {words[0] for words in OTHERS} >= {"test", "predict", "sample", "sweep", "compare"}
     assert set(FIRST) <= set(FITS)
+
+
+@pytest.mark.parametrize("words", WITHOUT_MODEL, ids=" ".join)
+def test_a_command_without_a_model_can_be_read(words):
+    alone_parser(words[0]).parse_args(words[1:])
 
 
 @pytest.mark.parametrize("words", FITS, ids=" ".join)
@@ -102,6 +113,8 @@ SMALL = {
     "sweep": {"--num_samples": "40", "--num_steps": "[2]", "--num_shown": "2"},
     "compare": {"--num_samples": "40", "--num_steps": "[2]", "--num_shown": "2"},
     "export": {},
+    "stats": {},
+    "measure": {},
 }
 
 

@@ -30,6 +30,8 @@ def compare(
     num_shown: int = 10,
     batch_size: int | None = None,
     seed: int | None = None,
+    seeds: Sequence[int] | None = None,
+    statistics: str | None = None,
     name: str = "distillation",
     output: str | None = None,
 ) -> None:
@@ -57,6 +59,9 @@ def compare(
         num_shown: Images in a row of `grids.png`.
         batch_size: Images in a batch, on each worker.
         seed: Seed of the images; by default that of the teacher's training.
+        seeds: Several seeds in place of one: the table then has mean and sample deviation of each
+            number, and the minimum of the distance.
+        statistics: NPZ file of statistics in place of the real images, see FrechetDistance.
         name: Folder in the teacher's run to write to.
         output: Folder to write to, in place of that.
 
@@ -67,7 +72,8 @@ def compare(
     check_inside(name=name)
     files = _student_files(students)
     settings = cell_settings(
-        trainer, model, features, metrics, num_samples, batch_size, seed, num_shown
+        *(trainer, model, features, metrics, num_samples, batch_size, seed, num_shown),
+        *(seeds, statistics),
     )
     check_images(datamodule)
     own_steps = [_read_steps(file, model) for file in files]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ddim_pl.checks import check_at_least
 from ddim_pl.commands.levels import check_steps, search_levels
 from ddim_pl.damage import DamagedError, read_sealed
-from ddim_pl.evaluation.cells import Cell, Entry, cell_settings, report
+from ddim_pl.evaluation.cells import Cell, CellSettings, Entry, cell_settings, report
 from ddim_pl.evaluation.worker import (
     Worker,
     check_images,
@@ -53,6 +53,8 @@ def sweep(
     num_shown: int = 10,
     batch_size: int | None = None,
     seed: int | None = None,
+    seeds: Sequence[int] | None = None,
+    statistics: str | None = None,
     name: str = "sweep",
     output: str | None = None,
 ) -> None:
@@ -79,6 +81,9 @@ def sweep(
         num_shown: Images of a cell in `grids.png`.
         batch_size: Images in a batch, on each worker.
         seed: Seed of the images; by default that of training.
+        seeds: Several seeds in place of one: the table then has mean and sample deviation of each
+            number, and the minimum of the distance.
+        statistics: NPZ file of statistics in place of the real images, see FrechetDistance.
         name: Folder in the checkpoint's run to write to.
         output: Folder to write to, in place of that.
 
@@ -86,10 +91,10 @@ def sweep(
         ValueError: If a strategy or metric is unknown, an eta is given to samplers without one, a
             sampler is made for another noise, or a number does not fit.
     """
-    check_at_least(1, num_steps=min(num_steps, default=0))
     check_inside(name=name)
     settings = cell_settings(
-        trainer, model, features, metrics, num_samples, batch_size, seed, num_shown
+        *(trainer, model, features, metrics, num_samples, batch_size, seed, num_shown),
+        *(seeds, statistics),
     )
     check_images(datamodule)
     ways = _with_etas(samplers or [model.sampler], etas)
@@ -104,11 +109,14 @@ def sweep(
         adaptive = _adaptive_file(worker, folder, checkpoint, num_steps) if adapts else None
         cells = _cells(model, ways, strategies, num_steps, adaptive)
         entries = [Entry(worker, c, checkpoint, c.name, c.series, c.row()) for c in cells]
-        head = f"`{ckpt_path}`: " if ckpt_path else ""
-        intro = f"{head}{settings.measure.num_samples} images in each cell"
-        report("sweep", intro, entries, len(entries), settings, folder, data)
+        report("sweep", _intro(ckpt_path, settings), entries, len(entries), settings, folder, data)
 
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
+
+
+def _intro(ckpt_path: str | None, settings: CellSettings) -> str:
+    head = f"`{ckpt_path}`: " if ckpt_path else ""
+    return f"{head}{settings.measure.num_samples} images in each cell"
 
 
 def _with_etas(samplers: Sequence[Sampler], etas: Sequence[float] | None) -> list[Sampler]:
@@ -132,6 +140,7 @@ def _check_ways(
     num_steps: Sequence[int],
 ) -> None:
     """Check the samplers, the names, and that every combination has its levels."""
+    check_at_least(1, num_steps=min(num_steps, default=0))
     for sampler in samplers:
         check_noise("samplers", model, sampler)
     known = sorted([ADAPTIVE, *known_strategies()])

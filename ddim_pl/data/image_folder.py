@@ -27,6 +27,9 @@ from ddim_pl.data.squares import Resample, Squaring
 # Sets up to this many bytes as uint8 are decoded once and kept in memory, in every process.
 MEMORY_LIMIT = 4 * 2**30
 
+ORIENTATION = 0x0112
+"""Of a photograph in its EXIF; from 5 on it lies on its side."""
+
 Item = TypeVar("Item")
 Channels = Literal[1, 3]
 # The part of an image from (left, upper), inclusive, to (right, lower), exclusive, in pixels.
@@ -50,8 +53,7 @@ def decode(
         ValueError: If the file cannot be decoded, has more than 8 bits per channel, is animated,
             does not hold the `box`, or, without `squaring`, has another size.
     """
-    with _opened(path) as file:
-        image = _with_channels(ImageOps.exif_transpose(file), channels)
+    image = _picture(path, channels)
     _check_size(path, image.size, image_size, squaring is not None, box)
     if box is not None:
         image = image.crop(box)
@@ -59,6 +61,31 @@ def decode(
         image = squaring(image, image_size)
     pixels = torch.from_numpy(np.array(image))
     return pixels.reshape(image_size, image_size, channels).permute(2, 0, 1).contiguous()
+
+
+def decode_whole(path: Path, channels: int) -> Tensor:
+    """Return an image file of any size as uint8 (`channels`, H, W), otherwise as `decode`.
+
+    Raises:
+        ValueError: If the file cannot be decoded, has more than 8 bits per channel, or is
+            animated.
+    """
+    pixels = np.array(_picture(path, channels))
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of an image file as `decode_whole` gives it, from its header.
+
+    Raises:
+        ValueError: As there, as far as header and checksums (PNG) show it.
+    """
+    with _opened(path) as file:
+        width, height = file.size
+        # A PNG would be decoded for its EXIF, and hardly has one.
+        turned = file.format != "PNG" and file.getexif().get(ORIENTATION, 1) >= 5
+        file.verify()
+    return (height, width) if turned else (width, height)
 
 
 def check_header(path: Path, image_size: int, resize: bool, *, box: Box | None = None) -> None:
@@ -293,6 +320,12 @@ class ImageFolderDataModule(ImageDataModule):
             cache=self.cache,
             name=Path(os.path.abspath(root)).name,
         )
+
+
+def _picture(path: Path, channels: int) -> Image.Image:
+    """A decoded image file, upright, gray or RGB."""
+    with _opened(path) as file:
+        return _with_channels(ImageOps.exif_transpose(file), channels)
 
 
 @contextmanager

@@ -6,7 +6,8 @@ that work that was stopped resumes.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,18 +66,18 @@ class CellSettings:
 
     Args:
         measure: Extractor, metrics, number of images.
-        seed: Seed of the images.
+        seeds: Seeds of the images, one or several.
         num_shown: Images of each cell that are kept for a page.
         noise_source: Where their noise comes from.
     """
 
     measure: MeasureSettings
-    seed: int
+    seeds: tuple[int, ...]
     num_shown: int
     noise_source: NoiseSource = "generators"
 
-    def key(self, checkpoint: str, data: str, precision: str, cell: Cell) -> str:
-        """A name for all that a cell's result depends on."""
+    def key(self, checkpoint: str, data: str, precision: str, cell: Cell, seed: int) -> str:
+        """A name for all that a cell's result of one seed depends on."""
         content = {
             "checkpoint": checkpoint,
             "data": data,
@@ -84,13 +85,17 @@ class CellSettings:
             "extractor": self.measure.extractor,
             "metrics": self.measure.metrics,
             "num_samples": self.measure.num_samples,
-            "seed": self.seed,
+            "seed": seed,
             "num_shown": self.num_shown,
             "sampler": str(cell.sampler),
             "levels": cell.levels.tolist(),
         }
         if self.noise_source != "generators":  # cells of before have no such entry
             content["noise_source"] = self.noise_source
+        reference = self.measure.reference
+        if reference is not None:
+            moments = {"mean": reference.mean, "covariance": reference.covariance}
+            content["statistics"] = digest_of(moments)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -103,9 +108,13 @@ def cell_settings(
     batch_size: int | None,
     seed: int | None,
     num_shown: int,
+    seeds: Sequence[int] | None = None,
+    statistics_file: str | None = None,
 ) -> CellSettings:
     """What is not given is as in the callback of the config, or as that is by default."""
     check_at_least(1, num_shown=num_shown)
+    check_at_least(0, seed=seed)
+    _check_seeds(seed, seeds)
     own = settings_of(trainer)
     count = own.num_samples if num_samples is None else num_samples
     settings = CellSettings(
@@ -115,14 +124,25 @@ def cell_settings(
             count,
             own.batch_size if batch_size is None else batch_size,
             own.cache,
+            statistics_file or own.statistics,
         ),
-        model.seed if seed is None else seed,
+        tuple(seeds or [model.seed if seed is None else seed]),
         min(num_shown, count),
         model.noise_source,
     )
-    check_at_least(0, seed=settings.seed)
     _ = settings.measure.quality  # loaded before anything is sampled
     return settings
+
+
+def _check_seeds(seed: int | None, seeds: Sequence[int] | None) -> None:
+    if seeds is None:
+        return
+    if seed is not None:
+        raise ValueError(f"seed must be left out with seeds, got {seed} and {list(seeds)}")
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"seeds must be different numbers of at least 0, got {list(seeds)}: such as [0,1,2]"
+        )
 
 
 @dataclass(frozen=True)
@@ -160,7 +180,7 @@ def report(
     Args:
         name: The files are `<name>.csv`, `<name>.md` and the plot `<name>.png`, beside a page of
             images `grids.png`.
-        intro: First words of the Markdown file; seed and precision follow.
+        intro: First words of the Markdown file; seeds, precision and extractor follow.
         entries: What to measure.
         total: Number of entries.
         settings: How they are measured.
@@ -178,14 +198,15 @@ def report(
     page = ""
     for number, entry in enumerate(entries, 1):
         text = f"{number}/{total}: {entry.title}"
-        path, found = _found_or_measured(entry, settings, folder, data, text)
+        path, found = _of_all_seeds(entry, settings, folder, data, text)
         if entry.worker.is_first:
             rows.append({**entry.columns, **found})
             titles.append(entry.title)
             series.append(entry.series)
             images.append(torch.stack(read_png(path).chunk(settings.num_shown, -1)))
             precision = precision_of(entry.worker.trainer, entry.worker.model)
-            head = f"{intro}, seed {settings.seed}, precision {precision}."
+            head = f"{intro}, {_seeds(settings)}, precision {precision}, "
+            head += f"{settings.measure.recorded}."
             page = f"{head}\n\n{markdown(rows)}"
             write_csv(folder / f"{name}.csv", rows)
             write_text(folder / f"{name}.md", page)
@@ -196,12 +217,65 @@ def report(
         print(f"\n{page}\nThe table, a plot and the images are in {folder}")
 
 
-def _found_or_measured(
+def _of_all_seeds(
     entry: Entry, settings: CellSettings, folder: Path, data: ImageDataModule, text: str
+) -> tuple[Path, dict[str, float]]:
+    """The file of a cell's images of the first seed, and the numbers of all seeds."""
+    several = len(settings.seeds) > 1
+    paths, numbers = list[Path](), list[dict[str, float]]()
+    for seed in settings.seeds:
+        words = f"{text}, seed {seed}" if several else text
+        path, found = _found_or_measured(entry, settings, seed, folder, data, words)
+        paths.append(path)
+        numbers.append(found)
+    return paths[0], summary_of(numbers, settings.measure.quality.keys[0])
+
+
+def summary_of(numbers: Sequence[Mapping[str, float]], distance: str) -> dict[str, float]:
+    """Mean and sample deviation of each number over seeds, and the least distance.
+
+    Of a single seed the numbers themselves. The least of several is what [EDM] reports; it is
+    named "minimum of N" since it falls with N.
+
+    Args:
+        numbers: Of each seed, by the same names.
+        distance: Name of the number whose minimum is given too.
+
+    >>> summary_of([{"fid": 3.0}, {"fid": 5.0}], "fid")
+    {'fid': 4.0, 'fid deviation': 1.4142135623730951, 'fid minimum of 2': 3.0}
+    """
+    if len(numbers) == 1:
+        return dict(numbers[0])
+    found: dict[str, float] = {}
+    for name in numbers[0]:
+        values = [each[name] for each in numbers]
+        found[name] = statistics.fmean(values)
+        found[f"{name} deviation"] = statistics.stdev(values)
+        if name == distance:
+            found[f"{name} minimum of {len(values)}"] = min(values)
+    return found
+
+
+def _seeds(settings: CellSettings) -> str:
+    """The seeds in words."""
+    if len(settings.seeds) == 1:
+        return f"seed {settings.seeds[0]}"
+    seeds = ", ".join(map(str, settings.seeds))
+    return f"mean and sample deviation of {len(settings.seeds)} sampling seeds ({seeds})"
+
+
+def _found_or_measured(
+    entry: Entry,
+    settings: CellSettings,
+    seed: int,
+    folder: Path,
+    data: ImageDataModule,
+    text: str,
 ) -> tuple[Path, dict[str, float]]:
     """The file of a cell's images and its numbers, of now or an earlier run; on all workers."""
     worker, cell = entry.worker, entry.cell
-    key = settings.key(entry.checkpoint, identity_of(data), str(worker.trainer.precision), cell)
+    precision = str(worker.trainer.precision)
+    key = settings.key(entry.checkpoint, identity_of(data), precision, cell, seed)
     path = folder / "cells" / f"{key}.png"
     found = worker.broadcast(read_cell(path.with_suffix(".json")) if worker.is_first else None)
     if found is None:
@@ -212,7 +286,7 @@ def _found_or_measured(
             text,
             sampler=cell.sampler,
             levels=cell.levels,
-            seed=settings.seed,
+            seed=seed,
             num_shown=settings.num_shown,
         )
         found = {name: float(value) for name, value in measured.values.items()}

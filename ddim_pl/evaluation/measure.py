@@ -1,9 +1,10 @@
 """Measuring a model's images against the real ones: the one loop that generates and measures."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import lightning as L
@@ -17,7 +18,8 @@ from ddim_pl.evaluation.worker import Worker
 from ddim_pl.images import to_uint8
 from ddim_pl.lightning_internals import callbacks_of
 from ddim_pl.metrics.inception import InceptionFeatures
-from ddim_pl.metrics.quality import SampleQuality, check_metrics
+from ddim_pl.metrics.quality import OF_FEATURES, FeatureExtractor, SampleQuality, check_metrics
+from ddim_pl.metrics.statistics import FeatureStatistics, read_statistics
 from ddim_pl.samplers import Sampler
 from ddim_pl.training.fingerprint import digest_of
 
@@ -32,9 +34,12 @@ class MeasureSettings:
         num_samples: Images to generate; published FIDs take 50,000.
         batch_size: Images in a batch, on each device.
         cache: Whether the real images' statistics are kept for later runs, see `RealStatistics`.
+        statistics: NPZ file of statistics in place of the real images, see
+            `ddim_pl.metrics.statistics`; for "fd" alone, or beside "inception_score".
 
     Raises:
-        ValueError: If a number is too small or a metric unknown.
+        ValueError: If a number is too small, a metric unknown, or statistics are not enough for
+            it.
     """
 
     make_features: Callable[[], nn.Module] = InceptionFeatures
@@ -42,11 +47,14 @@ class MeasureSettings:
     num_samples: int = 50_000
     batch_size: int = 250
     cache: bool = True
+    statistics: str | None = None
 
     def __post_init__(self) -> None:
         check_at_least(2, num_samples=self.num_samples)
         check_at_least(1, batch_size=self.batch_size)
         check_metrics(self.metrics)
+        if self.statistics is not None:
+            check_metrics_of_statistics(self.metrics, self.statistics)
 
     @cached_property
     def quality(self) -> SampleQuality:
@@ -60,7 +68,17 @@ class MeasureSettings:
             )
         quality = SampleQuality(extractor, self.metrics)
         quality.check_num_samples(self.num_samples)
+        if self.reference is not None:
+            self.reference.check(
+                quality.extractor.name, quality.extractor.num_features, weights_of(extractor)
+            )
+            quality.set_moments(self.reference.mean, self.reference.covariance, real=True)
         return quality
+
+    @cached_property
+    def reference(self) -> FeatureStatistics | None:
+        """What the file of statistics holds."""
+        return None if self.statistics is None else read_statistics(Path(self.statistics))
 
     def check(self, data: ImageDataModule) -> None:
         """Check that the images of a data module, which is set up, can be measured.
@@ -68,14 +86,56 @@ class MeasureSettings:
         Raises:
             ValueError: If not; see `SampleQuality`.
         """
-        self.quality.check_num_real(data.num_reference)
+        if self.reference is None:
+            self.quality.check_num_real(data.num_reference)
         self.quality.check_shape(data.shape)
 
     @cached_property
     def extractor(self) -> str:
         """A name for the feature extractor and its weights."""
         extractor = self.quality.extractor
-        return f"{extractor.name} {digest_of(cast(nn.Module, extractor).state_dict())}"
+        return f"{extractor.name} {weights_of(cast(nn.Module, extractor))}"
+
+    @property
+    def recorded(self) -> str:
+        """The extractor, what it does with pixels first, and the real side, for tables."""
+        extractor = self.quality.extractor
+        text = f"extractor {extractor.name}"
+        resize = resize_of(extractor)
+        text += f" ({resize})" if resize else ""
+        if self.reference is not None:
+            count = self.reference.num_images or "an unknown number of"
+            text += f", real side {self.reference.source} of {count} images"
+        return text
+
+
+def weights_of(extractor: nn.Module) -> str:
+    """A digest of an extractor's weights."""
+    return digest_of(extractor.state_dict())
+
+
+def resize_of(extractor: FeatureExtractor) -> str:
+    """What an extractor does with pixels before its network, if it says so; else ""."""
+    return str(getattr(extractor, "preparation", ""))
+
+
+def check_metrics_of_statistics(metrics: Sequence[str], file: str) -> None:
+    """Check that metrics can do with statistics in place of images.
+
+    Raises:
+        ValueError: If one cannot, or none uses them.
+    """
+    single = [name for name in metrics if name in OF_FEATURES]
+    if single:
+        raise ValueError(
+            f"metrics must be fd or inception_score with statistics, got {', '.join(single)}, "
+            f"which compare single features, and {file}: leave them out, or give images"
+        )
+    if "fd" not in metrics:
+        raise ValueError(
+            f"metrics must have fd with statistics, got {', '.join(metrics)} and {file}: leave "
+            "the statistics out"
+        )
 
 
 @runtime_checkable
@@ -124,7 +184,8 @@ def measure(
     """Generate images and measure them, on every worker.
 
     The workers share the work. Exactly `num_samples` images are generated, the same ones every
-    time. The features of the real images, all training images, are computed once.
+    time. The features of the real images, all training images, are computed once; with a file of
+    statistics, none are.
 
     Args:
         worker: Its model generates the images, with the averaged weights.
@@ -163,7 +224,7 @@ def measure(
 def _measure_real(worker: Worker, settings: MeasureSettings, data: ImageDataModule) -> None:
     """Add the real images, once, or what was kept of them."""
     quality = settings.quality
-    if not quality.needs_real:
+    if not quality.needs_real or settings.reference is not None:
         return
     # The first has an image if any has; others may have none, and all must go on alike.
     if worker.broadcast(quality.num_real > 0):

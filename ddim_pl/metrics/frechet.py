@@ -5,6 +5,9 @@ the symmetric S^T B S. These take a seventh of the time of those of a matrix wit
 S can be kept for further B: the real images' covariance is the same in all measurements of a run.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -37,6 +40,17 @@ class FrechetDistanceSums(FrechetInceptionDistance):
     """
 
     _root: Tensor | None = None
+    _given: Mapping[bool, tuple[Tensor, Tensor]] = MappingProxyType({})
+
+    def give(self, mean: Tensor, covariance: Tensor, *, real: bool) -> None:
+        """Take the mean `(D,)` and covariance `(D, D)` of a side, float64, in place of its sums.
+
+        They stay: neither `reset` nor another process changes them.
+        """
+        self._given = {**self._given, real: (mean, covariance)}
+        self._computed = None  # torchmetrics keeps the last result
+        if real:
+            self.forget_root()
 
     def forget_root(self) -> None:
         """Say that the real side has changed."""
@@ -48,20 +62,37 @@ class FrechetDistanceSums(FrechetInceptionDistance):
         Raises:
             RuntimeError: If a side has fewer than two images.
         """
-        if min(self.real_features_num_samples, self.fake_features_num_samples) < 2:
+        mean, covariance = self._side(real=True)
+        if self._root is None or self._root.device != mean.device:
+            self._root = covariance_root(covariance)
+        distance = frechet_distance(mean, self._root, *self._side(real=False))
+        return distance.to(getattr(self, "orig_dtype", torch.float32))
+
+    def _side(self, *, real: bool) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of a side."""
+        given = self._given.get(real)
+        if given is not None:
+            mean, covariance = given
+            device = self.real_features_sum.device
+            return mean.to(device), covariance.to(device)
+        name = "real" if real else "fake"
+        total, outer = (getattr(self, f"{name}_features_{part}") for part in ("sum", "cov_sum"))
+        count = getattr(self, f"{name}_features_num_samples")
+        if count < 2:
             raise RuntimeError(
                 "More than one sample is required for both the real and fake distributed to "
                 "compute FID"
             )
-        sums = self.real_features_sum, self.real_features_cov_sum, self.real_features_num_samples
-        mean, covariance = _moments(*sums)
-        if self._root is None or self._root.device != mean.device:
-            self._root = covariance_root(covariance)
-        sums = self.fake_features_sum, self.fake_features_cov_sum, self.fake_features_num_samples
-        return frechet_distance(mean, self._root, *_moments(*sums)).to(self.orig_dtype)
+        return moments(total, outer, count)
 
 
-def _moments(total: Tensor, outer: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean `(D,)` and unbiased covariance `(D, D)` of sums."""
+def moments(total: Tensor, outer: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean `(D,)` and the unbiased covariance `(D, D)` of features.
+
+    Args:
+        total: Sum of the features, `(D,)`, float64.
+        outer: Sum of their outer products, `(D, D)`.
+        count: Their number, at least 2.
+    """
     mean = total / count
     return mean, (outer - count * torch.outer(mean, mean)) / (count - 1)

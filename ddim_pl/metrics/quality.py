@@ -33,6 +33,9 @@ NUMBERS = {
 }
 """The metrics that `SampleQuality` knows, and the numbers that each gives."""
 
+OF_FEATURES = ("kid", "precision_recall", "density_coverage")
+"""Those that compare single features, for which statistics are not enough."""
+
 # Some numbers of Inception features have established names.
 INCEPTION_KEYS = {"fd": "fid", "score": "inception_score", "score_std": "inception_score_std"}
 
@@ -115,7 +118,7 @@ class SampleQuality:
             given = nn.Identity()  # `update` gets features
             given.num_features = torch.tensor(self.extractor.num_features)
             self._fd = FrechetDistanceSums(given, reset_real_features=False)
-        self._keeps = bool({"kid", "precision_recall", "density_coverage"} & set(self.metrics))
+        self._keeps = bool(set(OF_FEATURES) & set(self.metrics))
         self._real, self._fake, self._logits = _Rows(), _Rows(), _Rows()
         self._real_radii: dict[int, Tensor] = {}
         self.num_real = 0
@@ -259,6 +262,17 @@ class SampleQuality:
             if sums is not None:
                 mine.copy_(sums[name])
         self.num_real = num_real
+
+    def set_moments(self, mean: Tensor, covariance: Tensor, *, real: bool) -> None:
+        """Take statistics of a side for "fd" in place of those of its images.
+
+        Args:
+            mean: Of the features, `(D,)`, float64.
+            covariance: `(D, D)`, float64.
+            real: Which side.
+        """
+        assert self._fd is not None
+        self._fd.give(mean, covariance, real=real)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:

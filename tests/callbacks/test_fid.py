@@ -1,4 +1,5 @@
 import lightning as L
+import numpy as np
 import pytest
 import scipy.linalg
 import torch
@@ -10,9 +11,11 @@ from callbacks import FrechetDistance, SampleGrid
 from ddim_pl.cli import main
 from ddim_pl.data.base import TensorImages
 from ddim_pl.data.digits import DigitsDataModule
+from ddim_pl.evaluation.measure import weights_of
 from ddim_pl.images import grid, read_png, to_uint8
 from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.metrics.quality import NUMBERS, SampleQuality
+from ddim_pl.metrics.statistics import FeatureStatistics
 
 
 def trainer(folder, *callbacks, **arguments):
@@ -229,3 +232,40 @@ def test_grid_holds_the_same_latents_every_time(tmp_path):
         picture = read_png(tmp_path / "samples" / "step-0000000.png")
         expected = grid(to_uint8(module.sample(range(6))), columns=3)
         assert (picture.int() - expected[:1].int()).abs().max() <= 1  # make_grid repeats grey
+
+
+def statistics_file(folder, **changes):
+    """Statistics of all real images, as `main.py stats` writes them."""
+    extractor, data = DigitsFeatures(), DigitsDataModule()
+    data.setup("test")
+    features = torch.cat([extractor(i) for i in data.reference_images(0, 1, 500)]).double()
+    known = {"num_images": 1797, "extractor": "digits", "weights": weights_of(extractor)}
+    found = FeatureStatistics(features.mean(0), features.T.cov(), **{**known, **changes})
+    found.write(folder / "real.npz")
+    return str(folder / "real.npz")
+
+
+def test_statistics_in_place_of_the_real_images_give_the_same_distance(tmp_path):
+    module, data = tiny_ddpm(num_steps=1), DigitsDataModule()
+    found = []
+    for file in (None, statistics_file(tmp_path)):
+        CountingFeatures.seen = 0
+        callback = FrechetDistance(CountingFeatures, num_samples=50, statistics=file)
+        t = trainer(tmp_path, callback)
+        t.test(module, data, verbose=False)
+        found.append(float(t.callback_metrics["test/digits_fd"]))
+    assert CountingFeatures.seen == PROBE + 50  # no real ones
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_statistics_that_do_not_fit_are_errors_before_the_data_are_prepared(tmp_path):
+    file = statistics_file(tmp_path, extractor="cifar")
+    with pytest.raises(ValueError, match=r"'digits' with 32 features, got .*real.npz of 32 .*cif"):
+        FrechetDistance(DigitsFeatures, num_samples=50, statistics=file).check_settings("test")
+    np.savez(tmp_path / "real.npz", mu=np.zeros(7), sigma=np.eye(7))
+    with pytest.raises(ValueError, match=r"'digits' with 32 features, got .* of 7 features"):
+        FrechetDistance(DigitsFeatures, num_samples=50, statistics=file).check_settings("fit")
+    with pytest.raises(ValueError, match=r"metrics must be fd or inception_score with .* got kid"):
+        FrechetDistance(DigitsFeatures, metrics=["fd", "kid"], statistics=file)
+    with pytest.raises(ValueError, match="metrics must have fd with statistics"):
+        FrechetDistance(DigitsFeatures, metrics=["inception_score"], statistics=file)

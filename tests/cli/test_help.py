@@ -10,6 +10,7 @@ import ddim_pl.cli  # so that every class is known
 from ddim_pl.cli_errors import known_classes
 from ddim_pl.fixed_point import Solver
 from ddim_pl.metrics.digits import DigitsFeatures
+from ddim_pl.metrics.dinov2 import DINOv2Features
 from ddim_pl.metrics.inception import InceptionFeatures
 from ddim_pl.noise import Noise
 from ddim_pl.samplers import Sampler
@@ -21,7 +22,7 @@ BASES = (
     *(nn.Module, Callback),
 )
 CLASSES = [kind for base in BASES for kind in known_classes(base)]
-CLASSES += [DigitsFeatures, InceptionFeatures]
+CLASSES += [DigitsFeatures, InceptionFeatures, DINOv2Features]
 
 
 def test_classes_are_found():

@@ -17,6 +17,7 @@ from ddim_pl.evaluation.cells import identity_of
 from ddim_pl.images import write_png
 from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.metrics.quality import SampleQuality
+from ddim_pl.metrics.statistics import FeatureStatistics
 from ddim_pl.samplers import DDIM
 from ddim_pl.training.fingerprint import digest_of
 
@@ -138,3 +139,56 @@ def test_digits_have_the_name_they_always_had():
     data.setup("fit")
     digest = digest_of({"images": data.train_set.images(torch.arange(100) * 1797 // 100)})
     assert identity_of(data) == f"DigitsDataModule 1797 {digest}"
+
+
+def test_several_seeds_give_mean_deviation_and_the_minimum_and_share_cells(tmp_path):
+    model = some_ddpm()
+    way = {"timesteps": ["linear"], "num_steps": [2], "samplers": [DDIM()]}
+    way["metrics"] = ("fd", "precision_recall")
+    single = [sweep(tmp_path / "one", model, seed=seed, **way)[0] for seed in (5, 6, 9)]
+    (row,) = sweep(tmp_path / "all", model, seeds=[5, 6, 9], **way)
+    for name in ("digits_fd", "digits_precision", "digits_recall"):
+        values = torch.tensor([float(each[name]) for each in single], dtype=torch.float64)
+        assert float(row[name]) == pytest.approx(float(values.mean()), rel=1e-9)
+        assert float(row[f"{name} deviation"]) == pytest.approx(float(values.std()), rel=1e-9)
+    least = min(float(each["digits_fd"]) for each in single)
+    assert float(row["digits_fd minimum of 3"]) == least
+    assert [name for name in row if "minimum" in name] == ["digits_fd minimum of 3"]
+    text = (tmp_path / "all" / "sweep.md").read_text()
+    assert "mean and sample deviation of 3 sampling seeds (5, 6, 9)" in text
+    assert len(list((tmp_path / "all" / "cells").glob("*.json"))) == 3
+    sweep(tmp_path / "all", model, seed=6, **way)  # measured already
+    assert len(list((tmp_path / "all" / "cells").glob("*.json"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": [1, 2], "seed": 3}, "seed must be left out with seeds"),
+        ({"seeds": [1, 1]}, r"seeds must be different numbers .* got \[1, 1\]"),
+        ({"seeds": [-1, 2]}, "seeds must be different numbers of at least 0"),
+        ({"statistics": "nowhere.npz"}, "nowhere.npz cannot be read"),
+    ],
+)
+def test_wrong_seeds_and_statistics_are_errors_before_anything_is_written(
+    tmp_path, arguments, message
+):
+    with pytest.raises(ValueError, match=message):
+        sweep(tmp_path / "out", some_ddpm(), **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_are_the_real_side_of_a_table_and_part_of_its_cells(tmp_path):
+    features = DigitsFeatures()(digits_arrays()[0]).double()
+    model, way = some_ddpm(), {"timesteps": ["linear"], "num_steps": [2], "samplers": [DDIM()]}
+    (images,) = sweep(tmp_path / "out", model, **way)
+    for shift in (0.0, 1.0):
+        known = {"num_images": 1797, "extractor": "digits"}
+        moments = features.mean(0) + shift, features.T.cov()
+        FeatureStatistics(*moments, **known).write(tmp_path / "real.npz")
+        (row,) = sweep(tmp_path / "out", model, statistics=str(tmp_path / "real.npz"), **way)
+        same = float(row["digits_fd"]) == pytest.approx(float(images["digits_fd"]), rel=1e-5)
+        assert same == (shift == 0)
+    assert len(list((tmp_path / "out" / "cells").glob("*.json"))) == 3
+    text = (tmp_path / "out" / "sweep.md").read_text()
+    assert f"real side {tmp_path / 'real.npz'} of 1797 images" in text

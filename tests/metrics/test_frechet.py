@@ -99,3 +99,23 @@ def test_one_image_is_too_few():
     mine.update(features(1, 1), real=False)
     with pytest.raises(RuntimeError, match="More than one sample"):
         mine.compute()
+
+
+def test_given_moments_stand_in_for_a_side_and_stay():
+    a, b = features(90, 1), features(70, 2)
+    expected = float(ours(a, b))
+    mine = metric(FrechetDistanceSums)
+    mine.update(b, real=False)
+    mine.give(a.mean(0), a.T.cov(), real=True)
+    assert float(mine.compute()) == pytest.approx(expected, rel=1e-8)
+    mine.reset()
+    mine.update(features(60, 3), real=False)
+    assert float(mine.compute()) == pytest.approx(float(ours(a, features(60, 3))), rel=1e-8)
+    both = metric(FrechetDistanceSums)
+    both.give(a.mean(0), a.T.cov(), real=True)
+    both.give(b.mean(0), b.T.cov(), real=False)
+    with pytest.warns(UserWarning, match="called before"):
+        assert float(both.compute()) == pytest.approx(expected, rel=1e-6)
+    both.give(b.mean(0), b.T.cov(), real=True)
+    with pytest.warns(UserWarning, match="called before"):
+        assert abs(float(both.compute())) < 1e-4
