@@ -37,6 +37,7 @@ from ddim_pl.cli_checks import check_config, check_module, check_sampling_precis
 from ddim_pl.cli_commands import DESCRIPTIONS, exit_without_command
 from ddim_pl.cli_configs import (
     DEFAULTS,
+    AloneParser,
     CommandParser,
     Given,
     callback_lists,
@@ -45,7 +46,7 @@ from ddim_pl.cli_configs import (
     read_config,
 )
 from ddim_pl.cli_errors import run_message
-from ddim_pl.commands import COMMANDS
+from ddim_pl.commands import ALONE, COMMANDS
 from ddim_pl.commands import Trainer as TrainerWithCommands
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.evaluation.measure import ChecksBeforeRun
@@ -120,7 +121,8 @@ class DiffusionCLI(LightningCLI):
         """Run the command that the arguments (by default those of the process) name."""
         args = list(sys.argv[1:] if args is None else args)
         # Parsers take a while to build. Behind an option that stands first any command may follow.
-        self._built = args[:1] if args and args[0] in DESCRIPTIONS else list(DESCRIPTIONS)
+        known = [name for name in DESCRIPTIONS if name not in ALONE]
+        self._built = args[:1] if args and args[0] in known else known
         super().__init__(
             DiffusionModule,
             LightningDataModule,
@@ -403,6 +405,14 @@ def _format(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def run_alone(command: str, *args: str) -> None:
+    """Run a command that needs neither trainer nor model."""
+    parser = AloneParser(prog=f"main.py {command}", description=DESCRIPTIONS[command])
+    parser.add_function_arguments(ALONE[command], as_positional=True)
+    arguments = parser.parse_args([*args])
+    ALONE[command](**vars(arguments))
+
+
 IGNORED = (
     ".*does not have many workers.*",  # data in memory: there is nothing for workers to do
     "Checkpoint directory .* exists and is not empty",  # a run that goes on
@@ -440,7 +450,11 @@ def main(args: Sequence[str] | None = None) -> None:
     before, threading.excepthook = threading.excepthook, _report_of_thread
     try:
         with trusting(*trusted), signals.handled():
-            DiffusionCLI([arg for arg in args if arg != "--trust"])
+            given = [arg for arg in args if arg != "--trust"]
+            if given[0] in ALONE:
+                run_alone(*given)
+            else:
+                DiffusionCLI(given)
     except Exception as error:
         if os.environ.get("DDIM_PL_TRACEBACK"):
             raise

@@ -28,6 +28,8 @@ DESCRIPTIONS = {
     "more.",
     "export": "Write the averaged weights alone, as a checkpoint of a plain DDPM to give to "
     "others.",
+    "import": "Turn a teacher of diffusers, or of DDIM's code, into a checkpoint for every "
+    "command.",
 }
 """What each command does. The parser of a command says the same, see `ddim_pl.cli`."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from ddim_pl.cli_errors import parser_message
@@ -47,6 +47,16 @@ class CommandParser(LightningArgumentParser):
             cfg["trainer.callbacks"] = merge_repeated(callbacks, self.callback_lists)
             self.callback_lists = ()
         return super()._parse_common(cfg, *args, **kwargs)
+
+
+class AloneParser(ArgumentParser):
+    """Parses the arguments of a function alone; an error is one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and exit with status 2."""
+        # internal: as in `CommandParser`.
+        types = {each.dest: getattr(each, "_typehint", None) for each in self._actions}
+        self.exit(2, f"error: {parser_message(message, types)}\n")
 
 
 @dataclass

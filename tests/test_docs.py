@@ -1,5 +1,6 @@
 """Every command in README.md, docs and configs: it can be read, and those on digits run."""
 
+import functools
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ddim_pl.cli import main
+from ddim_pl.commands import ALONE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -103,6 +105,27 @@ SMALL = {
     "compare": {"--num_samples": "40", "--num_steps": "[2]", "--num_shown": "2"},
     "export": {},
 }
+
+
+IMPORTS = [words for words in EVERY if words[0] == "import"]
+
+
+@pytest.mark.parametrize("words", IMPORTS, ids=" ".join)
+def test_an_import_can_be_read(words, monkeypatch):
+    read = []
+    monkeypatch.setitem(ALONE, "import", spec_of_import(read))
+    main([*words])
+    assert len(read) == 1
+
+
+def spec_of_import(read):
+    """A command with the arguments of `import` that notes them."""
+
+    @functools.wraps(ALONE["import"])
+    def note(*args, **kwargs):
+        read.append(kwargs)
+
+    return note
 
 
 def smaller(words):

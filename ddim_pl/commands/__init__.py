@@ -1,9 +1,15 @@
 """What the command line does beside Lightning's four commands: one function per file.
 
-Each is called with a trainer, a model and its own arguments, and works on every device that the
-trainer has.
+Each of `COMMANDS` is called with a trainer, a model and its own arguments, and works on every
+device that the trainer has; each of `ALONE` with its own arguments only.
 """
 
+from collections.abc import Callable
+
+from ddim_pl.commands.import_ import import_teacher
 from ddim_pl.commands.trainer import COMMANDS, Trainer
 
-__all__ = ["COMMANDS", "Trainer"]
+ALONE: dict[str, Callable[..., None]] = {"import": import_teacher}
+"""Commands without a trainer and a model, by name."""
+
+__all__ = ["ALONE", "COMMANDS", "Trainer"]
