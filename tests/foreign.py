@@ -29,7 +29,7 @@ CIFAR10 = {  # google/ddpm-cifar10-32, its config.json
     "time_embedding_type": "positional",
     "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
 }
-CIFAR10_SCHEDULER = {  # the same, its scheduler_config.json
+CIFAR10_SCHEDULER = {  # its scheduler_config.json, in the form of that of google/ddpm-cat-256
     "_class_name": "DDPMScheduler",
     "beta_end": 0.02,
     "beta_schedule": "linear",
@@ -38,6 +38,13 @@ CIFAR10_SCHEDULER = {  # the same, its scheduler_config.json
     "num_train_timesteps": 1000,
     "trained_betas": None,
     "variance_type": "fixed_large",
+}
+PUBLISHED_256 = {  # google/ddpm-celebahq-256, ddpm-cat-256 and the like
+    **CIFAR10,
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+    "down_block_types": [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4],
+    "sample_size": 256,
 }
 TINY = {  # of the same kind
     **CIFAR10,

@@ -11,6 +11,7 @@ from foreign import (
     CIFAR10,
     CIFAR10_SCHEDULER,
     OWN_DEFAULTS,
+    PUBLISHED_256,
     TINY,
     random_unet,
     save_as_before,
@@ -137,6 +138,15 @@ def test_the_published_cifar10_network_answers_the_same(tmp_path):
     assert_same(teacher.network, theirs)
     assert teacher.settings["sampler"] == Ancestral("large")
     assert teacher.settings["schedule"] == LinearSchedule()
+
+
+def test_the_published_networks_of_256_pixels_are_ours():
+    native = native_arguments({**DEFAULTS, **PUBLISHED_256})
+    with torch.device("meta"):
+        ours, theirs = UNet(**native), UNet2DModel(**PUBLISHED_256)
+    counts = [sum(value.numel() for value in each.parameters()) for each in (ours, theirs)]
+    assert counts == [113_673_219] * 2
+    assert native["attention"] == [16]
 
 
 def test_weights_of_half_precision_are_read(tmp_path):
