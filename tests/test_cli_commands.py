@@ -16,6 +16,7 @@ from ddim_pl.commands import ALONE, COMMANDS, Trainer
 
 ROOT = Path(__file__).parents[1]
 NAMES = ", ".join(map(repr, DESCRIPTIONS))
+WITH_MODEL = [name for name in DESCRIPTIONS if name not in ALONE]
 LISTS = "(--help and --print_config list what there is)"
 NO_COMMAND = (
     'error: expected "subcommand" to be one of {fit,validate,test,predict,sample, ...}, but it '
@@ -70,9 +71,6 @@ def test_the_description_is_the_first_sentence_of_the_commands_text(command):
     assert DESCRIPTIONS[command] == text.partition("\n")[0]
 
 
-WITH_TRAINER = [name for name in DESCRIPTIONS if name not in ALONE]
-
-
 @pytest.mark.parametrize("command", ALONE)
 def test_a_command_alone_has_the_description_and_no_trainer(command, built, capsys):
     code, text = outcome([command, "--help"], capsys)
@@ -82,7 +80,7 @@ def test_a_command_alone_has_the_description_and_no_trainer(command, built, caps
     assert built == []
 
 
-@pytest.mark.parametrize("command", WITH_TRAINER)
+@pytest.mark.parametrize("command", WITH_MODEL)
 def test_the_parser_of_a_command_alone_is_built_and_has_the_description(command, built, capsys):
     code, text = outcome([command, "--help"], capsys)
     assert code == 0
@@ -91,10 +89,19 @@ def test_the_parser_of_a_command_alone_is_built_and_has_the_description(command,
     assert built == [command]
 
 
+@pytest.mark.parametrize("command", ALONE)
+def test_a_command_alone_has_its_own_arguments_only(command, built, capsys):
+    code, text = outcome(["--trust", command, "--help"], capsys)
+    assert code == 0
+    assert DESCRIPTIONS[command] in " ".join(text.split())
+    assert "--trainer" not in text
+    assert built == []
+
+
 def test_with_an_option_before_the_command_every_parser_is_built(built, capsys):
     code, text = outcome(["--foo", "fit"], capsys)
     assert (code, text) == (2, f"error: unrecognized arguments: --foo {LISTS}\n")
-    assert built == WITH_TRAINER
+    assert built == WITH_MODEL
 
 
 def test_a_config_before_the_command_is_read(tmp_path, capsys):

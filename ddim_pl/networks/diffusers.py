@@ -1,0 +1,95 @@
+"""Any `UNet2DModel` of diffusers as a network.
+
+It is for what `UNet` lacks: other embeddings of the time, other blocks. Needs the extra
+`ddim_pl[diffusers]`.
+"""
+
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+__all__ = ["DiffusersUNet"]
+
+
+class DiffusersUNet(nn.Module):
+    """diffusers' `UNet2DModel`, whose output is an object and whose sizes are in a config.
+
+    Args:
+        arguments: Those of `UNet2DModel`, with a `sample_size`; entries that begin with "_", as a
+            `config.json` has, are left out.
+        dropout: Probability in [0, 1) of dropping an activation, in place of an entry of
+            `arguments`.
+
+    Attributes:
+        init_args: The constructor's arguments as plain data, for checkpoints.
+
+    Raises:
+        ValueError: If diffusers is not installed, or takes no such arguments.
+    """
+
+    def __init__(self, arguments: dict[str, Any], dropout: float = 0.0) -> None:
+        super().__init__()
+        kept = {name: value for name, value in arguments.items() if not name.startswith("_")}
+        kept.pop("dropout", None)
+        _check(kept)
+        self.init_args: dict[str, Any] = {"arguments": kept, "dropout": dropout}
+        self.unet = _made(kept, dropout)
+        config = self.unet.config
+        self.in_channels: Final[int] = config.in_channels
+        self.out_channels: Final[int] = config.out_channels
+        self.num_classes: Final[int | None] = config.num_class_embeds
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        if height == width:
+            self.image_size: Final[int] = height
+
+    def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Map images, each with its time, to images of the same size.
+
+        Args:
+            z: Images, (B, in_channels, height, width).
+            t: Times, (B,).
+            label: Classes, (B,) int64, if the network has classes.
+
+        Returns:
+            (B, out_channels, height, width).
+        """
+        output: Tensor = self.unet(z, t, class_labels=label).sample
+        return output
+
+
+def _check(arguments: dict[str, Any]) -> None:
+    """Check what diffusers would take and we could not use."""
+    time = arguments.get("time_embedding_type", "positional")
+    if time != "positional":
+        raise ValueError(
+            f"time_embedding_type must be 'positional', got {time!r}: its network is not fed the "
+            "index of a level of DDPM"
+        )
+    embedding = arguments.get("class_embed_type")
+    if embedding is not None:
+        raise ValueError(
+            f"class_embed_type must be None, got {embedding!r}: labels go through a table, with "
+            "num_class_embeds"
+        )
+    if arguments.get("sample_size") is None:
+        raise ValueError(
+            "sample_size must be the height and width of the images, got None: give one number "
+            "or both"
+        )
+
+
+def _made(arguments: dict[str, Any], dropout: float) -> Any:
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        raise ValueError(
+            "network DiffusersUNet needs the package diffusers, which is not installed: pip "
+            "install 'ddim_pl[diffusers]'"
+        ) from None
+    try:
+        return UNet2DModel(**arguments, dropout=dropout)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"arguments must be those of diffusers' UNet2DModel, got {arguments}: {error}"
+        ) from None

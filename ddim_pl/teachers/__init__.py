@@ -1,0 +1,1 @@
+"""Teachers that other programs have trained: read as data, and turned into our models."""
