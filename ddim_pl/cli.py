@@ -41,8 +41,12 @@ from ddim_pl.cli_configs import (
     Given,
     callback_lists,
     classes_first,
+    logger_name,
+    loggers_of,
     options,
     read_config,
+    with_folder,
+    writes_folder,
 )
 from ddim_pl.cli_errors import run_message
 from ddim_pl.commands import COMMANDS
@@ -61,10 +65,19 @@ from ddim_pl.lightning_internals import (
     version_given,
 )
 from ddim_pl.locks import alone_in
+from ddim_pl.loggers import (
+    KEPT_ELSEWHERE,
+    check_installed,
+    flat_settings,
+    log_settings,
+    remember_runs,
+    remembered_runs,
+)
 from ddim_pl.runs import (
     SHARED,
     checkpoint_config,
     claim_version,
+    experiments_of_mlflow,
     newest_checkpoint,
     read_checkpoint,
     run_of,
@@ -102,7 +115,8 @@ class _SaveConfig(SaveConfigCallback):
         config["model"]["init_args"] = filled(config["model"]["init_args"], pl_module.hparams)
         # Another run, begun from this file, gets a version of its own.
         for logger in _as_list(config["trainer"].get("logger")):
-            logger.get("init_args", {}).pop("version", None)
+            for name in ("version", *KEPT_ELSEWHERE.values()):
+                logger.get("init_args", {}).pop(name, None)
         checkpoint[CONFIG_KEY] = yaml.safe_dump({key: config[key] for key in SHARED})
 
 
@@ -168,6 +182,7 @@ class DiffusionCLI(LightningCLI):
         self.config = parser.parse_args(args)
         command, config = self.config.subcommand, self.config[self.config.subcommand]
         check_config(config)
+        self._prepare_loggers(config)
         check_sampling_precision(command, config, given="sampling_precision" in given.of_model)
         self._resolve_checkpoint(config)
 
@@ -187,14 +202,22 @@ class DiffusionCLI(LightningCLI):
         below = ["--config", yaml.safe_dump(config)]
         return [given.command, *below, *args[1:], "--ckpt_path", str(path)]
 
+    def _prepare_loggers(self, config: Namespace) -> None:
+        """See that loggers are installed, and that the first one has a folder for the run."""
+        loggers = loggers_of(config)
+        if self.config.subcommand in COMMANDS:  # they log nothing, and write into the run
+            loggers = [each for each in loggers if writes_folder(each)]
+        for each in loggers:
+            check_installed(logger_name(each))
+        if loggers:
+            config.trainer.logger = with_folder(loggers)
+
     def _resolve_checkpoint(self, config: Namespace) -> None:
         """Turn `last` into a file, check that it exists, and write into that file's run."""
         command, checkpoint = self.config.subcommand, config.get("ckpt_path")
-        loggers = _file_loggers(config.trainer.get("logger"))
-        settings = loggers[0] if loggers else Namespace()
+        loggers = loggers_of(config)
         if checkpoint == "last":
-            name = settings["name"] or "" if "name" in settings else None
-            checkpoint = str(newest_checkpoint(Path(settings.get("save_dir", "runs")), name))
+            checkpoint = str(_last_of(config, loggers))
         if checkpoint is None:
             if command != "fit":
                 raise ValueError(_needs_checkpoint(command))
@@ -202,8 +225,11 @@ class DiffusionCLI(LightningCLI):
         if checkpoint != self._read:
             read_checkpoint(Path(checkpoint), keep=True)
         config.ckpt_path = checkpoint
-        for each in loggers:
+        files = [each.init_args for each in loggers if writes_folder(each)]
+        for each in files:
             _log_into_run(each, Path(checkpoint), fits=command == "fit")
+        if files and (command != "fit" or files[0].get("version") is not None):
+            _go_on_elsewhere(loggers, run_of(Path(checkpoint)))
 
     def _parse_ckpt_path(self) -> None:
         """Do not let the checkpoint's arguments override the command line, as Lightning would."""
@@ -234,11 +260,7 @@ class DiffusionCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Record the model's arguments, and find what is wrong before anything is written."""
-        # It was checked when it was parsed.
-        text = self.parser.dump(
-            self.config, skip_link_targets=False, skip_none=False, skip_validation=True
-        )
-        model = yaml.safe_load(text)[self.subcommand]["model"]
+        model = self._dumped()["model"]
         arguments = filled(model["init_args"], self.model.hparams)
         self.model.save_hyperparameters(
             {"_class_path": model["class_path"], "_instantiator": INSTANTIATOR, **arguments},
@@ -286,7 +308,22 @@ class DiffusionCLI(LightningCLI):
         run.mkdir(parents=True, exist_ok=True)
         with alone_in(run, ".fit-lock"):
             self._prepare_logs()
+            remember_runs(run, self.trainer.loggers)
+            log_settings(self.trainer.loggers, flat_settings(self._settings()))
             self.trainer.fit(**kwargs)
+
+    def _settings(self) -> dict[str, Any]:
+        """What was given and what the model found for itself, as plain data."""
+        config = self._dumped()
+        config["model"]["init_args"] = filled(config["model"]["init_args"], self.model.hparams)
+        return {name: config[name] for name in SHARED}
+
+    def _dumped(self) -> dict[str, Any]:
+        """The command's config as plain data; it was checked when it was parsed."""
+        text = self.parser.dump(
+            self.config, skip_link_targets=False, skip_none=False, skip_validation=True
+        )
+        return cast(dict[str, Any], yaml.safe_load(text)[self.subcommand])
 
     def test(self, **kwargs: Any) -> None:
         """Test, print a table and write it as `test-results.json` into the run."""
@@ -366,12 +403,36 @@ def _needs_checkpoint(command: str) -> str:
     return f"{command} needs --ckpt_path: give a file or 'last'"
 
 
-def _file_loggers(loggers: Any) -> list[Namespace]:
-    """The arguments of those loggers of a config that write into a run's folder."""
-    names = tuple(f".{kind.__name__}" for kind in FILE_LOGGERS)
-    loggers = loggers if isinstance(loggers, list) else [loggers]
-    found = [each for each in loggers if isinstance(each, Namespace) and "init_args" in each]
-    return [each.init_args for each in found if f".{each.class_path}".endswith(names)]
+def _last_of(config: Namespace, loggers: list[Namespace]) -> Path:
+    """The newest checkpoint of the experiment that the loggers of a config name."""
+    if not loggers:
+        raise ValueError(
+            "--ckpt_path last needs a logger that names the experiment's folder, got "
+            f"trainer.logger={config.trainer.get('logger')}: give a logger, or the file"
+        )
+    settings, more = loggers[0].init_args, list[Path]()
+    for each in loggers:
+        place = each.get("init_args") or Namespace()
+        # Where Lightning has the checkpoints of a run whose only logger is this one.
+        if logger_name(each) == "WandbLogger" and place.get("project"):
+            more.append(Path(place.get("save_dir") or ".", place.project))
+        if logger_name(each) == "MLFlowLogger":
+            experiment = place.get("experiment_name", "lightning_logs")
+            more += experiments_of_mlflow(Path(place.get("save_dir") or "mlruns"), experiment)
+    name = settings["name"] or "" if "name" in settings else None
+    return newest_checkpoint(Path(settings.get("save_dir", "runs")), name, *more)
+
+
+def _go_on_elsewhere(loggers: list[Namespace], run: Path) -> None:
+    """Let loggers go on with the runs that they keep elsewhere, unless the user names others."""
+    kept = remembered_runs(run)
+    for each in loggers:
+        argument = KEPT_ELSEWHERE.get(logger_name(each))
+        ids = kept.get(logger_name(each))
+        if argument and ids:
+            found, settings = ids.pop(0), each.init_args
+            if not (settings.get(argument) or settings.get("version")):
+                settings[argument] = found
 
 
 def _log_into_run(logger: Namespace, checkpoint: Path, *, fits: bool) -> None:
