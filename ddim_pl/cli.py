@@ -83,6 +83,7 @@ from ddim_pl.runs import (
     run_of,
     version_of,
 )
+from ddim_pl.shipped import with_shipped_configs
 from ddim_pl.training import DiffusionModule
 from ddim_pl.training.hyperparameters import CONFIG_KEY, INSTANTIATOR, filled, remember
 from ddim_pl.trust import set_import_policy, trusting
@@ -132,7 +133,7 @@ class DiffusionCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         """Run the command that the arguments (by default those of the process) name."""
-        args = list(sys.argv[1:] if args is None else args)
+        args = with_shipped_configs(sys.argv[1:] if args is None else args)
         # Parsers take a while to build. Behind an option that stands first any command may follow.
         self._built = args[:1] if args and args[0] in DESCRIPTIONS else list(DESCRIPTIONS)
         super().__init__(

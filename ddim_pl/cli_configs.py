@@ -17,8 +17,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from ddim_pl.cli_errors import parser_message
 from ddim_pl.lightning_internals import FILE_LOGGERS
+from ddim_pl.shipped import CONFIGS
 
-DEFAULTS = Path(__file__).parents[1] / "configs" / "default.yaml"
+DEFAULTS = CONFIGS / "default.yaml"
 """What the experiments share; Lightning's commands read it before any other config."""
 
 TABLE = "lightning.pytorch.loggers.CSVLogger"

@@ -15,6 +15,7 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ddim_pl.renamed import RENAMED
+from ddim_pl.shipped import CONFIGS, config_name
 
 OURS, FEATURES = ("ddim_pl.", "callbacks."), ("ddim_pl.metrics.",)
 MOST_NAMES = 12
@@ -41,7 +42,6 @@ WRONG_VALUE = (
 NO_LIST = r"Expected a <class '(?:collections\.abc\.\w+|list|tuple)'>"
 NO_FILE = r"""Parser key "config": (?:File does not exist|Path is not a file): '(.*)'"""
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 MOST_FILES = 4
 """Files that a message names at most."""
 
@@ -204,8 +204,7 @@ def _no_config(file: Path) -> str:
     inside = sorted(file.glob("*.y*ml"))
     close = inside or _similar(file, file.parent.glob("*.y*ml"))
     close = close or _similar(file, CONFIGS.glob("*/*.yaml"))
-    here = f"{Path.cwd().as_posix()}/"
-    given, *names = [each.as_posix().removeprefix(here) for each in (file, *close[:MOST_FILES])]
+    given, *names = [config_name(each) for each in (file, *close[:MOST_FILES])]
     hint = f"did you mean {' or '.join(names)}?" if names else f"{CONFIGS} has some"
     return f"config must be a file that exists, got {given}: {hint}"
 
