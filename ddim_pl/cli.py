@@ -48,6 +48,7 @@ from ddim_pl.cli_configs import (
     with_folder,
     writes_folder,
 )
+from ddim_pl.cli_environment import options_by, variable_of, with_environment
 from ddim_pl.cli_errors import run_message
 from ddim_pl.commands import COMMANDS
 from ddim_pl.commands import Trainer as TrainerWithCommands
@@ -179,7 +180,10 @@ class DiffusionCLI(LightningCLI):
             base = read_config(DEFAULTS)
         set_import_policy(given.named_paths, strict=self._read is not None)
         for command in self.subcommands():
-            self._command_parser(command).callback_lists = callback_lists(base, args)
+            parser_of = self._command_parser(command)
+            parser_of.callback_lists = callback_lists(base, args)
+            set_by = options_by(os.environ, command=command)
+            parser_of.variables = [variable_of(name[2:], command) for name in set_by]
         self.config = parser.parse_args(args)
         command, config = self.config.subcommand, self.config[self.config.subcommand]
         check_config(config)
@@ -482,7 +486,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; an error is one line, with exit status 1.
 
     A signal that ends it gives the exit status 128 + its number, see `ddim_pl.signals`. Set the
-    environment variable DDIM_PL_TRACEBACK=1 to see where an error was raised.
+    environment variable DDIM_PL_TRACEBACK=1 to see where an error was raised. Other variables set
+    options, see `ddim_pl.cli_environment`.
     """
     # Lightning advertises a logger in a log message.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -501,8 +506,9 @@ def main(args: Sequence[str] | None = None) -> None:
     trusted = ["*"] if "--trust" in args else []
     before, threading.excepthook = threading.excepthook, _report_of_thread
     try:
+        args = with_environment([arg for arg in args if arg != "--trust"], os.environ)
         with trusting(*trusted), signals.handled():
-            DiffusionCLI([arg for arg in args if arg != "--trust"])
+            DiffusionCLI(args)
     except Exception as error:
         if os.environ.get("DDIM_PL_TRACEBACK"):
             raise

@@ -31,13 +31,19 @@ class CommandParser(LightningArgumentParser):
     callback_lists: Sequence[int] = ()
     """Lengths of the lists that the callbacks come from, see `merge_repeated`."""
 
+    variables: Sequence[str] = ()
+    """Environment variables that set options of this command, for the errors."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit with status 2; a nested parser raises, as in jsonargparse."""
         if not self.exit_on_error:
             super().error(message, ex)
         # internal: jsonargparse 4 has no public place for the annotations of arguments.
         types = {each.dest: getattr(each, "_typehint", None) for each in self._actions}
-        self.exit(2, f"error: {parser_message(message, types)}\n")
+        line = parser_message(message, types)
+        named = [each for each in self.variables if each.lower().rpartition("__")[2] in line]
+        source = f" (set by {', '.join(named)})" if named else ""
+        self.exit(2, f"error: {line}{source}\n")
 
     def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         """Merge repeated callbacks before jsonargparse fills in their default arguments."""
