@@ -45,6 +45,13 @@ NO_FILE = r"""Parser key "config": (?:File does not exist|Path is not a file): '
 MOST_FILES = 4
 """Files that a message names at most."""
 
+NOISE = (
+    *("- Does not validate", "- Expected a <class 'NoneType'>"),
+    # A list of loggers is tried as a single one, too.
+    *("- Not a valid subclass of Logger. Got value: [", "- a class path (str)", "- a dict with"),
+)
+"""Lines of nested text that are no reasons."""
+
 WORDS = {int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("a text", "texts")}
 """What types are called: of one value, and of several."""
 
@@ -187,9 +194,8 @@ def _reason(message: str) -> str:
     """Of nested text, the reason at its core."""
     if "Does not validate against any" not in message:
         return message
-    noise = ("- Does not validate", "- Expected a <class 'NoneType'>")
     lines = [line.strip() for line in message.splitlines()]
-    reasons = [line for line in lines if line.startswith("- ") and not line.startswith(noise)]
+    reasons = [line for line in lines if line.startswith("- ") and not line.startswith(NOISE)]
     if not reasons:
         return message
     if not reasons[0].endswith(":"):

@@ -240,6 +240,20 @@ def test_a_missing_package_is_named_with_what_installs_it(here, monkeypatch, nam
     assert not (here / "runs").exists()
 
 
+def test_a_logger_that_cannot_be_made_says_why(here, trackers, monkeypatch, capsys):
+    """Though jsonargparse first says that a list of loggers is no logger."""
+
+    def refuse(uri):
+        raise RuntimeError(f"no files at {uri}")
+
+    monkeypatch.setattr(sys.modules["mlflow.tracking"], "MlflowClient", refuse)
+    config = small_config(here, [logger("MLFlowLogger", save_dir="m")])
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", config])
+    assert stop.value.code == "error: no files at file:m"
+    assert not (here / "runs").exists()
+
+
 def test_settings_are_flat():
     config = {
         "seed_everything": 3,
