@@ -12,13 +12,15 @@ from torch import Tensor
 from ddim_pl.checks import check_at_least
 from ddim_pl.evaluation.manifest import write_manifest
 from ddim_pl.images import PngWriter, grid, read_png, to_uint8, write_png
+from ddim_pl.loggers import log_image, run_folder
 from ddim_pl.training import DiffusionModule
 
 
 class ImageWriter(L.Callback):
     """Write each image of `predict` as `images/<index>.png`, and a grid of the first ones.
 
-    Every rank writes its own images; the first rank then lays out `grid.png`, apart from them.
+    Every rank writes its own images; the first rank then lays out `grid.png`, apart from them,
+    which the loggers get as "predict/grid".
     `manifest.json` says how they were made.
 
     Args:
@@ -43,7 +45,7 @@ class ImageWriter(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the folder, the same on every rank."""
-        run = Path(trainer.log_dir or trainer.default_root_dir)
+        run = run_folder(trainer)
         self._folder = Path(self.folder) if self.folder else run / "predict"
         old = sorted(self._folder.glob("images/" + "[0-9]" * 6 + ".png"))
         if old and self.folder:  # every rank finds them, because none writes before the barrier
@@ -92,7 +94,9 @@ class ImageWriter(L.Callback):
         files = [self._path(index) for index in range(min(self.grid_images, last + 1))]
         images = [read_png(f) for f in files if f.exists()]
         if images:
-            write_png(grid(torch.stack(images), columns=self.columns), self._folder / "grid.png")
+            file, module = self._folder / "grid.png", cast(DiffusionModule, pl_module)
+            write_png(grid(torch.stack(images), columns=self.columns), file)
+            log_image(trainer.loggers, "predict/grid", file, module.checkpoint_step)
         rank_zero_info(f"Images are in {self._folder}")
 
     def on_exception(

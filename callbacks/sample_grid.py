@@ -1,14 +1,13 @@
 """A picture of the same latents at every validation, so that progress can be seen."""
 
-from pathlib import Path
 from typing import cast
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ddim_pl.checks import check_at_least
 from ddim_pl.images import grid, to_uint8, write_png
+from ddim_pl.loggers import log_image, run_folder
 from ddim_pl.training import DiffusionModule
 
 
@@ -16,7 +15,7 @@ class SampleGrid(L.Callback):
     """Draw a grid with the averaged weights at each validation and at the end of `test`.
 
     Writes `samples/step-<updates>.png` (in `test` `samples/test.png`) into the run's folder, and
-    where TensorBoard is the logger an image of that many updates, "samples" or "test/samples". The
+    hands it to the loggers as an image of that many updates, "samples" or "test/samples". The
     latents are those of the images 0, 1, 2, ... of the module's seed, at every validation. Only
     the first rank samples.
 
@@ -51,17 +50,16 @@ class SampleGrid(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, name: str, tag: str
     ) -> None:
         assert isinstance(pl_module, DiffusionModule)
-        folder = trainer.log_dir or trainer.default_root_dir  # asked on every rank: it broadcasts
+        folder = run_folder(trainer)  # asked on every rank: it broadcasts
         if not trainer.is_global_zero:
             return
         with trainer.precision_plugin.forward_context():
             images = pl_module.sample(range(self.num_images))
         picture = grid(to_uint8(images).cpu(), columns=self.columns, min_side=self.min_side)
-        write_png(picture, Path(folder) / "samples" / f"{name}.png")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                # TensorBoard drops what has a tag in common with a later image of fewer updates.
-                logger.experiment.add_image(tag, picture, _updates(trainer, pl_module))
+        file = folder / "samples" / f"{name}.png"
+        write_png(picture, file)
+        # TensorBoard drops what has a tag in common with a later image of fewer updates.
+        log_image(trainer.loggers, tag, file, _updates(trainer, pl_module))
 
 
 def _updates(trainer: L.Trainer, module: L.LightningModule) -> int:

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,10 +12,12 @@ import yaml
 
 from callbacks.fid import FrechetDistance
 from ddim_pl.checks import check_at_least
+from ddim_pl.evaluation.plots import plot_distances
 from ddim_pl.evaluation.tables import write_csv
 from ddim_pl.files import write_tensors
 from ddim_pl.images import grid, to_uint8, write_png
 from ddim_pl.lightning_internals import add_callback_states, callbacks_of, datamodule_of
+from ddim_pl.loggers import log_image, run_folder
 from ddim_pl.training import ProgressiveDistillation
 from ddim_pl.training.hyperparameters import CONFIG_KEY
 
@@ -25,7 +28,9 @@ class Students(L.Callback):
     Writes into the run's folder: `checkpoints/student-0008-steps.ckpt`, which every command takes
     and which holds its number of steps; `students/student-0008-steps.png`, of the same latents for
     every student; and a line of `students/students.csv` with the numbers of the config's
-    `FrechetDistance`, if there is one, which are also logged as "student/...".
+    `FrechetDistance`, if there is one, which are also logged as "student/...", and plotted in
+    `students/students.png`. The loggers get the pictures as "students/samples" and
+    "students/plot".
 
     A round is closed at the first batch of the next one. A run that was stopped before that closes
     it when it resumes, and writes the same files.
@@ -94,7 +99,7 @@ class Students(L.Callback):
     def _close(self, trainer: L.Trainer, module: ProgressiveDistillation) -> None:
         if module.round_index < 0:
             return  # a converted teacher is no student yet
-        run = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: it broadcasts
+        run = run_folder(trainer)  # on every rank: it broadcasts
         name = f"student-{module.student_steps:04d}-steps"
         row: dict[str, Any] = {"steps": module.student_steps, "updates": module.round_updates}
         measure = _measure_of(trainer)
@@ -107,9 +112,14 @@ class Students(L.Callback):
         if trainer.is_global_zero:
             with trainer.precision_plugin.forward_context():
                 images = to_uint8(module.sample(range(self.num_images))).cpu()
-            picture = grid(images, columns=self.columns)
-            write_png(picture, run / "students" / f"{name}.png")
-            _add_row(run / "students" / "students.csv", row)
+            file = run / "students" / f"{name}.png"
+            write_png(grid(images, columns=self.columns), file)
+            log_image(trainer.loggers, "students/samples", file, module.global_step)
+            rows = _add_row(run / "students" / "students.csv", row)
+            if measure is not None and measure.settings.quality.keys[0] in row:
+                file = run / "students" / "students.png"
+                _plot(file, rows, measure.settings.quality.keys[0])
+                log_image(trainer.loggers, "students/plot", file, module.global_step)
             _save(trainer, module, run / "checkpoints" / f"{name}.ckpt")
         trainer.strategy.barrier("student written")
         self._closed = module.round_index
@@ -138,10 +148,23 @@ def _save(trainer: L.Trainer, module: ProgressiveDistillation, path: Path) -> No
     write_tensors(checkpoint, path)
 
 
-def _add_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a student's line, in place of an earlier one of as many steps."""
+def _add_row(path: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Add a student's line, in place of an earlier one of as many steps; return all lines."""
     rows: list[dict[str, Any]] = []
     if path.is_file():
         rows = list(csv.DictReader(path.read_text().splitlines()))
     rows = [each for each in rows if int(each["steps"]) != row["steps"]]
-    write_csv(path, sorted([*rows, row], key=lambda each: -int(each["steps"])))
+    rows = sorted([*rows, row], key=lambda each: -int(each["steps"]))
+    write_csv(path, rows)
+    return rows
+
+
+def _plot(path: Path, rows: Sequence[dict[str, Any]], key: str) -> None:
+    """Plot a distance against the students' steps, of those that were measured."""
+    measured = [row for row in rows if row.get(key) not in (None, "")]
+    points = [
+        {"steps": steps, "network evaluations": steps, key: float(row[key])}
+        for row in measured
+        for steps in [int(row["steps"])]
+    ]
+    plot_distances(path, points, key, ["students"] * len(points))

@@ -43,9 +43,14 @@ from ddim_pl.cli_configs import (
     callback_lists,
     classes_first,
     dotted_paths,
+    logger_name,
+    loggers_of,
     options,
     read_config,
+    with_folder,
+    writes_folder,
 )
+from ddim_pl.cli_environment import options_by, variable_of, with_environment
 from ddim_pl.cli_errors import run_message
 from ddim_pl.commands import ALONE, COMMANDS
 from ddim_pl.commands import Trainer as TrainerWithCommands
@@ -63,15 +68,25 @@ from ddim_pl.lightning_internals import (
     version_given,
 )
 from ddim_pl.locks import alone_in
+from ddim_pl.loggers import (
+    KEPT_ELSEWHERE,
+    check_installed,
+    flat_settings,
+    log_settings,
+    remember_runs,
+    remembered_runs,
+)
 from ddim_pl.runs import (
     SHARED,
     checkpoint_config,
     claim_version,
+    experiments_of_mlflow,
     newest_checkpoint,
     read_checkpoint,
     run_of,
     version_of,
 )
+from ddim_pl.shipped import with_shipped_configs
 from ddim_pl.training import DiffusionModule
 from ddim_pl.training.hyperparameters import CONFIG_KEY, INSTANTIATOR, filled, remember
 from ddim_pl.trust import set_import_policy, trusting
@@ -104,7 +119,8 @@ class _SaveConfig(SaveConfigCallback):
         config["model"]["init_args"] = filled(config["model"]["init_args"], pl_module.hparams)
         # Another run, begun from this file, gets a version of its own.
         for logger in _as_list(config["trainer"].get("logger")):
-            logger.get("init_args", {}).pop("version", None)
+            for name in ("version", *KEPT_ELSEWHERE.values()):
+                logger.get("init_args", {}).pop(name, None)
         checkpoint[CONFIG_KEY] = yaml.safe_dump({key: config[key] for key in SHARED})
 
 
@@ -120,7 +136,7 @@ class DiffusionCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         """Run the command that the arguments (by default those of the process) name."""
-        args = list(sys.argv[1:] if args is None else args)
+        args = with_shipped_configs(sys.argv[1:] if args is None else args)
         # Parsers take a while to build. Behind an option that stands first any command may follow.
         known = [name for name in DESCRIPTIONS if name not in ALONE]
         self._built = args[:1] if args and args[0] in known else known
@@ -167,10 +183,14 @@ class DiffusionCLI(LightningCLI):
             base = read_config(DEFAULTS)
         set_import_policy(given.named_paths, strict=self._read is not None)
         for command in self.subcommands():
-            self._command_parser(command).callback_lists = callback_lists(base, args)
+            parser_of = self._command_parser(command)
+            parser_of.callback_lists = callback_lists(base, args)
+            set_by = options_by(os.environ, command=command)
+            parser_of.variables = [variable_of(name[2:], command) for name in set_by]
         self.config = parser.parse_args(args)
         command, config = self.config.subcommand, self.config[self.config.subcommand]
         check_config(config)
+        self._prepare_loggers(config)
         check_sampling_precision(command, config, given="sampling_precision" in given.of_model)
         self._resolve_checkpoint(config)
 
@@ -190,14 +210,22 @@ class DiffusionCLI(LightningCLI):
         below = ["--config", yaml.safe_dump(config)]
         return [given.command, *below, *args[1:], "--ckpt_path", str(path)]
 
+    def _prepare_loggers(self, config: Namespace) -> None:
+        """See that loggers are installed, and that the first one has a folder for the run."""
+        loggers = loggers_of(config)
+        if self.config.subcommand in COMMANDS:  # they log nothing, and write into the run
+            loggers = [each for each in loggers if writes_folder(each)]
+        for each in loggers:
+            check_installed(logger_name(each))
+        if loggers:
+            config.trainer.logger = with_folder(loggers)
+
     def _resolve_checkpoint(self, config: Namespace) -> None:
         """Turn `last` into a file, check that it exists, and write into that file's run."""
         command, checkpoint = self.config.subcommand, config.get("ckpt_path")
-        loggers = _file_loggers(config.trainer.get("logger"))
-        settings = loggers[0] if loggers else Namespace()
+        loggers = loggers_of(config)
         if checkpoint == "last":
-            name = settings["name"] or "" if "name" in settings else None
-            checkpoint = str(newest_checkpoint(Path(settings.get("save_dir", "runs")), name))
+            checkpoint = str(_last_of(config, loggers))
         if checkpoint is None:
             if command != "fit":
                 raise ValueError(_needs_checkpoint(command))
@@ -205,8 +233,11 @@ class DiffusionCLI(LightningCLI):
         if checkpoint != self._read:
             read_checkpoint(Path(checkpoint), keep=True)
         config.ckpt_path = checkpoint
-        for each in loggers:
+        files = [each.init_args for each in loggers if writes_folder(each)]
+        for each in files:
             _log_into_run(each, Path(checkpoint), fits=command == "fit")
+        if files and (command != "fit" or files[0].get("version") is not None):
+            _go_on_elsewhere(loggers, run_of(Path(checkpoint)))
 
     def _parse_ckpt_path(self) -> None:
         """Do not let the checkpoint's arguments override the command line, as Lightning would."""
@@ -237,11 +268,7 @@ class DiffusionCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Record the model's arguments, and find what is wrong before anything is written."""
-        # It was checked when it was parsed.
-        text = self.parser.dump(
-            self.config, skip_link_targets=False, skip_none=False, skip_validation=True
-        )
-        model = yaml.safe_load(text)[self.subcommand]["model"]
+        model = self._dumped()["model"]
         arguments = filled(model["init_args"], self.model.hparams)
         self.model.save_hyperparameters(
             {"_class_path": model["class_path"], "_instantiator": INSTANTIATOR, **arguments},
@@ -289,7 +316,22 @@ class DiffusionCLI(LightningCLI):
         run.mkdir(parents=True, exist_ok=True)
         with alone_in(run, ".fit-lock"):
             self._prepare_logs()
+            remember_runs(run, self.trainer.loggers)
+            log_settings(self.trainer.loggers, flat_settings(self._settings()))
             self.trainer.fit(**kwargs)
+
+    def _settings(self) -> dict[str, Any]:
+        """What was given and what the model found for itself, as plain data."""
+        config = self._dumped()
+        config["model"]["init_args"] = filled(config["model"]["init_args"], self.model.hparams)
+        return {name: config[name] for name in SHARED}
+
+    def _dumped(self) -> dict[str, Any]:
+        """The command's config as plain data; it was checked when it was parsed."""
+        text = self.parser.dump(
+            self.config, skip_link_targets=False, skip_none=False, skip_validation=True
+        )
+        return cast(dict[str, Any], yaml.safe_load(text)[self.subcommand])
 
     def test(self, **kwargs: Any) -> None:
         """Test, print a table and write it as `test-results.json` into the run."""
@@ -369,12 +411,36 @@ def _needs_checkpoint(command: str) -> str:
     return f"{command} needs --ckpt_path: give a file or 'last'"
 
 
-def _file_loggers(loggers: Any) -> list[Namespace]:
-    """The arguments of those loggers of a config that write into a run's folder."""
-    names = tuple(f".{kind.__name__}" for kind in FILE_LOGGERS)
-    loggers = loggers if isinstance(loggers, list) else [loggers]
-    found = [each for each in loggers if isinstance(each, Namespace) and "init_args" in each]
-    return [each.init_args for each in found if f".{each.class_path}".endswith(names)]
+def _last_of(config: Namespace, loggers: list[Namespace]) -> Path:
+    """The newest checkpoint of the experiment that the loggers of a config name."""
+    if not loggers:
+        raise ValueError(
+            "--ckpt_path last needs a logger that names the experiment's folder, got "
+            f"trainer.logger={config.trainer.get('logger')}: give a logger, or the file"
+        )
+    settings, more = loggers[0].init_args, list[Path]()
+    for each in loggers:
+        place = each.get("init_args") or Namespace()
+        # Where Lightning has the checkpoints of a run whose only logger is this one.
+        if logger_name(each) == "WandbLogger" and place.get("project"):
+            more.append(Path(place.get("save_dir") or ".", place.project))
+        if logger_name(each) == "MLFlowLogger":
+            experiment = place.get("experiment_name", "lightning_logs")
+            more += experiments_of_mlflow(Path(place.get("save_dir") or "mlruns"), experiment)
+    name = settings["name"] or "" if "name" in settings else None
+    return newest_checkpoint(Path(settings.get("save_dir", "runs")), name, *more)
+
+
+def _go_on_elsewhere(loggers: list[Namespace], run: Path) -> None:
+    """Let loggers go on with the runs that they keep elsewhere, unless the user names others."""
+    kept = remembered_runs(run)
+    for each in loggers:
+        argument = KEPT_ELSEWHERE.get(logger_name(each))
+        ids = kept.get(logger_name(each))
+        if argument and ids:
+            found, settings = ids.pop(0), each.init_args
+            if not (settings.get(argument) or settings.get("version")):
+                settings[argument] = found
 
 
 def _log_into_run(logger: Namespace, checkpoint: Path, *, fits: bool) -> None:
@@ -438,7 +504,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; an error is one line, with exit status 1.
 
     A signal that ends it gives the exit status 128 + its number, see `ddim_pl.signals`. Set the
-    environment variable DDIM_PL_TRACEBACK=1 to see where an error was raised.
+    environment variable DDIM_PL_TRACEBACK=1 to see where an error was raised. Other variables set
+    options, see `ddim_pl.cli_environment`.
     """
     # Lightning advertises a logger in a log message.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -457,12 +524,12 @@ def main(args: Sequence[str] | None = None) -> None:
     trusted = ["*"] if "--trust" in args else []
     before, threading.excepthook = threading.excepthook, _report_of_thread
     try:
+        args = with_environment([arg for arg in args if arg != "--trust"], os.environ)
         with trusting(*trusted), signals.handled():
-            given = [arg for arg in args if arg != "--trust"]
-            if given[0] in ALONE:
-                run_alone(*given)
+            if args[0] in ALONE:
+                run_alone(*args)
             else:
-                DiffusionCLI(given)
+                DiffusionCLI(args)
     except Exception as error:
         if os.environ.get("DDIM_PL_TRACEBACK"):
             raise

@@ -16,9 +16,13 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from ddim_pl.cli_errors import parser_message
+from ddim_pl.lightning_internals import FILE_LOGGERS
+from ddim_pl.shipped import CONFIGS
 
-DEFAULTS = Path(__file__).parents[1] / "configs" / "default.yaml"
+DEFAULTS = CONFIGS / "default.yaml"
 """What the experiments share; Lightning's commands read it before any other config."""
+
+TABLE = "lightning.pytorch.loggers.CSVLogger"
 
 
 class CommandParser(LightningArgumentParser):
@@ -27,13 +31,19 @@ class CommandParser(LightningArgumentParser):
     callback_lists: Sequence[int] = ()
     """Lengths of the lists that the callbacks come from, see `merge_repeated`."""
 
+    variables: Sequence[str] = ()
+    """Environment variables that set options of this command, for the errors."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit with status 2; a nested parser raises, as in jsonargparse."""
         if not self.exit_on_error:
             super().error(message, ex)
         # internal: jsonargparse 4 has no public place for the annotations of arguments.
         types = {each.dest: getattr(each, "_typehint", None) for each in self._actions}
-        self.exit(2, f"error: {parser_message(message, types)}\n")
+        line = parser_message(message, types)
+        named = [each for each in self.variables if each.lower().rpartition("__")[2] in line]
+        source = f" (set by {', '.join(named)})" if named else ""
+        self.exit(2, f"error: {line}{source}\n")
 
     def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         """Merge repeated callbacks before jsonargparse fills in their default arguments."""
@@ -190,6 +200,37 @@ def _kind(callback: Any) -> Any:
     """The class of a callback, which may be known by several paths."""
     module, _, name = callback["class_path"].rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def loggers_of(config: Namespace) -> list[Namespace]:
+    """The loggers of a command's arguments; `true` and `false` name none."""
+    given = config.trainer.get("logger")
+    loggers = given if isinstance(given, list) else [given]
+    return [each for each in loggers if isinstance(each, Namespace) and "class_path" in each]
+
+
+def logger_name(logger: Namespace) -> str:
+    """The class of a logger, without its module."""
+    return str(logger.class_path).rpartition(".")[2]
+
+
+def writes_folder(logger: Namespace) -> bool:
+    """Whether a logger writes into a run's folder `<save_dir>/<name>/version_N`."""
+    return logger_name(logger) in {kind.__name__ for kind in FILE_LOGGERS}
+
+
+def with_folder(loggers: Sequence[Namespace]) -> list[Namespace]:
+    """Loggers, the first of which has a folder for the run: Lightning asks that one.
+
+    Where none has, a CSVLogger is put first, whose experiment is named as that of the next one.
+    """
+    ordered = sorted(loggers, key=lambda each: not writes_folder(each))
+    if not ordered or writes_folder(ordered[0]):
+        return ordered
+    settings = ordered[0].get("init_args") or Namespace()
+    names = (settings.get(key) for key in ("project", "experiment_name", "name"))
+    arguments = Namespace(save_dir="runs", name=next(filter(None, names), "lightning_logs"))
+    return [Namespace(class_path=TABLE, init_args=arguments), *ordered]
 
 
 def options(args: Sequence[str]) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ddim_pl.renamed import RENAMED
+from ddim_pl.shipped import CONFIGS, config_name
 
 OURS, FEATURES = ("ddim_pl.", "callbacks."), ("ddim_pl.metrics.",)
 MOST_NAMES = 12
@@ -41,9 +42,15 @@ WRONG_VALUE = (
 NO_LIST = r"Expected a <class '(?:collections\.abc\.\w+|list|tuple)'>"
 NO_FILE = r"""Parser key "config": (?:File does not exist|Path is not a file): '(.*)'"""
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 MOST_FILES = 4
 """Files that a message names at most."""
+
+NOISE = (
+    *("- Does not validate", "- Expected a <class 'NoneType'>"),
+    # A list of loggers is tried as a single one, too.
+    *("- Not a valid subclass of Logger. Got value: [", "- a class path (str)", "- a dict with"),
+)
+"""Lines of nested text that are no reasons."""
 
 WORDS = {int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("a text", "texts")}
 """What types are called: of one value, and of several."""
@@ -187,9 +194,8 @@ def _reason(message: str) -> str:
     """Of nested text, the reason at its core."""
     if "Does not validate against any" not in message:
         return message
-    noise = ("- Does not validate", "- Expected a <class 'NoneType'>")
     lines = [line.strip() for line in message.splitlines()]
-    reasons = [line for line in lines if line.startswith("- ") and not line.startswith(noise)]
+    reasons = [line for line in lines if line.startswith("- ") and not line.startswith(NOISE)]
     if not reasons:
         return message
     if not reasons[0].endswith(":"):
@@ -204,8 +210,7 @@ def _no_config(file: Path) -> str:
     inside = sorted(file.glob("*.y*ml"))
     close = inside or _similar(file, file.parent.glob("*.y*ml"))
     close = close or _similar(file, CONFIGS.glob("*/*.yaml"))
-    here = f"{Path.cwd().as_posix()}/"
-    given, *names = [each.as_posix().removeprefix(here) for each in (file, *close[:MOST_FILES])]
+    given, *names = [config_name(each) for each in (file, *close[:MOST_FILES])]
     hint = f"did you mean {' or '.join(names)}?" if names else f"{CONFIGS} has some"
     return f"config must be a file that exists, got {given}: {hint}"
 

@@ -1,5 +1,6 @@
 """Run folders `<save_dir>/<name>/version_N`, their checkpoints, and which of them is `last`."""
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,13 @@ import yaml
 
 from ddim_pl.damage import read_archive
 from ddim_pl.training.hyperparameters import CONFIG_KEY
-from ddim_pl.trust import check_classes, check_form, is_trusted, without_places
+from ddim_pl.trust import (
+    check_classes,
+    check_form,
+    is_trusted,
+    without_places,
+    without_senders,
+)
 
 SHARED = ("seed_everything", "trainer", "model", "data")
 """What a checkpoint holds of a config: all but the arguments of one command."""
@@ -19,18 +26,20 @@ DEEPEST = 4
 """Folders between `save_dir` and a run at most: a name may hold slashes."""
 
 
-def newest_checkpoint(root: Path, name: str | None = None) -> Path:
+def newest_checkpoint(root: Path, name: str | None = None, *more: Path) -> Path:
     """The newest run's checkpoint: `last.ckpt`, or before the first one the newest of its files.
 
     Args:
         root: The `save_dir` of the logger.
         name: The experiment; "" for runs that lie in `root` itself, None for all experiments.
+        *more: Folders that hold runs of the same experiment.
 
     Raises:
         FileNotFoundError: If there is none.
         ValueError: If a newer run has begun that has no checkpoint yet.
     """
     runs = list(_runs_below(root, DEEPEST) if name is None else _runs_below(root / name, 1))
+    runs += [run for folder in more for run in _runs_below(folder, 1) if run not in runs]
     found = {run: file for run in runs if (file := _last_of(run)) is not None}
     if not found:
         wanted = root / (name or "" if name is not None else "*") / "version_*/checkpoints"
@@ -49,12 +58,27 @@ def newest_checkpoint(root: Path, name: str | None = None) -> Path:
     return newest
 
 
+def experiments_of_mlflow(save_dir: Path, name: str) -> list[Path]:
+    """The folders of an experiment's runs among the files of MLflow.
+
+    Args:
+        save_dir: The folder of MLflow, which holds a folder for each experiment.
+        name: The experiment.
+    """
+    found = []
+    for file in sorted(save_dir.glob("*/meta.yaml")):
+        with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):
+            if yaml.safe_load(file.read_text()).get("name") == name:
+                found.append(file.parent)
+    return found
+
+
 def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
-    """The runs `version_N` in a folder and so many levels of folders."""
+    """The runs in a folder and so many levels of folders: `version_N`, or with checkpoints."""
     if depth == 0 or not folder.is_dir():
         return
     for child in sorted(folder.iterdir()):
-        if re.fullmatch(r"version_\d+", child.name):
+        if re.fullmatch(r"version_\d+", child.name) or (child / "checkpoints").is_dir():
             yield child
         elif depth > 1:
             yield from _runs_below(child, depth - 1)
@@ -74,7 +98,8 @@ def _age(file: Path) -> int:
 def claim_version(experiment: Path) -> int:
     """Make the next free folder `version_N` of an experiment; no other process gets the same."""
     experiment.mkdir(parents=True, exist_ok=True)
-    taken = [int(run.name.removeprefix("version_")) for run in _runs_below(experiment, 1)]
+    numbers = [re.fullmatch(r"version_(\d+)", run.name) for run in _runs_below(experiment, 1)]
+    taken = [int(number[1]) for number in numbers if number]
     number = max(taken, default=-1) + 1
     while True:
         try:
@@ -155,6 +180,7 @@ def checkpoint_config(path: Path, command: str) -> dict[str, Any]:
             "--config as well"
         )
     config = {key: config[key] for key in SHARED if key in config}
+    config = without_senders(config, str(path), command)
     if not is_trusted("*"):
         check_form(config, str(path))
     check_classes(config, str(path))

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import _common, set_parsing_settings
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 PACKAGES = (
     "ddim_pl",
@@ -42,6 +42,12 @@ ENVIRONMENT = "DDIM_PL_TRUSTED_MODULES"
 
 
 LOGGER = "lightning.pytorch.loggers.TensorBoardLogger"
+
+SENDERS = tuple(
+    f"lightning.pytorch.loggers.{name}"
+    for name in ("WandbLogger", "wandb.WandbLogger", "MLFlowLogger", "mlflow.MLFlowLogger")
+)
+"""Loggers that send what they log to others, to where a checkpoint says."""
 
 FILE_NAME = r"[\w=.-]*(\{[A-Za-z_]\w*(/\w+)*(:[\d.]*[dfg]?)?\}[\w=.-]*)*"
 """Names of checkpoint files: of letters and numbers, which format to no path that leads out."""
@@ -178,6 +184,37 @@ def _names_class(value: Any, depth: int = 0) -> bool:
     except (yaml.YAMLError, ValueError, RecursionError):
         return "class_path" in value
     return inner != value and _names_class(inner, depth + 1)
+
+
+def without_senders(config: dict[str, Any], checkpoint: str, command: str) -> dict[str, Any]:
+    """A checkpoint's config without loggers that send, but those that the user trusts.
+
+    Args:
+        config: With its `trainer`, as plain data.
+        checkpoint: Its file, for the message.
+        command: The command that reads it; `fit`, `validate` and `test` log.
+    """
+    trainer = config.get("trainer")
+    given = trainer.get("logger") if isinstance(trainer, dict) else None
+    loggers = given if isinstance(given, list) else [given]
+    senders = [
+        each["class_path"]
+        for each in loggers
+        if isinstance(each, dict)
+        and each.get("class_path") in SENDERS
+        and not is_trusted(each["class_path"])
+    ]
+    if not senders:
+        return config
+    assert isinstance(trainer, dict)
+    kept = [e for e in loggers if not (isinstance(e, dict) and e.get("class_path") in senders)]
+    if command in ("fit", "validate", "test"):
+        names = ", ".join(each.rpartition(".")[2] for each in senders)
+        rank_zero_info(
+            f"{checkpoint} names {names}, which is left out, as it sends what it logs: give the "
+            "config of the run, as --config FILE, or trust the checkpoint with --trust"
+        )
+    return {**config, "trainer": {**trainer, "logger": kept}}
 
 
 def without_places(config: dict[str, Any], checkpoint: str, command: str) -> dict[str, Any]:

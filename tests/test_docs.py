@@ -34,7 +34,7 @@ def lines_of(page):
 
 
 def commands(pages):
-    """Arguments of `main.py`, each once, and the page that has them."""
+    """Arguments of `main.py` or `ddim-pl`, each once, and the page that has them."""
     found = {}
     for page in pages:
         names = dict(NEEDS)
@@ -43,9 +43,10 @@ def commands(pages):
             if given:
                 names[given[1]] = given[3]
             words = shlex.split(line, comments=True)
-            if not any(word.endswith("main.py") for word in words):
+            places = [i for i, word in enumerate(words) if word.endswith(("main.py", "ddim-pl"))]
+            if not places:
                 continue
-            at = next(i for i, word in enumerate(words) if word.endswith("main.py"))
+            at = places[0]
             words = [names.get(word.lstrip("$"), word) for word in words[at + 1 :]]
             if len(words) > 1 and not {"...", "VERB", "FILE", "--help"} & set(words):
                 found.setdefault(tuple(words), page.name)

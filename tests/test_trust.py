@@ -14,9 +14,18 @@ from ddim_pl.cli import main
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.images import write_png
 from ddim_pl.metrics.inception import InceptionFeatures
+from ddim_pl.runs import checkpoint_config
 from ddim_pl.training import DDPM
 from ddim_pl.training.hyperparameters import CONFIG_KEY
-from ddim_pl.trust import ENVIRONMENT, UntrustedError, is_trusted, trusted_class, trusting
+from ddim_pl.trust import (
+    ENVIRONMENT,
+    LOGGER,
+    UntrustedError,
+    _each,
+    is_trusted,
+    trusted_class,
+    trusting,
+)
 
 POPEN = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "pwned"]}}
 
@@ -150,8 +159,8 @@ HIDDEN = {
     "a logger that sends": set_trainer(
         "logger",
         {
-            "class_path": "lightning.pytorch.loggers.MLFlowLogger",
-            "init_args": {"tracking_uri": "http://elsewhere"},
+            "class_path": "lightning.pytorch.loggers.CometLogger",
+            "init_args": {"workspace": "elsewhere"},
         },
     ),
     "a network that reads a pickle": replace_network(
@@ -202,6 +211,23 @@ def test_a_command_runs_no_code_of_a_checkpoint(honest, alone, capsys, command, 
     line = str(stop.value.code) + capsys.readouterr().err
     assert stop.value.code not in (0, None)
     assert len(line.strip().splitlines()) == 1, line
+
+
+@pytest.mark.parametrize("kind", ["MLFlowLogger", "mlflow.MLFlowLogger", "WandbLogger"])
+def test_a_checkpoint_does_not_say_where_logs_are_sent(honest, alone, monkeypatch, caplog, kind):
+    path = f"lightning.pytorch.loggers.{kind}"
+    sender = {"class_path": path, "init_args": {"save_dir": POPEN}}
+    file = Path(attacked(honest, set_trainer("logger", sender)))
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        config = checkpoint_config(file, "test")
+    assert "which is left out, as it sends what it logs: give the config" in caplog.text
+    assert [each["class_path"] for each in _each(config["trainer"]["logger"])] == [LOGGER]
+    both = [{"class_path": ELSEWHERE, "init_args": {"save_dir": "runs", "name": "mine"}}, sender]
+    file = Path(attacked(honest, set_trainer("logger", both)))
+    assert checkpoint_config(file, "test")["trainer"]["logger"] == both[:1]
+    monkeypatch.setenv(ENVIRONMENT, "lightning.pytorch.loggers")
+    with pytest.raises(UntrustedError, match=r"subprocess\.Popen"):
+        checkpoint_config(file, "test")
 
 
 @pytest.mark.parametrize("name", IN_HYPERPARAMETERS)

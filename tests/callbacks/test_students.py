@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import some_ddpm, tiny_config, tiny_ddpm, tiny_unet, write_config
 
 from callbacks import Students
@@ -76,7 +77,10 @@ def test_each_round_leaves_a_checkpoint_a_picture_and_a_line(run):
         "student-0002-steps.png",
         "student-0004-steps.png",
         "students.csv",
+        "students.png",
     ]
+    tags = EventAccumulator(str(version)).Reload().Tags()["images"]
+    assert tags == ["students/samples", "students/plot"]
     assert sorted(f.name for f in (version / "checkpoints").glob("student*")) == [
         f"student-{steps:04d}-steps.ckpt" for steps in sorted(STEPS)
     ]
