@@ -98,7 +98,7 @@ def trained(
             for images, distance in each.distances.items():
                 label = f"{name}: {each.of}"
                 lines.setdefault(label, {}).setdefault(images, []).append(distance)
-    return rows, Panel("images seen in training", "FD", lines) if lines else None
+    return rows, Panel("images seen in training", "FD", lines, log="y") if lines else None
 
 
 def _network_file(study: Study, fit: Fit) -> str:

@@ -110,7 +110,7 @@ WRONG = [
     ("sweep --ckpt_path CK --features torch.nn.Identity", "features"),
     (
         "sweep --ckpt_path CK --features foo",
-        "known are CIFARFeatures, DigitsFeatures, InceptionFeatures",
+        "known are CIFARFeatures, DINOv2Features, DigitsFeatures, InceptionFeatures",
     ),
     ("sweep --ckpt_path CK --name ../../x", "name must"),
     ("compare --ckpt_path CK --students []", "students"),
