@@ -16,23 +16,22 @@ Seeds are those of training and of sampling. Stages of all seeds run as separate
 at a time, each with one thread, seed by seed: the first seed's page is complete after a third of
 the time. CPU seconds of each stage are in `OUT/times.csv`.
 
-Time plan for digits, in CPU minutes of a seed (0.32 ms for an image and step; 1,797 images):
+Time of a seed on digits, CPU minutes of one that was measured while other programs ran too:
 
-    eps teacher, 6,000 updates                6   claims 1 to 4, 8, 10
-    teacher of the students, 6,000            6   claims 5 to 7, 10
-    ladder 64 -> 1, 4,000 of 128             13   claims 6, 7, 10
-    pairs, student of one step, 5,800        13   claims 6, 10: as many passes as the ladder
-    three Gamma teachers, a Gaussian, 3,000  12   claim 9: half the length, among themselves
-    their ladders 8 -> 1, 1,500              12   claim 9
-    five etas at 10, 20, 50, 100 steps        9   claims 1, 8
-    DDIM and DDPM at all 1000 levels         19   claims 1, 2
-    Table 1 and adaptive levels               4   claim 4
+    eps teacher, 6,000 updates                7   claims 1 to 4, 8, 10
+    teacher of the students, 6,000            8   claims 5 to 7, 10
+    ladder 64 -> 1, 4,000 of 128             17   claims 6, 7, 10
+    pairs, student of one step, 5,800        16   claims 6, 10: as many passes as the ladder
+    three Gamma teachers, a Gaussian, 2,000  11   claim 9: a third of the length, among themselves
+    their ladders 8 -> 1, 1,000              10   claim 9
+    five etas at 10, 20, 50, 100 steps        8   claims 1, 8
+    DDIM and DDPM at all 1000 levels         18   claims 1, 2
+    Table 1 and adaptive levels               5   claim 4
     students and teacher                      4   claims 6, 7
-    samplers of Gamma noise                   5   claim 9
-    all else                                 12
+    samplers of Gamma noise                   6   claim 9
+    all else                                 11
 
-That is 115, and for three seeds on two cores about three hours, where nothing else runs; on a busy
-machine an update has been seen to cost half as much again.
+That is 121, and for three seeds on two cores about three hours.
 """
 
 import argparse

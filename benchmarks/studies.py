@@ -109,14 +109,14 @@ class Study:
 
 
 def _gamma(theta: float) -> tuple[str, ...]:
-    return (f"--model.init_args.noise.init_args.theta_0={theta}", *HALF)
+    return (f"--model.init_args.noise.init_args.theta_0={theta}", *THIRD)
 
 
-HALF = (
-    "--trainer.max_epochs=3",
-    "--model.init_args.lr_scheduler.init_args.total_iters=3000",
+THIRD = (
+    "--trainer.max_epochs=2",
+    "--model.init_args.lr_scheduler.init_args.total_iters=2000",
 )
-SHORT_LADDER = "--model.init_args.rounds=[[8,250],[4,250],[2,500],[1,500]]"
+SHORT_LADDER = "--model.init_args.rounds=[[8,200],[4,200],[2,300],[1,300]]"
 
 DIGITS = Study(
     name="digits",
@@ -135,7 +135,7 @@ DIGITS = Study(
             teacher="teacher",
             pairs=True,
         ),
-        "short": Fit("configs/digits/teacher.yaml", HALF),
+        "short": Fit("configs/digits/teacher.yaml", THIRD),
         **{
             f"gamma-{theta}": Fit("configs/digits/gamma_ddpm.yaml", _gamma(theta))
             for theta in (0.001, 0.01, 0.1)
