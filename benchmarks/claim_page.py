@@ -46,18 +46,20 @@ def write_page(
         if evidence:
             draw(evidence.panels, out / "figures" / f"claim-{number:02d}.png")
             text += pictures(number, claim, complete[0], out)
-        parts.append(text + commands(names, stages, seeds[0], out))
+        parts.append(text + commands(names, stages, seeds[0], study, out))
     write_text(out / "claims.md", before + markdown(overview) + "".join(parts))
 
 
 def head(study: Study, seeds: Sequence[int], conditions: Mapping[str, Any]) -> str:
     """What holds for all claims."""
     listed = ", ".join(map(str, seeds))
-    also = "".join(f" {each}" for each in seeds)
+    given = [study.name, *(["--root=$ROOT"] if study.root else [])]
+    given += [] if study.images is None else [f"--images={study.images}"]
+    given += ["--seeds", *map(str, seeds)]
     return (
         f"# The report's claims on {study.name}\n\n"
         "Written by\n\n```text\n"
-        f"python benchmarks/reproduce.py {study.name} --seeds{also}\n```\n\n"
+        f"python benchmarks/reproduce.py {' '.join(given)}\n```\n\n"
         f"Numbers are mean ± sample deviation over the seeds ({listed}) of training and sampling. "
         f"FD is the Fréchet distance of {study.num_samples:,} images in the features of "
         f"`{study.features}`, to be compared with itself only. A check compares the mean over the "
@@ -110,18 +112,26 @@ def pictures(number: int, claim: Claim, seed: int, out: Path) -> str:
     return text
 
 
-def commands(names: Sequence[str], stages: Sequence[Stage], seed: int, out: Path) -> str:
+def commands(
+    names: Sequence[str], stages: Sequence[Stage], seed: int, study: Study, out: Path
+) -> str:
     """The commands of the stages of one seed, with those that they need, in their order."""
     wanted = with_needs(names, stages, seed)
     lines = [
-        " ".join(("python", *map(quoted, command))).replace(f"{out}/", "$OUT/")
+        " ".join(("python", *(quoted(movable(word, study, out)) for word in command)))
         for stage in stages
         if stage.name in wanted
         for command in stage.commands
     ]
     text = "\n".join(lines)
-    summary = f"<details><summary>Commands, seed {seed}, OUT={out}</summary>"
+    summary = f"<details><summary>Commands, seed {seed}, OUT=runs/reproduce-{study.name}</summary>"
     return f"{summary}\n\n```text\n{text}\n```\n\n</details>\n"
+
+
+def movable(word: str, study: Study, out: Path | None = None) -> str:
+    """An argument whose folders are variables of a shell."""
+    word = word.replace(study.root, "$ROOT") if study.root else word
+    return word.replace(f"{out}/", "$OUT/") if out else word
 
 
 def with_needs(names: Sequence[str], stages: Sequence[Stage], seed: int) -> set[str]:
@@ -141,7 +151,10 @@ def models(study: Study, stages: Sequence[Stage], seed: int) -> str:
     before = {n: with_needs(c.stages(study), stages, seed) for n, c in CLAIMS.items()}
     rows = []
     for name, fit in study.fits.items():
-        options = (each.removeprefix("--").replace("init_args.", "") for each in fit.options)
+        options = (
+            movable(each, study).removeprefix("--").replace("init_args.", "")
+            for each in fit.options
+        )
         row = {"model": name, "config": f"`{fit.config}`", "teacher": fit.teacher or ""}
         row["what differs"] = ", ".join(f"`{option}`" for option in options)
         row["claims"] = ", ".join(str(n) for n in before if f"{name}-{seed}" in before[n])
@@ -164,8 +177,10 @@ def training(study: Study, seeds: Sequence[int], stages: Sequence[Stage], out: P
 
 
 def quoted(word: str) -> str:
-    """For a shell, but for the variable OUT."""
-    return f"'{word}'" if set(word) & set(' []{}"()') else word
+    """For a shell, which replaces its variables."""
+    if not set(word) & set(' []{}"()'):
+        return word
+    return '"{}"'.format(word.replace('"', '\\"')) if "$" in word else f"'{word}'"
 
 
 def draw(panels: Sequence[Panel], path: Path) -> None:

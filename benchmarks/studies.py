@@ -47,6 +47,8 @@ class Study:
         passes: Network passes of an image in the training of "ladder" and "luhman", a backward
             pass counted as two.
         num_samples: Images of a measurement.
+        root: Folder of the images, `$ROOT` on the page; empty if they are in a package.
+        images: That each of the long fits sees, if it was asked for.
         seeds: By default.
         num_shown: Of these, images on a page.
         batch_size: Images at once.
@@ -80,6 +82,8 @@ class Study:
     extractor: str
     passes: Mapping[str, int]
     num_samples: int
+    root: str = ""
+    images: int | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     batch_size: int = 600
     num_shown: int = 10
@@ -193,6 +197,8 @@ def cifar10(root: str, images: int) -> Study:
     pairs = (*of_pairs, "--data.init_args.steps_per_epoch=611", "--trainer.max_epochs=12")
     return Study(
         name="cifar10",
+        root=root,
+        images=images,
         seeds=(0,),
         fits={
             "eps": Fit("configs/cifar10/quick_ddpm.yaml", long),
