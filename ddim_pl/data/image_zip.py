@@ -29,7 +29,7 @@ LOCAL_HEADER = 30
 
 
 class ZipImages:
-    """The images in a zip archive, by number; each process opens the archive for itself.
+    """The images in a zip archive, by number.
 
     Args:
         root: The archive.
@@ -41,7 +41,6 @@ class ZipImages:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._opened: tuple[int, int] | None = None
         with _archive(root) as archive:
             members = [m for m in archive.infolist() if _is_image(m.filename)]
         members.sort(key=lambda member: member.filename)
@@ -52,6 +51,22 @@ class ZipImages:
         self._members = np.array(
             [[getattr(member, column) for column in columns] for member in members], np.int64
         )
+        # Reading at a place moves nothing, so that threads and forked processes share it.
+        self._handle = os.open(root, os.O_RDONLY)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open file."""
+        return {name: value for name, value in self.__dict__.items() if name != "_handle"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the file anew, in a process that is not forked."""
+        self.__dict__.update(state)
+        self._handle = os.open(self.root, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        """Close the file."""
+        if hasattr(self, "_handle"):
+            os.close(self._handle)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -65,10 +80,9 @@ class ZipImages:
         """
         name = f"{self.root}, {self.name(index)},"
         begin, size, checksum, compression = (int(each) for each in self._members[index])
-        handle = self._handle()
-        header = os.pread(handle, LOCAL_HEADER, begin)
+        header = os.pread(self._handle, LOCAL_HEADER, begin)
         after = sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-        content = os.pread(handle, size, begin + LOCAL_HEADER + after)
+        content = os.pread(self._handle, size, begin + LOCAL_HEADER + after)
         try:
             if compression == zipfile.ZIP_DEFLATED:
                 content = zlib.decompress(content, -zlib.MAX_WBITS)
@@ -97,18 +111,8 @@ class ZipImages:
         yield self.digest()
         yield hashlib.sha256(self._members[:, 2].tobytes()).hexdigest()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the open file."""
-        return {**self.__dict__, "_opened": None}
 
-    def _handle(self) -> int:
-        # Reading at a place moves nothing, so that threads and forked processes share a handle.
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = os.getpid(), os.open(self.root, os.O_RDONLY)
-        return self._opened[1]
-
-
-def read_labels(root: Path, images: ZipImages) -> tuple[Tensor, int]:
+def labels_in(root: Path, images: ZipImages) -> tuple[Tensor, int]:
     """Return the classes of the images, int64 (N,), and how many there are.
 
     Without labels all images are of one class. As in the code of [EDM], the number of classes is
@@ -148,7 +152,7 @@ class ImageZipDataModule(FileDataModule):
 
     Raises:
         ValueError: As for `FileDataModule`; at `setup`, if an archive is missing or damaged, or
-            its labels are wrong, see `read_labels`.
+            its labels are wrong, see `labels_in`.
     """
 
     def __init__(
@@ -178,7 +182,7 @@ class ImageZipDataModule(FileDataModule):
             images, labels, found = self._read(self.val_root)
             if found > num_classes:
                 raise ValueError(
-                    f"val_root must hold classes below {num_classes} as root {self.root} does, got "
+                    f"val_root must hold classes below {num_classes}, as {self.root} does, got "
                     f"{found - 1} in {self.val_root}: give an archive of the same classes"
                 )
         return LabelledFiles(images, labels, num_classes, images.root.stem)
@@ -187,7 +191,7 @@ class ImageZipDataModule(FileDataModule):
         root = Path(archive).expanduser()
         images = ZipImages(root)
         if self.labels:
-            return images, *read_labels(root, images)
+            return images, *labels_in(root, images)
         return images, torch.zeros(len(images), dtype=torch.int64), 1
 
 
@@ -222,8 +226,8 @@ def _check_members(root: Path, members: list[zipfile.ZipInfo]) -> None:
             zipfile.ZIP_DEFLATED,
         ):
             raise ValueError(
-                f"{root}, {member.filename}, must be stored or deflated, without encryption: write "
-                "the archive again, best without compression (zip -0), as images are compressed"
+                f"{root}, {member.filename}, must be stored or deflated, without encryption: "
+                "write the archive again, best by zip -0, as images are compressed already"
             )
 
 
