@@ -116,8 +116,8 @@ class TorchvisionDataModule(ImageDataModule):
         dataset: The set, by torchvision's name.
         root: Folder of the downloaded and of the unpacked files.
         download: Whether to download the files if they are missing.
-        pad: Black pixels added on each side, at least 0; 2 makes MNIST's images 32x32, whose size
-            can be halved more often.
+        pad: Black pixels added on each side, at least 0; 2 makes MNIST's images 32x32, as in the
+            code of [EDM], which can be halved more often.
         **kwargs: Arguments of `ImageDataModule`.
 
     Raises:
