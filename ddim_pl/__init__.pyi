@@ -11,6 +11,7 @@ from ddim_pl.data.huggingface import HuggingFaceDataModule as HuggingFaceDataMod
 from ddim_pl.data.image_folder import ImageFolderDataModule as ImageFolderDataModule
 from ddim_pl.data.image_zip import ImageZipDataModule as ImageZipDataModule
 from ddim_pl.data.imagenet import ImageNetDataModule as ImageNetDataModule
+from ddim_pl.data.shards import ShardDataModule as ShardDataModule
 from ddim_pl.data.teacher_pairs import TeacherPairsDataModule as TeacherPairsDataModule
 from ddim_pl.data.torchvision_sets import TorchvisionDataModule as TorchvisionDataModule
 from ddim_pl.denoiser import Denoiser as Denoiser

@@ -235,12 +235,8 @@ class LabelledFiles(NamedTuple):
     name: str
 
 
-class FileDataModule(ImageDataModule):
-    """Image files, wherever they lie, as uint8 images (`channels`, `image_size`, `image_size`).
-
-    A set of up to 4 GiB is decoded once in each process, which finds broken files before training.
-    Of a larger set only the headers are checked, and images are decoded on demand: set
-    `num_workers` then, or `cache`.
+class ResizedDataModule(ImageDataModule):
+    """Encoded images, brought to uint8 images (`channels`, `image_size`, `image_size`).
 
     Args:
         image_size: Side of the square images, at least 1.
@@ -249,14 +245,10 @@ class FileDataModule(ImageDataModule):
         resample: Filter to resize with: "bilinear", "bicubic", "lanczos" or "box".
         crop_first: Whether the centre is cropped before it is resized.
         channels: 3 for RGB, 1 for gray.
-        cache: Folder in which all images are kept decoded, `channels` * `image_size`**2 bytes
-            each, made by `prepare_data` unless they are there; all processes read them from it.
-            None decodes anew in each run.
         **kwargs: Arguments of `ImageDataModule`.
 
     Raises:
-        ValueError: If a number is out of range, or there is a way to resize without `resize`; at
-            `setup`, if a file is broken or of the wrong size, or the `cache` is not made.
+        ValueError: If a number is out of range, or there is a way to resize without `resize`.
     """
 
     def __init__(
@@ -267,7 +259,6 @@ class FileDataModule(ImageDataModule):
         resample: Resample = "bilinear",
         crop_first: bool = False,
         channels: Channels = 3,
-        cache: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -283,6 +274,34 @@ class FileDataModule(ImageDataModule):
         self.resize = resize
         self.squaring = given
         self.channels = channels
+
+    @property
+    def preparation(self) -> str:
+        """How the images are resized."""
+        return repr(self.squaring) if self.resize else ""
+
+
+class FileDataModule(ResizedDataModule):
+    """Image files, wherever they lie, as uint8 images (`channels`, `image_size`, `image_size`).
+
+    A set of up to 4 GiB is decoded once in each process, which finds broken files before training.
+    Of a larger set only the headers are checked, and images are decoded on demand: set
+    `num_workers` then, or `cache`.
+
+    Args:
+        image_size: Side of the square images, at least 1.
+        cache: Folder in which all images are kept decoded, `channels` * `image_size`**2 bytes
+            each, made by `prepare_data` unless they are there; all processes read them from it.
+            None decodes anew in each run.
+        **kwargs: Arguments of `ResizedDataModule`.
+
+    Raises:
+        ValueError: As for `ResizedDataModule`; at `setup`, if a file is broken or of the wrong
+            size, or the `cache` is not made.
+    """
+
+    def __init__(self, image_size: int, *, cache: str | None = None, **kwargs: Any) -> None:
+        super().__init__(image_size, **kwargs)
         self.cache = cache
 
     @property
@@ -310,11 +329,6 @@ class FileDataModule(ImageDataModule):
         for train in (True, False) if self.validates_apart else (True,):
             # What labels mean is checked before the longer work.
             self._files(self.labelled(train, report=False)).prepare()
-
-    @property
-    def preparation(self) -> str:
-        """How the images are resized."""
-        return repr(self.squaring) if self.resize else ""
 
     def load(self, train: bool) -> ImageSet:
         """Return the images to train on, or those to validate on, which may be the same."""
