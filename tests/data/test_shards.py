@@ -133,6 +133,27 @@ def test_devices_share_the_batch_of_one(written: Path, world_size: int) -> None:
             torch.testing.assert_close(shares, batch[field])
 
 
+def share_of_a_device(rank: int, root: str, rendezvous: str, found: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
+    )
+    data = with_ranks(module(Path(root), batch_size=2), rank, 2)
+    # One device reads more than the other, as the first does for a picture.
+    torch.save(batches(data, 3 + 2 * rank), Path(found, f"{rank}.pt"))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_the_batch_of_one(written: Path, tmp_path: Path) -> None:
+    arguments = (str(written / "shards"), str(tmp_path / "rendezvous"), str(tmp_path))
+    torch.multiprocessing.start_processes(share_of_a_device, arguments, 2, start_method="fork")
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    for number, batch in enumerate(batches(ready(written / "shards"), 3)):
+        for field in (0, 1):
+            shares = torch.stack([part[number][field] for part in parts], 1).flatten(0, 1)
+            torch.testing.assert_close(shares, batch[field])
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("step", [7, 10, 13])
 def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(
