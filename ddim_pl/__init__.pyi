@@ -7,8 +7,13 @@ from ddim_pl.data.base import ImageDataModule as ImageDataModule
 from ddim_pl.data.celeba import CelebADataModule as CelebADataModule
 from ddim_pl.data.cifar10 import CIFAR10DataModule as CIFAR10DataModule
 from ddim_pl.data.digits import DigitsDataModule as DigitsDataModule
+from ddim_pl.data.huggingface import HuggingFaceDataModule as HuggingFaceDataModule
 from ddim_pl.data.image_folder import ImageFolderDataModule as ImageFolderDataModule
+from ddim_pl.data.image_zip import ImageZipDataModule as ImageZipDataModule
+from ddim_pl.data.imagenet import ImageNetDataModule as ImageNetDataModule
+from ddim_pl.data.shards import ShardDataModule as ShardDataModule
 from ddim_pl.data.teacher_pairs import TeacherPairsDataModule as TeacherPairsDataModule
+from ddim_pl.data.torchvision_sets import TorchvisionDataModule as TorchvisionDataModule
 from ddim_pl.denoiser import Denoiser as Denoiser
 from ddim_pl.denoiser import NetworkDenoiser as NetworkDenoiser
 from ddim_pl.networks.unet import UNet as UNet

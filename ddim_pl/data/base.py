@@ -58,6 +58,10 @@ class ImageSet(ABC):
         """Return the int64 labels (B,) at int64 indices (B,)."""
         return self._labels[indices]
 
+    def shuffled(self, generator: torch.Generator) -> Tensor:
+        """Return all indices (N,) in the random order of one pass of training."""
+        return torch.randperm(len(self), generator=generator)
+
 
 class TensorImages(ImageSet):
     """An image set held in memory: uint8 images (N, C, H, W) and int64 labels (N,)."""
@@ -159,6 +163,8 @@ class BatchOrder(DistributedSampler[BatchIndices]):
         world_size: Number of processes.
         steps_per_epoch: Batches of one iteration; those of one pass if None.
         position: Returns the number of the batch at which an iteration starts.
+        shuffled: Returns the permutation of a pass, for a generator, see `ImageSet.shuffled`; any
+            permutation with the same probability if None.
     """
 
     def __init__(
@@ -172,6 +178,7 @@ class BatchOrder(DistributedSampler[BatchIndices]):
         world_size: int = 1,
         steps_per_epoch: int | None = None,
         position: Callable[[], int] = lambda: 0,
+        shuffled: Callable[[torch.Generator], Tensor] | None = None,
     ) -> None:
         items: Any = range(num_items)
         super().__init__(items, num_replicas=world_size, rank=rank, seed=seed)
@@ -181,6 +188,9 @@ class BatchOrder(DistributedSampler[BatchIndices]):
         self.batches_per_pass = max(1, num_items // self.global_batch_size)
         self.steps_per_epoch = steps_per_epoch
         self.position = position
+        self._shuffled = shuffled or (
+            lambda generator: torch.randperm(num_items, generator=generator)
+        )
         self._cached_pass: tuple[int, BatchIndices] | None = None
 
     def __len__(self) -> int:
@@ -215,7 +225,7 @@ class BatchOrder(DistributedSampler[BatchIndices]):
         if self._cached_pass is None or self._cached_pass[0] != index:
             words = np.random.SeedSequence([self.seed, index]).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(words[0]))
-            order = torch.randperm(self.num_items, generator=generator)
+            order = self._shuffled(generator)
             flip = torch.rand(self.num_items, generator=generator) < (0.5 if self.flip else 0.0)
             self._cached_pass = index, BatchIndices(order, flip)
         return self._cached_pass[1]
@@ -385,7 +395,7 @@ class ImageDataModule(LightningDataModule, ABC):
         Raises:
             ValueError: If the trainer sets `overfit_batches`.
         """
-        order = self._train_order(len(self.train_set))
+        order = self._train_order(len(self.train_set), self.train_set.shuffled)
         return self._loader(IndexedImages(self.train_set), order)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -470,7 +480,9 @@ class ImageDataModule(LightningDataModule, ABC):
         """Return how many batches the attached trainer has trained on since the run began."""
         return 0 if self.trainer is None else batches_consumed(self.trainer)
 
-    def _train_order(self, num_items: int) -> BatchOrder:
+    def _train_order(
+        self, num_items: int, shuffled: Callable[[torch.Generator], Tensor] | None = None
+    ) -> BatchOrder:
         self._check_order()
         return BatchOrder(
             num_items,
@@ -479,6 +491,7 @@ class ImageDataModule(LightningDataModule, ABC):
             flip=self.flip,
             steps_per_epoch=self.steps_per_epoch,
             position=self._batches_consumed,
+            shuffled=shuffled,
             **self._ranks(),
         )
 

@@ -1,14 +1,19 @@
-"""Any folder of images, nested or flat; the first-level subfolders are classes."""
+"""Any folder of images, nested or flat; its subfolders are the classes, or a text file has them.
+
+What comes before that is for image files of any place: see `ImageFiles` and `FileDataModule`.
+"""
 
 import hashlib
+import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +24,11 @@ from tqdm.contrib.concurrent import thread_map
 
 from ddim_pl.checks import check_at_least, check_one_of
 from ddim_pl.data.base import ImageDataModule, ImageSet, TensorImages
+from ddim_pl.data.encoded import Encoded, ImageSource
 from ddim_pl.data.folders import class_names, find_images, labels_of
-from ddim_pl.data.image_list import NUM_THREADS, CheckedFiles, ImageList
+from ddim_pl.data.image_list import NUM_THREADS, CheckedFiles
 from ddim_pl.data.image_map import PROGRESS_BAR_FROM, ImageMap
+from ddim_pl.data.label_file import read_labels
 from ddim_pl.data.squares import Resample, Squaring
 
 # Sets up to this many bytes as uint8 are decoded once and kept in memory, in every process.
@@ -30,14 +37,14 @@ MEMORY_LIMIT = 4 * 2**30
 ORIENTATION = 0x0112
 """Of a photograph in its EXIF; from 5 on it lies on its side."""
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", covariant=True)
 Channels = Literal[1, 3]
 # The part of an image from (left, upper), inclusive, to (right, lower), exclusive, in pixels.
 Box = tuple[int, int, int, int]
 
 
 def decode(
-    path: Path,
+    path: Path | Encoded,
     image_size: int,
     channels: int,
     squaring: Squaring | None,
@@ -63,7 +70,7 @@ def decode(
     return pixels.reshape(image_size, image_size, channels).permute(2, 0, 1).contiguous()
 
 
-def decode_whole(path: Path, channels: int) -> Tensor:
+def decode_whole(path: Path | Encoded, channels: int) -> Tensor:
     """Return an image file of any size as uint8 (`channels`, H, W), otherwise as `decode`.
 
     Raises:
@@ -74,7 +81,7 @@ def decode_whole(path: Path, channels: int) -> Tensor:
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
 
 
-def size_of(path: Path) -> tuple[int, int]:
+def size_of(path: Path | Encoded) -> tuple[int, int]:
     """Width and height of an image file as `decode_whole` gives it, from its header.
 
     Raises:
@@ -88,7 +95,9 @@ def size_of(path: Path) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def check_header(path: Path, image_size: int, resize: bool, *, box: Box | None = None) -> None:
+def check_header(
+    path: Path | Encoded, image_size: int, resize: bool, *, box: Box | None = None
+) -> None:
     """Check an image file without decoding it: its header, its checksums (PNG), and its size.
 
     Raises:
@@ -108,7 +117,7 @@ class FileImages(ImageSet):
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: ImageSource,
         labels: Tensor,
         num_classes: int,
         shape: tuple[int, int, int],
@@ -130,9 +139,8 @@ class FileImages(ImageSet):
     def digest(self) -> str:
         """A digest of names, sizes and times of the files, and of how they are decoded."""
         digest = hashlib.sha256(f"{self.shape} {self._decode.keywords}".encode())
-        for path in self._paths:
-            found = path.stat()
-            digest.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())
+        for each in self._paths.identities():
+            digest.update(each.encode())
         return digest.hexdigest()
 
 
@@ -156,7 +164,7 @@ class ImageFiles:
 
     def __init__(
         self,
-        paths: ImageList,
+        paths: ImageSource,
         *,
         image_size: int,
         channels: int,
@@ -218,45 +226,39 @@ class ImageFiles:
             checked.keep(check)
 
 
-class ImageFolderDataModule(ImageDataModule):
-    """A folder of images, as uint8 images (`channels`, `image_size`, `image_size`).
+class LabelledFiles(NamedTuple):
+    """Image files with their classes, int64 (N,), and a name for them in the folder of maps."""
 
-    The classes are the first-level subfolders, in alphabetical order; images that lie in `root`
-    itself all have class 0. A folder that mixes the two is refused. A set of up to 4 GiB is
-    decoded once in each process, which finds broken files before training. Of a larger set only
-    the headers are checked, and images are decoded on demand: set `num_workers` then, or `cache`.
+    files: ImageSource
+    labels: Tensor
+    num_classes: int
+    name: str
+
+
+class ResizedDataModule(ImageDataModule):
+    """Encoded images, brought to uint8 images (`channels`, `image_size`, `image_size`).
 
     Args:
-        root: The folder of training images; subfolders are searched.
         image_size: Side of the square images, at least 1.
         resize: True resizes the shorter side to `image_size` and crops the centre, see
             `Squaring`; False requires that every file has that size.
         resample: Filter to resize with: "bilinear", "bicubic", "lanczos" or "box".
         crop_first: Whether the centre is cropped before it is resized.
         channels: 3 for RGB, 1 for gray.
-        val_root: Folder of the images to validate on, with the same classes; `root` if None.
-        cache: Folder in which all images are kept decoded, `channels` * `image_size`**2 bytes
-            each, made by `prepare_data` unless they are there; all processes read them from it.
-            None decodes anew in each run.
         **kwargs: Arguments of `ImageDataModule`.
 
     Raises:
-        ValueError: If a number is out of range, or there is a way to resize without `resize`; at
-            `setup`, if a folder is missing or empty or its layout ambiguous, see `find_images` and
-            `class_names`, a file is broken or of the wrong size, or the `cache` is not made.
+        ValueError: If a number is out of range, or there is a way to resize without `resize`.
     """
 
     def __init__(
         self,
-        root: str,
         image_size: int,
         *,
         resize: bool = True,
         resample: Resample = "bilinear",
         crop_first: bool = False,
         channels: Channels = 3,
-        val_root: str | None = None,
-        cache: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -268,71 +270,163 @@ class ImageFolderDataModule(ImageDataModule):
                 f"resize must be true with resample {resample} and crop_first {crop_first}, got "
                 "false: leave these two out, or set `resize: true`"
             )
-        self.root = root
         self.image_size = image_size
         self.resize = resize
         self.squaring = given
         self.channels = channels
-        self.val_root = val_root
-        self.cache = cache
-
-    def prepare_data(self) -> None:
-        """List very many files, and decode them into `cache` or check them, for all processes.
-
-        Raises:
-            ValueError: As at `setup`; or the `cache` cannot be written to or is too small.
-        """
-        if self.predicting or self._train_set is not None:
-            return
-        names = None
-        for root in filter(None, (self.root, self.val_root)):
-            files = self._files(root, report=False)
-            # What labels mean is checked before the longer work.
-            if names is None:
-                names = class_names(files.paths.root, files.paths, report=False)
-            labels_of(files.paths.root, files.paths, names)
-            files.prepare()
 
     @property
     def preparation(self) -> str:
         """How the images are resized."""
         return repr(self.squaring) if self.resize else ""
 
-    def load(self, train: bool) -> ImageSet:
-        """Return the images of `root` or of `val_root`."""
-        if not train and self.val_root is None:
-            return self.train_set
-        files = self._files(self.root)
-        names = class_names(files.paths.root, files.paths)
-        if not train:
-            assert self.val_root is not None
-            files = self._files(self.val_root)
-        labels = labels_of(files.paths.root, files.paths, names)
-        return files.load(labels, max(1, len(names)))
 
-    def _files(self, folder: str, *, report: bool = True) -> ImageFiles:
-        root = Path(folder).expanduser()
+class FileDataModule(ResizedDataModule):
+    """Image files, wherever they lie, as uint8 images (`channels`, `image_size`, `image_size`).
+
+    A set of up to 4 GiB is decoded once in each process, which finds broken files before training.
+    Of a larger set only the headers are checked, and images are decoded on demand: set
+    `num_workers` then, or `cache`.
+
+    Args:
+        image_size: Side of the square images, at least 1.
+        cache: Folder in which all images are kept decoded, `channels` * `image_size`**2 bytes
+            each, made by `prepare_data` unless they are there; all processes read them from it.
+            None decodes anew in each run.
+        **kwargs: Arguments of `ResizedDataModule`.
+
+    Raises:
+        ValueError: As for `ResizedDataModule`; at `setup`, if a file is broken or of the wrong
+            size, or the `cache` is not made.
+    """
+
+    def __init__(self, image_size: int, *, cache: str | None = None, **kwargs: Any) -> None:
+        super().__init__(image_size, **kwargs)
+        self.cache = cache
+
+    @property
+    @abstractmethod
+    def validates_apart(self) -> bool:
+        """Whether there are images to validate on beside those to train on."""
+
+    @abstractmethod
+    def labelled(self, train: bool, *, report: bool) -> LabelledFiles:
+        """The files to train on, or if `validates_apart` those to validate on.
+
+        Args:
+            train: Which of them.
+            report: Say what is read and skipped.
+        """
+
+    def prepare_data(self) -> None:
+        """Decode the images into `cache`, or check very many, for all processes.
+
+        Raises:
+            ValueError: As at `setup`; or the `cache` cannot be written to or is too small.
+        """
+        if self.predicting or self._train_set is not None:
+            return
+        for train in (True, False) if self.validates_apart else (True,):
+            # What labels mean is checked before the longer work.
+            self._files(self.labelled(train, report=False)).prepare()
+
+    def load(self, train: bool) -> ImageSet:
+        """Return the images to train on, or those to validate on, which may be the same."""
+        if not train and not self.validates_apart:
+            return self.train_set
+        labelled = self.labelled(train, report=True)
+        return self._files(labelled).load(labelled.labels, labelled.num_classes)
+
+    def _files(self, labelled: LabelledFiles) -> ImageFiles:
         return ImageFiles(
-            find_images(root, report=report),
+            labelled.files,
             image_size=self.image_size,
             channels=self.channels,
             squaring=self.squaring if self.resize else None,
             cache=self.cache,
-            name=Path(os.path.abspath(root)).name,
+            name=labelled.name,
         )
 
 
-def _picture(path: Path, channels: int) -> Image.Image:
+class ImageFolderDataModule(FileDataModule):
+    """A folder of images, as uint8 images (`channels`, `image_size`, `image_size`).
+
+    The classes are the first-level subfolders, in alphabetical order; images that lie in `root`
+    itself all have class 0. A folder that mixes the two is refused. With `labels` the classes are
+    those of a text file, and subfolders mean nothing.
+
+    Args:
+        root: The folder of training images; subfolders are searched.
+        image_size: Side of the square images, at least 1.
+        val_root: Folder of the images to validate on, with the same classes; `root` if None.
+        labels: Text file with a line for each image in `root`, its name and its class, see
+            `read_labels`.
+        val_labels: The same for `val_root`.
+        **kwargs: Arguments of `FileDataModule`.
+
+    Raises:
+        ValueError: As for `FileDataModule`; if only one of two folders has a file of labels; at
+            `setup`, if a folder is missing or empty or its layout ambiguous, see `find_images` and
+            `class_names`, or a file of labels is wrong.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int,
+        *,
+        val_root: str | None = None,
+        labels: str | None = None,
+        val_labels: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(image_size, **kwargs)
+        if (val_labels is None) != (labels is None or val_root is None):
+            raise ValueError(
+                f"val_labels must be given with labels and val_root, and only then, got "
+                f"val_labels {val_labels}, labels {labels} and val_root {val_root}: give the file "
+                "of labels of each folder"
+            )
+        self.root = root
+        self.val_root = val_root
+        self.label_file = labels
+        self.val_label_file = val_labels
+
+    @property
+    def validates_apart(self) -> bool:
+        """Whether there is a `val_root`."""
+        return self.val_root is not None
+
+    def labelled(self, train: bool, *, report: bool) -> LabelledFiles:
+        """The files of `root` or of `val_root`."""
+        files = find_images(Path(self.root).expanduser(), report=report)
+        if self.label_file is not None:
+            labels, names = read_labels(Path(self.label_file).expanduser(), files)
+        else:
+            names = class_names(files.root, files, report=report)
+            labels = labels_of(files.root, files, names)
+        if not train:
+            assert self.val_root is not None
+            files = find_images(Path(self.val_root).expanduser(), report=report)
+            if self.val_label_file is not None:
+                labels, _ = read_labels(Path(self.val_label_file).expanduser(), files, names)
+            else:
+                labels = labels_of(files.root, files, names)
+        name = Path(os.path.abspath(files.root)).name
+        return LabelledFiles(files, labels, max(1, len(names)), name)
+
+
+def _picture(path: Path | Encoded, channels: int) -> Image.Image:
     """A decoded image file, upright, gray or RGB."""
     with _opened(path) as file:
         return _with_channels(ImageOps.exif_transpose(file), channels)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path | Encoded) -> Iterator[Image.Image]:
     """Open an image file; whatever is wrong with it becomes an error that names it."""
     try:
-        with Image.open(path) as file:
+        with Image.open(path if isinstance(path, Path) else io.BytesIO(path.content)) as file:
             if file.mode.startswith(("I", "F")):  # PIL would clip such values to 255 silently
                 raise ValueError(
                     f"mode {file.mode} has more than 8 bits per channel: convert it to 8"
@@ -354,7 +448,12 @@ def _with_channels(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("RGB" if channels == 3 else "L")
 
 
-def _for_each(function: Callable[[Item], None], items: Sequence[Item], verb: str) -> None:
+class _Items(Protocol[Item]):
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Item: ...
+
+
+def _for_each(function: Callable[[Item], None], items: _Items[Item], verb: str) -> None:
     """Call the function on every item in threads, and raise the first error in order."""
     count = len(items)
     # A task for each item would take more memory than the names of the files.
@@ -375,7 +474,7 @@ def _for_each(function: Callable[[Item], None], items: Sequence[Item], verb: str
 
 
 def _check_size(
-    path: Path, size: tuple[int, int], image_size: int, resize: bool, box: Box | None
+    path: Path | Encoded, size: tuple[int, int], image_size: int, resize: bool, box: Box | None
 ) -> None:
     width, height = size
     if box is not None:

@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, overload
@@ -24,6 +24,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ddim_pl.damage import DamagedError, read_sealed, sealed
+from ddim_pl.data.encoded import ImageSource
 from ddim_pl.files import cache_folder, replacing
 
 FORMAT = 1
@@ -109,6 +110,12 @@ class ImageList(Sequence[Path]):
         digest = hashlib.sha256(self._ends.tobytes())
         digest.update(self._names.tobytes())
         return digest.hexdigest()
+
+    def identities(self) -> Iterator[str]:
+        """For each file its path, size and time."""
+        for path in self:
+            found = path.stat()
+            yield f"{path} {found.st_size} {found.st_mtime_ns}\n"
 
     def stamps(self) -> np.ndarray[Any, Any]:
         """Sizes in bytes and times in nanoseconds of all files, int64 `(N, 2)`.
@@ -196,7 +203,7 @@ class CheckedFiles:
         paths: The files, as they are now.
     """
 
-    def __init__(self, paths: ImageList) -> None:
+    def __init__(self, paths: ImageSource) -> None:
         begin = time.time_ns()
         stamps = paths.stamps()
         # A file that changes while it is looked at, or has just changed, may look the same later.

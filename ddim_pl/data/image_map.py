@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 
 from ddim_pl.damage import DamagedError, read_sealed, sealed
 from ddim_pl.data.base import ImageSet
-from ddim_pl.data.image_list import NUM_THREADS, ImageList
+from ddim_pl.data.encoded import ImageSource
+from ddim_pl.data.image_list import NUM_THREADS
 from ddim_pl.files import check_writable, replacing
 from ddim_pl.locks import alone_in
 
@@ -90,7 +91,7 @@ class ImageMap:
         self,
         folder: Path,
         name: str,
-        paths: ImageList,
+        paths: ImageSource,
         decode: "partial[Tensor]",
         shape: tuple[int, int, int],
     ) -> None:

@@ -247,6 +247,14 @@ def test_an_uninterrupted_run_sees_the_batches_in_order(tmp_path: Path) -> None:
     assert module.validated == 2 * 11
 
 
+def saved_at_with(folder: Path, step: int, data: ImageDataModule) -> Path:
+    """A checkpoint at the end of a run of `step` batches."""
+    trainer = make_trainer(folder, max_steps=step)
+    trainer.fit(Recorder(), datamodule=data)
+    trainer.save_checkpoint(folder / "end.ckpt")
+    return folder / "end.ckpt"
+
+
 def saved_at(folder: Path, step: int, way: str, **arguments: Any) -> Path:
     """A checkpoint after `step` batches, written by a callback or at the end of a run."""
     if way == "callback":
@@ -256,10 +264,7 @@ def saved_at(folder: Path, step: int, way: str, **arguments: Any) -> Path:
         )
         trainer.fit(Recorder(), datamodule=NoiseImages(**arguments))
         return next(folder.glob(f"*step={step}.ckpt"))
-    trainer = make_trainer(folder, max_steps=step)
-    trainer.fit(Recorder(), datamodule=NoiseImages(**arguments))
-    trainer.save_checkpoint(folder / "end.ckpt")
-    return folder / "end.ckpt"
+    return saved_at_with(folder, step, NoiseImages(**arguments))
 
 
 # An epoch has 10 batches: 10 and 20 are the ends of epochs.

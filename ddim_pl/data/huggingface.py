@@ -1,0 +1,279 @@
+"""Data sets of the Hugging Face library `datasets`: Parquet files in a folder, or the Hub.
+
+The library copies Parquet files into an Arrow file in its own cache (`HF_HOME`) once, which all
+processes map into memory. Images stay encoded there until they are used.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddim_pl.damage import reason_of
+from ddim_pl.data.encoded import Encoded, stamps_of
+from ddim_pl.data.image_folder import FileDataModule, LabelledFiles
+
+ON_THE_HUB = r"(?!buckets/)\w[\w.-]*(/\w[\w.-]*)?"
+BINARY = ("binary", "large_binary")
+
+
+class TableImages:
+    """The images in a column of a data set, by number.
+
+    Args:
+        root: Where the data set comes from.
+        dataset: The data set, a split of one.
+        column: The column of images.
+    """
+
+    def __init__(self, root: Path, dataset: Any, column: str) -> None:
+        from datasets import Image
+
+        self.root = root
+        self._column = column
+        self._split = str(dataset.split)
+        if isinstance(dataset.features[column], Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+        self._images = dataset.select_columns([column])
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Path | Encoded:
+        """Return the bytes of an image, or its path where the table has paths alone.
+
+        Raises:
+            ValueError: If the row holds no image.
+        """
+        name = f"{self.root}, {self._split}, row {index}"
+        value = self._images[index][self._column]
+        if isinstance(value, dict):
+            if value["bytes"] is None and value["path"] is not None:
+                return Path(value["path"])
+            value = value["bytes"]
+        if not isinstance(value, bytes):
+            raise ValueError(
+                f"{name}, must hold an image in the column {self._column}, got nothing: remove "
+                "the row from the data set"
+            )
+        return Encoded(name, value)
+
+    def digest(self) -> str:
+        """A digest of where the images are in the data set."""
+        text = f"{self.root} {self._split} {self._column} {len(self)}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def stamps(self) -> np.ndarray[Any, Any]:
+        """Sizes and times of the library's files, int64 (N, 2)."""
+        return stamps_of(Path(each["filename"]) for each in self._images.cache_files)
+
+    def identities(self) -> Iterator[str]:
+        """What is in `digest`, and the library's files."""
+        yield self.digest()
+        yield from (f"{each['filename']}\n" for each in self._images.cache_files)
+        yield str(self.stamps().tolist())
+
+
+class HuggingFaceDataModule(FileDataModule):
+    """A data set of the library `datasets`, as uint8 images.
+
+    Needs `pip install 'ddim_pl[datasets]'`.
+
+    Args:
+        source: Folder of Parquet files, named by their splits as in `train-00000-of-00001.parquet`
+            or `data/test.parquet`; or a name on the Hub as `owner/name`.
+        image_size: Side of the square images, at least 1.
+        config: Which of the data set's configurations, where there are several.
+        split: The split to train on; also a part of one, as "train[:90%]".
+        val_split: The split to validate on; `split` if None.
+        image_column: The column of images, in the format of files; the only one if None.
+        label_column: The column of classes, names or whole numbers from 0; None if there are none.
+        download: Whether to ask the Hub for what is not in the library's cache.
+        **kwargs: Arguments of `FileDataModule`.
+
+    Raises:
+        ValueError: As for `FileDataModule`; at `setup`, if the library is not installed, the data
+            set cannot be read, has no such split or column, or a label is missing.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        image_size: int,
+        *,
+        config: str | None = None,
+        split: str = "train",
+        val_split: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = "label",
+        download: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(image_size, **kwargs)
+        self.source = source
+        self.config = config
+        self.split = split
+        self.val_split = val_split
+        self.image_column = image_column
+        self.label_column = label_column
+        self.download = download
+
+    @property
+    def validates_apart(self) -> bool:
+        """Whether there is a `val_split`."""
+        return self.val_split is not None
+
+    def labelled(self, train: bool, *, report: bool) -> LabelledFiles:
+        """The images of `split` or of `val_split`."""
+        dataset = self._open(self.split)
+        column = self._image_column(dataset)
+        labels, classes = self._labels(dataset, None)
+        if not train:
+            assert self.val_split is not None
+            dataset = self._open(self.val_split)
+            labels, _ = self._labels(dataset, classes)
+        root = Path(self.source).expanduser()
+        name = f"{root.name}-{re.sub(r'[^A-Za-z0-9]+', '-', str(dataset.split))}"
+        return LabelledFiles(TableImages(root, dataset, column), labels, len(classes), name)
+
+    def _open(self, split: str) -> Any:
+        """A split of the data set."""
+        try:
+            import datasets
+        except ImportError as error:
+            raise ValueError(
+                f"source {self.source!r} needs the package datasets, which is not installed "
+                f"({error}): pip install 'ddim_pl[datasets]'"
+            ) from None
+        folder = Path(self.source).expanduser()
+        if folder.is_dir():
+            _check_parquet(folder)
+        elif not re.fullmatch(ON_THE_HUB, self.source):
+            raise ValueError(
+                "source must be a folder of Parquet files or a name on the Hugging Face Hub as "
+                f"owner/name, got {self.source!r}: give one of them"
+            )
+        place = str(folder) if folder.is_dir() else self.source
+        try:
+            with _asking_the_hub(self.download):
+                return datasets.load_dataset(place, self.config, split=split)
+        except Exception as error:  # of the library, of what it reads with and connects with
+            raise self._unreadable(folder, split, error) from error
+
+    def _unreadable(self, folder: Path, split: str, error: Exception) -> ValueError:
+        reason = reason_of(error)
+        if folder.is_dir() or not isinstance(error, OSError):
+            return ValueError(
+                f"source {self.source!r} has no split {split!r} that can be read ({reason}): give "
+                "another split or config, or repair the files"
+            )
+        offer = "" if self.download else "set `download: true`, or "
+        return ValueError(
+            f"source {self.source!r} is no folder here and cannot be downloaded ({reason}): "
+            f"{offer}on a machine with a network run hf download {self.source} --repo-type "
+            "dataset --local-dir FOLDER and give that folder as the source"
+        )
+
+    def _image_column(self, dataset: Any) -> str:
+        found = [name for name, kind in dataset.features.items() if _holds_images(kind)]
+        given = self.image_column
+        if given is None and len(found) == 1:
+            return found[0]
+        if given is None or given not in found:
+            raise ValueError(
+                f"image_column must be a column of encoded images in {self.source}, got {given}: "
+                f"give one of {', '.join(found) or 'none there'} (the columns are "
+                f"{_columns(dataset)})"
+            )
+        return given
+
+    def _labels(self, dataset: Any, classes: list[Any] | None) -> tuple[Tensor, list[Any]]:
+        """Labels, int64 (N,), and the classes by label, those of the training images if given."""
+        column = self.label_column
+        if column is None:
+            return torch.zeros(len(dataset), dtype=torch.int64), [0]
+        if column not in dataset.features:
+            raise ValueError(
+                f"label_column must be a column of {self.source}, got {column!r}: give one of "
+                f"{_columns(dataset)}, or null to leave the classes out"
+            )
+        values = dataset[column][:]
+        if classes is None:
+            classes = _classes(dataset.features[column], values)
+        numbers = {value: number for number, value in enumerate(classes)}
+        labels = [numbers.get(value, -1) if _is_class(value) else -1 for value in values]
+        if -1 in labels:
+            row = labels.index(-1)
+            raise ValueError(
+                f"{self.source}, {dataset.split}, row {row}, must hold a class of the training "
+                f"images in the column {column}, a name or a whole number from 0, got "
+                f"{values[row]!r}: give another label_column or split, or label_column null to "
+                "leave the classes out"
+            )
+        return torch.tensor(labels, dtype=torch.int64), classes
+
+
+def _check_parquet(folder: Path) -> None:
+    """Check that there are Parquet files, each whole as far as its end shows."""
+    import pyarrow.parquet
+
+    files = sorted(folder.rglob("*.parquet"))
+    if not files:
+        raise ValueError(
+            f"source must hold Parquet files, got {str(folder)!r} without any: give another "
+            "folder; one of image files is read by ImageFolderDataModule"
+        )
+    for file in files:
+        try:
+            pyarrow.parquet.read_metadata(file)
+        except Exception as error:  # the bytes may say anything
+            raise ValueError(
+                f"{file} cannot be read ({reason_of(error)}): copy or download it again"
+            ) from error
+
+
+@contextmanager
+def _asking_the_hub(allowed: bool) -> Iterator[None]:
+    """Let the library ask the Hub, or not."""
+    import datasets
+
+    # internal: datasets 5.2 tells no call apart; HF_HUB_OFFLINE would be for the whole process.
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or not allowed
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _holds_images(kind: Any) -> bool:
+    from datasets import Image
+
+    as_struct = isinstance(kind, dict) and set(kind) == {"bytes", "path"}
+    return isinstance(kind, Image) or as_struct or getattr(kind, "dtype", None) in BINARY
+
+
+def _is_class(value: Any) -> bool:
+    return isinstance(value, str) or (type(value) is int and value >= 0)
+
+
+def _classes(kind: Any, values: list[Any]) -> list[Any]:
+    """The classes by label."""
+    names = getattr(kind, "names", None)
+    if names is not None:
+        return list(range(len(names)))
+    found = {value for value in values if _is_class(value)}
+    if any(isinstance(value, str) for value in found):
+        return sorted(found)
+    return list(range(max(found, default=0) + 1))
+
+
+def _columns(dataset: Any) -> str:
+    return ", ".join(dataset.features)

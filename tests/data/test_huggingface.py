@@ -1,0 +1,271 @@
+"""Parquet files as the Hub has them."""
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddim_pl.data import image_folder
+from ddim_pl.data.huggingface import HuggingFaceDataModule
+
+SIZE = 8
+COUNTS = {"train": 7, "test": 3}
+
+
+def image(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image(number)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def stack(numbers: Any) -> torch.Tensor:
+    return torch.from_numpy(np.stack([image(number).transpose(2, 0, 1) for number in numbers]))
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+
+
+@pytest.fixture(autouse=True)
+def library(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    if "no_library" in request.fixturenames:
+        return None
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # do not wait for the network
+    return datasets
+
+
+def write(folder: Path, kind: str = "classes", column: str = "image", **more: Any) -> Path:
+    """A folder of two splits, images 0 to 6 and 100 to 102, labels 2, 1, 0, 2, ..."""
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    kinds = {
+        "classes": datasets.ClassLabel(names=["a", "b", "c", "d"]),
+        "numbers": datasets.Value("int64"),
+        "names": datasets.Value("string"),
+    }
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for split, count in COUNTS.items():
+        labels: list[Any] = [(2 - number) % 3 for number in range(count)]
+        if kind == "names":
+            labels = [["cow", "cat", "bat"][label] for label in labels]
+        first = 0 if split == "train" else 100
+        values = {
+            column: [{"bytes": png(first + n), "path": f"{n}.png"} for n in range(count)],
+            "label": labels,
+        }
+        features = datasets.Features({column: datasets.Image(), "label": kinds[kind]})
+        values, features = more.get("change", lambda *both: both)(values, features)
+        table = pyarrow.table(values, schema=features.arrow_schema)
+        parquet.write_table(table, folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def module(folder: Path, **arguments: Any) -> HuggingFaceDataModule:
+    data = HuggingFaceDataModule(str(folder), SIZE, **arguments)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+@pytest.mark.parametrize("limit", [0, image_folder.MEMORY_LIMIT], ids=["files", "memory"])
+@pytest.mark.parametrize(
+    ("kind", "labels", "num_classes"),
+    [
+        ("classes", [2, 1, 0, 2, 1, 0, 2], 4),
+        ("numbers", [2, 1, 0, 2, 1, 0, 2], 3),
+        ("names", [0, 1, 2, 0, 1, 2, 0], 3),
+    ],
+)
+def test_a_folder_of_parquet_is_read_by_its_splits(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    labels: list[int],
+    num_classes: int,
+    limit: int,
+) -> None:
+    monkeypatch.setattr(image_folder, "MEMORY_LIMIT", limit)
+    data = module(write(tmp_path / "set", kind), val_split="test")
+    everything = torch.arange(7)
+    torch.testing.assert_close(data.train_set.images(everything), stack(range(7)))
+    torch.testing.assert_close(data.val_set.images(torch.arange(3)), stack(range(100, 103)))
+    assert data.train_set.labels(everything).tolist() == labels
+    assert data.val_set.labels(torch.arange(3)).tolist() == labels[:3]
+    assert data.num_classes == data.val_set.num_classes == num_classes
+
+
+def test_a_part_of_a_split_is_a_split(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set", column="img")
+    data = module(folder, split="train[2:5]", val_split="train[5:]", label_column=None)
+    torch.testing.assert_close(data.train_set.images(torch.arange(3)), stack([2, 3, 4]))
+    torch.testing.assert_close(data.val_set.images(torch.arange(2)), stack([5, 6]))
+    assert data.num_classes == 1
+    assert module(folder).val_set is not None
+
+
+def test_workers_read_what_the_main_process_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_folder, "MEMORY_LIMIT", 0)
+    folder = write(tmp_path / "set")
+    alone, helped = module(folder, batch_size=2), module(folder, batch_size=2, num_workers=2)
+    batches = list(alone.train_dataloader())
+    for one, two in zip(batches, helped.train_dataloader(), strict=True):
+        torch.testing.assert_close(one, two)
+    images = torch.cat([batch.images for batch in batches]).unique(dim=0)
+    assert len(images) == 6
+
+
+def test_columns_of_bytes_and_paths_are_images_too(tmp_path: Path) -> None:
+    import datasets
+
+    for number in (0, 100):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+
+    def to_bytes(values: Any, features: Any) -> Any:
+        raw = [each["bytes"] for each in values["image"]]
+        return {**values, "image": raw}, datasets.Features(
+            {**features, "image": datasets.Value("binary")}
+        )
+
+    def to_paths(values: Any, features: Any) -> Any:
+        first = 0 if len(values["image"]) == 7 else 100
+        places = [{"bytes": None, "path": str(tmp_path / f"{first}.png")}] * len(values["image"])
+        return {**values, "image": places}, features
+
+    data = module(write(tmp_path / "bytes", change=to_bytes))
+    torch.testing.assert_close(data.train_set.images(torch.arange(7)), stack(range(7)))
+    data = module(write(tmp_path / "paths", change=to_paths))
+    torch.testing.assert_close(data.train_set.images(torch.arange(7)), stack([0] * 7))
+
+
+def test_decoded_images_are_kept_until_the_files_change(tmp_path: Path) -> None:
+    folder, cache = write(tmp_path / "set"), str(tmp_path / "maps")
+    module(folder, cache=cache, val_split="test")
+    data = HuggingFaceDataModule(str(folder), SIZE, cache=cache, val_split="test")
+    data.setup()  # made already
+    torch.testing.assert_close(data.val_set.images(torch.arange(3)), stack(range(100, 103)))
+
+    def darker(values: Any, features: Any) -> Any:
+        return {**values, "image": values["image"][::-1]}, features
+
+    write(folder, change=darker)
+    with pytest.raises(ValueError, match="those there are of other files"):
+        HuggingFaceDataModule(str(folder), SIZE, cache=cache).setup()
+    data = module(folder, cache=cache)
+    torch.testing.assert_close(data.train_set.images(torch.arange(7)), stack(range(6, -1, -1)))
+
+
+def test_wrong_columns_and_splits_are_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set")
+    for arguments, message in (
+        ({"image_column": "img"}, r"image_column .*got img: give one of image \(.*image, label\)"),
+        ({"label_column": "class"}, r"label_column must be .*got 'class': give one of image, lab"),
+        ({"split": "dev"}, r"has no split 'dev' that can be read .*Unknown split"),
+        ({"config": "other"}, r"has no split 'train' .*'other' not found"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module(folder, **arguments)
+
+
+def test_a_label_that_is_missing_or_unknown_is_named_with_its_row(tmp_path: Path) -> None:
+    def without(values: Any, features: Any) -> Any:
+        return {**values, "label": [None, *values["label"][1:]]}, features
+
+    def negative(values: Any, features: Any) -> Any:
+        return {**values, "label": [*values["label"][:-1], -1]}, features
+
+    def other(values: Any, features: Any) -> Any:
+        short = len(values["label"]) == 3
+        return {**values, "label": ["dog" if short else "cat"] * len(values["label"])}, features
+
+    with pytest.raises(ValueError, match=r"train, row 0, must hold a class .*got None"):
+        module(write(tmp_path / "a", change=without))
+    with pytest.raises(ValueError, match=r"train, row 6, must hold a class .*got -1"):
+        module(write(tmp_path / "b", "numbers", change=negative))
+    with pytest.raises(ValueError, match=r"test, row 0, must hold a class .*got 'dog'"):
+        module(write(tmp_path / "c", "names", change=other), val_split="test")
+
+
+def test_a_row_without_an_image_and_a_broken_image_are_named(tmp_path: Path) -> None:
+    def absent(values: Any, features: Any) -> Any:
+        return {**values, "image": [*values["image"][:-1], None]}, features
+
+    def broken(values: Any, features: Any) -> Any:
+        half = {"bytes": png(0)[:60], "path": None}
+        return {**values, "image": [*values["image"][:-1], half]}, features
+
+    with pytest.raises(ValueError, match=r"train, row 6, must hold an image in the column image"):
+        module(write(tmp_path / "a", change=absent))
+    with pytest.raises(ValueError, match=r"train, row 6 cannot be read"):
+        module(write(tmp_path / "b", change=broken))
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set")
+    file = folder / "data" / "test-00000-of-00001.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"test-00000-of-00001\.parquet cannot be read .*again"):
+        module(folder)
+
+
+def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"source must hold Parquet files, got .*empty"):
+        module(tmp_path / "empty")
+    for source in ("./nowhere", "a/b/c", "hf://datasets/a", "buckets/a", "https://a/b.parquet"):
+        with pytest.raises(ValueError, match="source must be a folder of Parquet files or a name"):
+            HuggingFaceDataModule(source, SIZE).setup()
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_without_a_network_the_error_says_how_to_get_the_files(
+    monkeypatch: pytest.MonkeyPatch, library: Any, download: bool
+) -> None:
+    if not download:  # nothing is asked for, whatever the network
+        monkeypatch.setattr(library.config, "HF_HUB_OFFLINE", False)
+    data = HuggingFaceDataModule("owner/name", SIZE, download=download)
+    with pytest.raises(ValueError, match="is no folder here and cannot be downloaded") as caught:
+        data.prepare_data()
+    message = str(caught.value)
+    assert "hf download owner/name --repo-type dataset --local-dir FOLDER" in message
+    assert ("download: true" in message) == (not download)
+    assert download == library.config.HF_HUB_OFFLINE
+
+
+def test_what_was_downloaded_is_read_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Any
+) -> None:
+    module(write(tmp_path / "name"), val_split="test")
+    # Where the library keeps what it has downloaded of owner/name.
+    (tmp_path / "cache" / "name").rename(tmp_path / "cache" / "owner___name")
+    for path in (tmp_path / "cache" / "owner___name").rglob("*.arrow"):
+        assert path.name.startswith("name-")
+    monkeypatch.setattr(library.config, "HF_HUB_OFFLINE", False)
+    data = HuggingFaceDataModule("owner/name", SIZE, val_split="test", download=False)
+    data.prepare_data()
+    data.setup()
+    torch.testing.assert_close(data.train_set.images(torch.arange(7)), stack(range(7)))
+    torch.testing.assert_close(data.val_set.images(torch.arange(3)), stack(range(100, 103)))
+
+
+@pytest.mark.usefixtures("no_library")
+def test_without_the_library_the_error_names_the_command() -> None:
+    with pytest.raises(ValueError, match=r"pip install 'ddim_pl\[datasets\]'"):
+        HuggingFaceDataModule("owner/name", SIZE).prepare_data()
