@@ -35,6 +35,7 @@ from ddim_pl.samplers import ParaDiGMS as ParaDiGMS
 from ddim_pl.samplers import RePaint as RePaint
 from ddim_pl.samplers import Sampler as Sampler
 from ddim_pl.schedules import CosineLogSNRSchedule as CosineLogSNRSchedule
+from ddim_pl.schedules import EDMSchedule as EDMSchedule
 from ddim_pl.schedules import ImprovedCosineSchedule as ImprovedCosineSchedule
 from ddim_pl.schedules import LinearSchedule as LinearSchedule
 from ddim_pl.schedules import NoiseSchedule as NoiseSchedule

@@ -5,6 +5,7 @@ owns the network, the schedule, the prediction type and the clipping, and alone 
 input of the network at a level.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Literal, Self
@@ -14,11 +15,19 @@ from torch import Tensor, nn
 
 from ddim_pl.checks import check_one_of
 from ddim_pl.clipping import Clipping, clipping_of
-from ddim_pl.prediction import Prediction, PredictionType, decode, decode_x, eps_from_x, merge_both
-from ddim_pl.scales import to_device
+from ddim_pl.prediction import (
+    Prediction,
+    PredictionType,
+    decode,
+    decode_x,
+    eps_from_x,
+    merge_both,
+    state_std,
+)
+from ddim_pl.scales import expand_like, to_device
 from ddim_pl.schedules import NoiseSchedule
 
-TimeInput = Literal["index", "log_snr"]
+TimeInput = Literal["index", "log_snr", "log_sigma"]
 
 
 class Denoiser(ABC):
@@ -93,12 +102,16 @@ class NetworkDenoiser(Denoiser):
             clipped value.
         time_input: Time input of the network at a level. "index" is `t - 1`, the 0-based index of
             DDPM networks, at least 0. "log_snr" is `1000 arctan(exp(-lambda_t / 2)) / (pi / 2)`
-            with lambda bounded by +-20, as in the code of [PD].
+            with lambda bounded by +-20, as in the code of [PD]. "log_sigma" is `ln(sigma_t /
+            alpha_t) / 4`, of lambda so bounded ([EDM], table 1).
+        sigma_data: Standard deviation of the images. The network is fed states scaled to variance
+            1, `z / sqrt(alpha_t^2 sigma_data^2 + sigma_t^2)` ([EDM], table 1); with 1 they are fed
+            as they are.
         label: Class labels `(B,)` for a network with classes, see `condition`.
 
     Raises:
-        ValueError: If `prediction` or `time_input` is unknown, or eps is predicted where the last
-            level has no signal.
+        ValueError: If `prediction` or `time_input` is unknown, `sigma_data` is not positive, or
+            eps is predicted where the last level has no signal.
     """
 
     network: nn.Module
@@ -107,10 +120,16 @@ class NetworkDenoiser(Denoiser):
     clip: bool | Clipping = True
     time_input: TimeInput = "index"
     label: Tensor | None = None
+    sigma_data: float = 1.0
 
     def __post_init__(self) -> None:
         check_one_of(PredictionType, prediction=self.prediction)
         check_one_of(TimeInput, time_input=self.time_input)
+        if not 0 < self.sigma_data < math.inf:
+            raise ValueError(
+                f"sigma_data must be positive and finite, got {self.sigma_data}: 1 feeds states "
+                "as they are, and 0.5 is that of images in [-1, 1] in EDM"
+            )
         if self.prediction == "eps" and self.schedule.ends_without_signal:
             raise ValueError(
                 f"prediction must be 'v' or 'x' for {self.schedule}, got 'eps': at its last level "
@@ -127,6 +146,8 @@ class NetworkDenoiser(Denoiser):
         if self.time_input == "index":
             return (t - 1).clamp(min=0)
         log_snr = self.schedule(t).log_snr.clamp(-20, 20)
+        if self.time_input == "log_sigma":
+            return log_snr / -8
         return torch.arctan(torch.exp(-log_snr / 2)) * (1000 / (torch.pi / 2))
 
     def output(self, z: Tensor, t: Tensor) -> Tensor:
@@ -137,9 +158,15 @@ class NetworkDenoiser(Denoiser):
         time = to_device(self.network_time(t).float(), z).expand(z.shape[0])
         # The trainer's precision may have converted the weights.
         weights = next(self.network.parameters(), z)
-        fed = z.to(weights.dtype)
+        fed = self._scaled(z, t).to(weights.dtype)
         out = self.network(fed, time, *(() if self.label is None else (self.label,))).to(z.dtype)
         return merge_both(self.schedule(t), out) if self.prediction == "both" else out
+
+    def _scaled(self, z: Tensor, t: Tensor) -> Tensor:
+        """States `(B, ...)` as the network is fed them."""
+        if self.sigma_data == 1:
+            return z
+        return z * expand_like(1 / state_std(self.schedule(t), self.sigma_data), z)
 
     def __call__(self, z: Tensor, t: Tensor | float) -> Prediction:
         """Estimate the clean image and the noise.
@@ -155,6 +182,6 @@ class NetworkDenoiser(Denoiser):
         scales = self.schedule(t)
         output, rule = self.output(z, t), clipping_of(self.clip)
         if rule is None:
-            return decode(self.prediction, scales, z, output)
-        x = rule(decode_x(self.prediction, scales, z, output))
+            return decode(self.prediction, scales, z, output, sigma_data=self.sigma_data)
+        x = rule(decode_x(self.prediction, scales, z, output, sigma_data=self.sigma_data))
         return Prediction(x, eps_from_x(scales, z, x))

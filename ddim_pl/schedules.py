@@ -292,3 +292,42 @@ class CosineLogSNRSchedule(NoiseSchedule):
         a = math.atan(math.exp(-self.log_snr_min / 2)) - b
         log_snr = -2 * torch.log(torch.tan(a * t / self.num_levels + b))
         return logsigmoid(log_snr) / 2, logsigmoid(-log_snr) / 2
+
+
+@dataclass(frozen=True)
+class EDMSchedule(NoiseSchedule):
+    """Noise in units of the signal, evenly spaced in its rho-th root ([EDM], eq. 5).
+
+    `sigma_t / alpha_t` is `sigma_min` at level 1 and `sigma_max` at level T, and its rho-th root
+    is linear between them; below level 1 it falls linearly to 0, which is clean data. The
+    strategy "karras" gives the paper's levels.
+
+    Args:
+        num_levels: Number T of levels, at least 2.
+        sigma_min: Noise at level 1, positive.
+        sigma_max: Noise at level T, above `sigma_min`.
+        rho: Density of the levels near the data, at least 1.
+    """
+
+    num_levels: int = 1000
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        check_at_least(2, num_levels=self.num_levels)
+        check_at_least(1, rho=self.rho)
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(
+                "sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, both finite, "
+                f"got {self.sigma_min} and {self.sigma_max}: the paper has 0.002 and 80"
+            )
+
+    def log_alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluate the closed form; `alpha^2 = 1 / (1 + s^2)` for `s = sigma / alpha`."""
+        low, high = (each ** (1 / self.rho) for each in (self.sigma_min, self.sigma_max))
+        u = (t - 1) / (self.num_levels - 1)
+        root = low + u.clamp(min=0) * (high - low)
+        log_s = self.rho * root.log() + t.clamp(max=1).log()
+        log_alpha = -torch.log1p((2 * log_s).exp()) / 2
+        return log_alpha, log_s + log_alpha

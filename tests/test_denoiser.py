@@ -16,7 +16,7 @@ from ddim_pl.denoiser import Denoiser, NetworkDenoiser, TimeInput
 from ddim_pl.noise import latents
 from ddim_pl.prediction import PredictionType
 from ddim_pl.scales import expand_like
-from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, ZeroTerminalSNR
+from ddim_pl.schedules import CosineLogSNRSchedule, EDMSchedule, LinearSchedule, ZeroTerminalSNR
 from ddim_pl.training.ddpm import denoising_loss
 from ddim_pl.transitions import ddim_step, q_sample
 
@@ -112,6 +112,45 @@ def test_a_log_snr_network_gets_the_angle_of_the_level() -> None:
     linear = NetworkDenoiser(Recorder(), LinearSchedule(), time_input="log_snr").network_time(t)
     assert linear[0].item() == pytest.approx(end, abs=1e-12)
     assert (linear.diff() > 0).all()
+
+
+@pytest.mark.parametrize("one_level", [True, False])
+def test_an_edm_network_is_fed_as_in_the_paper(one_level: bool) -> None:
+    """`D = c_skip y + c_out F(c_in y, ln(s) / 4)` in its variables y, s ([EDM], eq. 7)."""
+    z, t = batch()
+    schedule, network = EDMSchedule(), Recorder()
+    t = t[0] if one_level else t
+    x, eps = NetworkDenoiser(network, schedule, "edm", False, "log_sigma", sigma_data=0.5)(z, t)
+    alpha, sigma = (each.expand(len(z)) for each in schedule(t))
+    s = (sigma / alpha)[:, None, None, None]
+    y = (z / alpha[:, None, None, None]).double()
+    root = (s**2 + 0.25).sqrt()
+    fed, time = network.seen[0]
+    torch.testing.assert_close(fed.double(), y / root, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(time, (s.flatten().log() / 4).float(), rtol=1e-6, atol=0)
+    expected = 0.25 / root**2 * y + 0.5 * s / root * 2 * y / root
+    torch.testing.assert_close(x.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(q_sample(x, eps, schedule(t)), z, rtol=0, atol=1e-5)
+
+
+def test_sigma_data_scales_the_input_for_any_prediction() -> None:
+    z, t = batch()
+    network = Recorder()
+    plain, scaled = (
+        NetworkDenoiser(network, LinearSchedule(), "v", sigma_data=each) for each in (1.0, 0.5)
+    )
+    plain(z, t)
+    scaled(z, t)
+    level = LinearSchedule()(t)
+    factor = expand_like(1 / (level.alpha**2 / 4 + level.sigma**2).sqrt(), z)
+    assert network.seen[0][0] is z
+    torch.testing.assert_close(network.seen[1][0], factor * z)
+
+
+@pytest.mark.parametrize("sigma_data", [0.0, -1.0, math.inf, math.nan])
+def test_sigma_data_is_a_standard_deviation(sigma_data: float) -> None:
+    with pytest.raises(ValueError, match="sigma_data must be positive and finite"):
+        NetworkDenoiser(Recorder(), LinearSchedule(), sigma_data=sigma_data)
 
 
 def test_labels_reach_the_network_only_when_given() -> None:
@@ -263,14 +302,17 @@ def test_every_other_prediction_is_finite_without_signal(
     torch.testing.assert_close(x, -z / 2 if kind == "v" else z / 2)
 
 
-@pytest.mark.parametrize("schedule", [LinearSchedule(), CosineLogSNRSchedule()])
+@pytest.mark.parametrize("schedule", [LinearSchedule(), CosineLogSNRSchedule(), EDMSchedule()])
 @pytest.mark.parametrize(
-    ("prediction", "clip"), [("eps", True), ("v", False), ("both", DynamicThreshold())]
+    ("prediction", "clip"),
+    [("eps", True), ("v", False), ("both", DynamicThreshold()), ("edm", False)],
 )
 def test_a_step_and_a_loss_are_one_graph_each(schedule, prediction, clip):
     """Nothing in them depends on a value in a way that a compiler cannot follow."""
     channels = 2 if prediction == "both" else 1
-    denoiser = some_ddpm(network=tiny_unet(out_channels=channels), prediction=prediction).denoiser
+    settings = {"sigma_data": 0.5, "time_input": "log_sigma"} if prediction == "edm" else {}
+    network = tiny_unet(out_channels=channels)
+    denoiser = some_ddpm(network=network, prediction=prediction, **settings).denoiser
     denoiser = dataclasses.replace(denoiser, schedule=schedule, clip=clip)
 
     def step(z, t, s):

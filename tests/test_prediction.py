@@ -16,6 +16,7 @@ from ddim_pl.prediction import (
     eps_from_x,
     merge_both,
     output_error_weight,
+    state_std,
     target,
     x_error_weight,
 )
@@ -116,17 +117,19 @@ def test_a_weight_counts_the_error_of_the_output_as_that_of_the_image(
 def test_weights_are_those_of_the_papers() -> None:
     level = Scales(*(torch.tensor([v], dtype=torch.float64).sqrt() for v in (0.9, 0.1)))
     want = {"snr": 9, "truncated_snr": 9, "snr_plus_one": 10, "min_snr": 5, "uniform": 1}
+    want["edm"] = 10  # with sigma_data = 1
     assert set(want) == set(WEIGHTS)
     noisy = Scales(level.sigma, level.alpha)
     want_noisy = {**dict.fromkeys(WEIGHTS, 1 / 9), "truncated_snr": 1, "uniform": 1}
-    want_noisy["snr_plus_one"] = 10 / 9
+    want_noisy["snr_plus_one"] = want_noisy["edm"] = 10 / 9
     for weight in WEIGHTS:
         assert x_error_weight(weight, level).item() == pytest.approx(want[weight], rel=1e-12)
         assert x_error_weight(weight, noisy).item() == pytest.approx(want_noisy[weight], rel=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("kind", "weight"), [("eps", "snr"), ("v", "snr_plus_one"), ("x", "uniform")]
+    ("kind", "weight"),
+    [("eps", "snr"), ("v", "snr_plus_one"), ("x", "uniform"), ("edm", "edm")],
 )
 def test_the_plain_losses_have_weight_one_even_at_clean_data(
     kind: PredictionType, weight: LossWeight
@@ -141,7 +144,7 @@ def test_pairs_that_are_not_refused_have_bounded_weights(
     kind: PredictionType, weight: LossWeight
 ) -> None:
     """At the noisy end; at the clean end the SNR of an x error is large in any case."""
-    refused = kind == "eps" and weight in ("truncated_snr", "snr_plus_one", "uniform")
+    refused = kind == "eps" and weight not in ("snr", "min_snr")
     if refused:
         with pytest.raises(ValueError, match=rf"loss_weight must be .*'eps', got '{weight}'"):
             check_loss_weight(kind, weight)
@@ -154,7 +157,9 @@ def test_pairs_that_are_not_refused_have_bounded_weights(
 
 def test_unknown_names_list_the_known_ones() -> None:
     level = LinearSchedule()(1)
-    with pytest.raises(ValueError, match=r"\('eps', 'x', 'v', 'residual', 'both'\).*'noise'"):
+    with pytest.raises(
+        ValueError, match=r"\('eps', 'x', 'v', 'residual', 'both', 'edm'\).*'noise'"
+    ):
         coefficients("noise", level)
     with pytest.raises(ValueError, match=r"'snr', 'truncated_snr'.*'flat'"):
         x_error_weight("flat", level)
@@ -189,3 +194,48 @@ def test_an_odd_number_of_channels_cannot_hold_both() -> None:
     level = LinearSchedule()(torch.tensor([5.0]))
     with pytest.raises(ValueError, match="out_channels"):
         merge_both(level, torch.zeros(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0, 2.0])
+@every_schedule
+def test_edm_is_the_preconditioning_of_the_paper(
+    sigma_data: float, schedule: NoiseSchedule
+) -> None:
+    """Written in its variables: `y = x + s n` with `s = sigma / alpha`; its table 1 and eq. 7."""
+    t, x, eps = states(seed=5)
+    level = schedule(t)
+    s = (level.sigma / level.alpha)[:, None, None, None]
+    y, total = x + s * eps, s**2 + sigma_data**2
+    c_skip, c_out = sigma_data**2 / total, s * sigma_data / total.sqrt()
+    z = q_sample(x, eps, level)
+    output = torch.randn(x.shape, generator=torch.Generator().manual_seed(6)).double()
+    decoded = decode("edm", level, z, output, sigma_data=sigma_data)
+    torch.testing.assert_close(decoded.x, c_skip * y + c_out * output, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(q_sample(*decoded, level), z, rtol=0, atol=1e-10)
+    wanted = target("edm", level, x, eps, sigma_data=sigma_data)
+    torch.testing.assert_close(wanted * c_out, x - c_skip * y, rtol=1e-9, atol=1e-9)
+    variance = sigma_data**2 * level.alpha**2 + level.sigma**2
+    torch.testing.assert_close(state_std(level, sigma_data) ** 2, variance, rtol=1e-12, atol=0)
+    weight = output_error_weight("edm", "edm", level, sigma_data=sigma_data)
+    loss = x_error_weight("edm", level, sigma_data=sigma_data)
+    of_paper = (total / (s * sigma_data) ** 2).flatten()
+    torch.testing.assert_close(loss, of_paper, rtol=1e-9, atol=0)
+    torch.testing.assert_close(of_paper * c_out.flatten() ** 2, weight, rtol=1e-9, atol=0)
+
+
+@every_weight
+def test_weights_with_sigma_data_count_the_same_error_once(weight: LossWeight) -> None:
+    t, z, output = states(seed=4)
+    level = LinearSchedule()(t)
+    outputs = output, output + 1
+    one, other = (decode("edm", level, z, each, sigma_data=0.5).x for each in outputs)
+    of_output = output_error_weight("edm", weight, level, sigma_data=0.5)
+    of_image = x_error_weight(weight, level, sigma_data=0.5) * (other - one)[:, 0, 0, 0] ** 2
+    torch.testing.assert_close(of_output, of_image, rtol=1e-9, atol=0)
+
+
+def test_edm_with_sigma_data_1_is_minus_v() -> None:
+    t, x, eps = states()
+    level = LinearSchedule()(t)
+    minus_v = -target("v", level, x, eps)
+    torch.testing.assert_close(target("edm", level, x, eps), minus_v, rtol=0, atol=1e-12)

@@ -12,12 +12,14 @@ from ddim_pl import schedules
 from ddim_pl.schedules import (
     CosineLogSNRSchedule,
     DiscreteSchedule,
+    EDMSchedule,
     ImprovedCosineSchedule,
     LinearSchedule,
     NoiseSchedule,
     ScaledLinearSchedule,
     ZeroTerminalSNR,
 )
+from ddim_pl.timesteps import karras
 
 KINDS = [
     kind
@@ -236,6 +238,10 @@ def test_cosine_log_snr_depends_on_the_fraction_of_the_way_only() -> None:
         (ImprovedCosineSchedule, {"max_beta": 1.0}, "max_beta"),
         (ZeroTerminalSNR, {"schedule": LinearSchedule(1)}, "num_levels"),
         (CosineLogSNRSchedule, {"log_snr_min": 20.0}, "log_snr_min"),
+        (EDMSchedule, {"num_levels": 1}, "num_levels"),
+        (EDMSchedule, {"sigma_min": 0.0}, "sigma_min"),
+        (EDMSchedule, {"sigma_max": math.inf}, "sigma_max"),
+        (EDMSchedule, {"rho": 0.5}, "rho"),
     ],
 )
 def test_bad_arguments_are_named(
@@ -276,3 +282,17 @@ def test_the_scales_of_a_single_level_are_kept_and_are_those_of_a_vector(schedul
     with pytest.raises(ValueError, match="t must lie in"):
         schedule(1000.5)
     assert schedule == type(schedule)()  # what it keeps is no part of what it is
+
+
+@pytest.mark.parametrize("steps", [2, 18])
+def test_edm_has_the_levels_of_the_paper(steps: int) -> None:
+    """[EDM], eq. 5, over "karras"; below level 1 the noise falls linearly to none."""
+    schedule = EDMSchedule()
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    wanted = [(high + i / (steps - 1) * (low - high)) ** 7 for i in range(steps)]
+    scales = schedule(karras(schedule, steps)[:-1])
+    sigmas = (scales.sigma / scales.alpha).tolist()
+    assert sigmas == pytest.approx(wanted, rel=1e-9)
+    last = schedule(0.25)
+    assert (last.sigma / last.alpha).item() == pytest.approx(0.0005, rel=1e-12)
+    assert (schedule(0).alpha, schedule(0).sigma) == (1, 0)

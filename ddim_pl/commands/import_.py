@@ -24,7 +24,7 @@ def import_teacher(
     scheduler: str | None = None,
     image_size: int | None = None,
 ) -> None:
-    """Turn a teacher of diffusers, or of DDIM's code, into a checkpoint for every command.
+    """Turn a teacher of diffusers, of DDIM's code or of EDM's into a checkpoint for every command.
 
     Nothing in the source is run. The checkpoint holds the weights alone: a fit cannot go on from
     it, but distils it as its `teacher`. Commands that need real images take `--data`, or a folder
@@ -32,7 +32,8 @@ def import_teacher(
 
     Args:
         source: A folder of diffusers (UNet2DModel with a DDPM or DDIM scheduler), its name on the
-            Hugging Face Hub, or a file of weights of the code of DDIM or DDPM for PyTorch.
+            Hugging Face Hub, a file of weights of the code of DDIM or DDPM for PyTorch, or a
+            pickle of EDM (`network-snapshot-*.pkl`).
         output: File to write; there must be none of this name.
         scheduler: A `scheduler_config.json` of diffusers or its folder, in place of the source's.
         image_size: Height and width of the images, where the source does not say it.

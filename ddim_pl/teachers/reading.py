@@ -7,7 +7,9 @@ from typing import Any
 from ddim_pl.teachers.authors import is_authors, read_authors
 from ddim_pl.teachers.base import Teacher, read_tensors_of
 from ddim_pl.teachers.diffusers_folder import SUPPORTED, given_scheduler, read_folder
+from ddim_pl.teachers.edm import read_edm
 from ddim_pl.teachers.hub import download
+from ddim_pl.teachers.persistence import is_persistence
 from ddim_pl.teachers.scheduler import settings_of
 
 HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
@@ -19,8 +21,8 @@ def read_source(
     """Read a teacher.
 
     Args:
-        source: A folder of diffusers, the name of one on the Hugging Face Hub, or a file of
-            weights of the code of DDIM or DDPM for PyTorch.
+        source: A folder of diffusers, the name of one on the Hugging Face Hub, a file of weights
+            of the code of DDIM or DDPM for PyTorch, or a pickle of EDM.
         scheduler: A `scheduler_config.json` of diffusers or its folder, in place of the source's.
         image_size: Height and width of the images, where the source does not say it.
 
@@ -37,15 +39,23 @@ def read_source(
                 f"got {source!r}, which is not there: give another"
             )
         return read_folder(download(source), given, image_size)
-    if path.suffix == ".pkl":
-        raise ValueError(
-            f"source must be a folder of diffusers or a file of weights, got {source!r}: pickles "
-            "of EDM are not supported yet"
-        )
+    if path.suffix == ".pkl" or is_persistence(path):
+        _check_no_choice(source, scheduler=scheduler, image_size=image_size)
+        return read_edm(path)
     content = read_tensors_of(path)
     _check_kind(content, source)
     settings = None if given is None else settings_of(given_scheduler(given))
     return read_authors(content, image_size, settings, source)
+
+
+def _check_no_choice(source: str, **given: Any) -> None:
+    """Check that nothing is chosen that a pickle of EDM says itself."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} must be left out for a pickle of EDM, got {value!r}: {source!r} says it "
+                "itself"
+            )
 
 
 def _check_kind(content: Any, source: str) -> None:
@@ -60,5 +70,6 @@ def _check_kind(content: Any, source: str) -> None:
         hint = "give the folder that it lies in, with its config.json"
     raise ValueError(
         f"source must be a file of weights of the code of DDIM or DDPM, or a folder, got "
-        f"{source!r}: {hint}; {SUPPORTED}, and the files of weights of DDIM's code"
+        f"{source!r}: {hint}; {SUPPORTED}, the files of weights of DDIM's code, "
+        "and EDM's pickles"
     )

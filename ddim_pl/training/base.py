@@ -68,9 +68,11 @@ class DiffusionModule(L.LightningModule, ABC):
         network: Module `forward(z, t)`; with `num_classes` set on it, `forward(z, t, label)`.
         schedule: Noise schedule; by default that of DDPM, linear with 1000 levels.
         noise: Law of the noise; by default Gaussian. Latents have the same law.
-        prediction: What the network predicts: "eps", "x", "v", "residual", or "both" x and eps,
-            for which it needs twice the output channels; see `ddim_pl.prediction`.
+        prediction: What the network predicts: "eps", "x", "v", "residual", "edm", or "both" x and
+            eps, for which it needs twice the output channels; see `ddim_pl.prediction`.
         time_input: What the network is fed for a level, see `NetworkDenoiser`.
+        sigma_data: Standard deviation of the images, by which the network's input is scaled and
+            "edm" is read; 1 scales nothing, and EDM has 0.5. See `NetworkDenoiser`.
         image_shape: `(C, H, W)` of an image; by default read off the network.
         clip: Clip estimates of the clean image to [-1, 1], or by a rule of `ddim_pl.clipping`,
             when sampling, unless the sampler has a `clip` of its own.
@@ -111,6 +113,7 @@ class DiffusionModule(L.LightningModule, ABC):
         noise: Noise | None = None,
         prediction: PredictionType = "eps",
         time_input: TimeInput = "index",
+        sigma_data: float = 1.0,
         image_shape: tuple[int, int, int] | None = None,
         clip: bool | Clipping = True,
         sampler: Sampler | None = None,
@@ -129,18 +132,17 @@ class DiffusionModule(L.LightningModule, ABC):
     ) -> None:
         super().__init__()
         self._arguments = constructor_arguments(DiffusionModule)
-        self.schedule = schedule or LinearSchedule()
-        self.noise = noise or GaussianNoise()
+        self.schedule, self.noise = schedule or LinearSchedule(), noise or GaussianNoise()
         self.sampler = sampler or default_sampler(self.noise)
         self.timesteps, self.num_steps, self.last_level = timesteps, num_steps, last_level
         self.image_shape = _image_shape(network, image_shape)
         self.network, self.average = network, _average(network, ema_decay)
-        self.prediction, self.time_input, self.clip = prediction, time_input, clip
+        self.prediction, self.clip, self.sigma_data = prediction, clip, sigma_data
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.warmup_steps, self.skip_bad_batches = warmup_steps, skip_bad_batches
+        self.time_input, self.warmup_steps, self.seed = time_input, warmup_steps, seed
         self.sampling_precision, self._reduced = sampling_precision, ReducedCopy()
         self.compile_network, self.compiles = compile, compile is True
-        self.seed, self.noise_source = seed, noise_source
+        self.skip_bad_batches, self.noise_source = skip_bad_batches, noise_source
         self._check_arguments()
         self.record_arguments()
 
@@ -243,7 +245,14 @@ class DiffusionModule(L.LightningModule, ABC):
         return getattr(self.network, "num_classes", None)
 
     def _denoiser(self, network: nn.Module) -> NetworkDenoiser:
-        return NetworkDenoiser(network, self.schedule, self.prediction, self.clip, self.time_input)
+        return NetworkDenoiser(
+            network,
+            self.schedule,
+            self.prediction,
+            self.clip,
+            self.time_input,
+            sigma_data=self.sigma_data,
+        )
 
     @torch.no_grad()
     def sample(

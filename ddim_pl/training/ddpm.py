@@ -81,11 +81,14 @@ def denoising_loss(
     """
     scales = denoiser.schedule(t)
     output = denoiser.output(q_sample(x, eps, scales), t)
-    error = output - target(denoiser.prediction, scales, x, eps)
+    sigma_data = denoiser.sigma_data
+    error = output - target(denoiser.prediction, scales, x, eps, sigma_data=sigma_data)
     errors = (error.abs() if loss == "l1" else error.square()).flatten(1).mean(1)
     if has_unit_weight(denoiser.prediction, weight):
         return errors
-    weights = output_error_weight(denoiser.prediction, weight, scales, gamma=gamma)
+    weights = output_error_weight(
+        denoiser.prediction, weight, scales, gamma=gamma, sigma_data=sigma_data
+    )
     return expand_like(weights.sqrt() if loss == "l1" else weights, errors) * errors
 
 
@@ -97,7 +100,7 @@ class DDPM(DiffusionModule):
         schedule: As in `DiffusionModule`.
         loss_weight: Weight on the squared error of x: "snr" (with eps-prediction the simple loss
             of DDPM), "truncated_snr", "snr_plus_one" (with v-prediction the plain v loss),
-            "min_snr", "uniform".
+            "min_snr", "uniform", "edm" (with edm-prediction the plain loss of its output).
         min_snr_gamma: Bound of "min_snr".
         loss: "l2", the squared error, or "l1", the absolute one. [Gamma] write l1 for
             Gamma noise, and their code has l2.
@@ -165,9 +168,9 @@ def averaged_checkpoint(module: DiffusionModule, **changes: Any) -> dict[str, An
     state = {f"network.{name}": value for name, value in weights.items()}
     # The same tensors: a file holds them once.
     state |= {f"average.module.{name}": value for name, value in weights.items()}
-    names = ["network", "schedule", "noise", "prediction", "time_input", "image_shape", "clip"]
-    names += ["sampler", "timesteps", "num_steps", "last_level", "seed", "noise_source"]
-    names += ["distilled_steps", "sampling_precision"]
+    names = ["network", "schedule", "noise", "prediction", "time_input", "sigma_data"]
+    names += ["image_shape", "clip", "sampler", "timesteps", "num_steps", "last_level", "seed"]
+    names += ["noise_source", "distilled_steps", "sampling_precision"]
     names += [name for name in ("loss_weight",) if hasattr(module, name)]
     arguments = {name: describe(getattr(module, name)) for name in names} | changes
     return {

@@ -16,7 +16,12 @@ from ddim_pl.training.base import DiffusionModule
 from ddim_pl.training.hyperparameters import filled
 from ddim_pl.training.loading import load
 
-DEFAULTS = {"time_input": "index", "clip": True, "noise_source": "generators"}
+DEFAULTS = {
+    "time_input": "index",
+    "sigma_data": 1.0,
+    "clip": True,
+    "noise_source": "generators",
+}
 """Arguments of a student that is loaded without a teacher and was given none."""
 
 
@@ -31,6 +36,7 @@ class Distillation(DiffusionModule):
         dropout: Dropout of the student.
         prediction: As in `DiffusionModule`; by default `prediction_from` the teacher's.
         time_input: By default the teacher's.
+        sigma_data: By default the teacher's.
         image_shape: By default the teacher's.
         clip: Clip the student's estimates when it samples; by default as the teacher does.
         noise_source: By default the teacher's, so that images of one seed begin at one latent.
@@ -50,21 +56,16 @@ class Distillation(DiffusionModule):
         dropout: float = 0.0,
         prediction: PredictionType | None = None,
         time_input: TimeInput | None = None,
+        sigma_data: float | None = None,
         image_shape: tuple[int, int, int] | None = None,
         clip: bool | Clipping | None = None,
         noise_source: NoiseSource | None = None,
         **kwargs: Any,
     ) -> None:
         read = load(teacher, name="teacher") if teacher is not None and network is None else None
-        student: dict[str, Any] = {
-            "schedule": schedule,
-            "noise": noise,
-            "prediction": prediction,
-            "time_input": time_input,
-            "image_shape": image_shape,
-            "clip": clip,
-            "noise_source": noise_source,
-        }
+        student: dict[str, Any] = {"schedule": schedule, "noise": noise, "prediction": prediction}
+        student |= {"time_input": time_input, "sigma_data": sigma_data, "clip": clip}
+        student |= {"image_shape": image_shape, "noise_source": noise_source}
         if read is not None:
             network = student_network(read, dropout)
             found = {name: getattr(read, name) for name in student}
@@ -107,11 +108,11 @@ class Distillation(DiffusionModule):
         """Check that this student can begin from a teacher's weights and learn its steps.
 
         Raises:
-            ValueError: If image size, schedule, noise, time input or network differ, or the
-                teacher was distilled to another number of steps.
+            ValueError: If image size, schedule, noise, input or network differ, or the teacher
+                was distilled to another number of steps.
         """
         path = self.teacher_path
-        for name in ("image_shape", "schedule", "noise", "time_input"):
+        for name in ("image_shape", "schedule", "noise", "time_input", "sigma_data"):
             theirs, ours = getattr(teacher, name), getattr(self, name)
             if theirs != ours:
                 raise ValueError(

@@ -37,6 +37,8 @@ def fingerprint(model: DiffusionModule, state: Mapping[str, Tensor] | None = Non
     )
     if not model.noise.is_gaussian:
         text += repr(model.noise)
+    if model.sigma_data != 1:
+        text += f"sigma_data={model.sigma_data}"
     if model.sampling_precision != 32:
         text += f"sampling_precision={model.sampling_precision}"
     return digest_of(average, text)

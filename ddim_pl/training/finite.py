@@ -201,7 +201,7 @@ def _losses_of(module: "DiffusionModule", part: _Part) -> tuple[Tensor, Tensor]:
 
     seed_default_generators(part.seed, module.device)
     settings = module.schedule, module.prediction, module.clip, module.time_input
-    denoiser: NetworkDenoiser = Recorder(module.network, *settings)
+    denoiser: NetworkDenoiser = Recorder(module.network, *settings, sigma_data=module.sigma_data)
     if module.num_classes is not None:
         denoiser = denoiser.condition(part.batch[1])
     generators = step_generators(part.seed, part.batch[0].device)

@@ -52,9 +52,10 @@ class Round(NamedTuple):
 class ProgressiveDistillation(Distillation):
     """Halve the number of steps of a teacher, round after round.
 
-    Network, schedule, noise and time input are the teacher's. Each round begins from its teacher's
-    weights with a fresh optimizer state, a fresh average, and a rate that falls linearly to 0.
-    Sampling and evaluation use the student of the present round with its own number of steps.
+    Network, schedule, noise and the network's input are the teacher's. Each round begins from its
+    teacher's weights with a fresh optimizer state, a fresh average, and a rate that falls linearly
+    to 0. Sampling and evaluation use the student of the present round with its own number of
+    steps.
 
     Args:
         network: By default a copy of the teacher's; given when this module is loaded.
@@ -64,7 +65,8 @@ class ProgressiveDistillation(Distillation):
         conversion_updates: Updates before the first round in which the student learns the
             teacher's own estimates at all levels: useful where the student predicts something
             else, as with an eps-prediction teacher.
-        prediction: What the student predicts, "v" or "x"; "both" x and eps, if its teacher does.
+        prediction: What the student predicts, "v" or "x"; "both" x and eps, or "edm", if its
+            teacher does.
         loss_weight: Weight on the squared error of x: "truncated_snr" or "snr_plus_one" (the
             paper's two), or any other of `ddim_pl.prediction.LossWeight`.
         clip_teacher: Clip the teacher's estimates to [-1, 1]; the paper does not.
@@ -231,7 +233,12 @@ class ProgressiveDistillation(Distillation):
         is_full = self.teacher_precision == 32
         network = self.teacher if is_full else self._reduced_teacher.of(self.teacher)
         return NetworkDenoiser(
-            network, self.schedule, prediction, self.clip_teacher, self.time_input
+            network,
+            self.schedule,
+            prediction,
+            self.clip_teacher,
+            self.time_input,
+            sigma_data=self.sigma_data,
         )
 
     def loss(self, denoiser: NetworkDenoiser, batch: Batch, generators: StepGenerators) -> Tensor:
@@ -254,13 +261,16 @@ class ProgressiveDistillation(Distillation):
             else:
                 end = (t - step).clamp(min=0)
                 wanted = self.noise.two_step_target(teacher, z, t, t - step / 2, end)
+        eps, sigma_data = eps_from_x(scales, z, wanted), self.sigma_data
         error = denoiser.output(z, t) - target(
-            self.prediction, scales, wanted, eps_from_x(scales, z, wanted)
+            self.prediction, scales, wanted, eps, sigma_data=sigma_data
         )
         errors = error.square().flatten(1).mean(1)
         if has_unit_weight(self.prediction, self.loss_weight):
             return errors
-        weights = output_error_weight(self.prediction, self.loss_weight, scales)
+        weights = output_error_weight(
+            self.prediction, self.loss_weight, scales, sigma_data=sigma_data
+        )
         return expand_like(weights, errors) * errors
 
     # ---- Lightning ----------------------------------------------------------------------------
@@ -319,10 +329,10 @@ class ProgressiveDistillation(Distillation):
 
 
 def _check_prediction(prediction: PredictionType, loss_weight: LossWeight) -> None:
-    if prediction not in ("x", "v", "both"):
+    if prediction not in ("x", "v", "both", "edm"):
         raise ValueError(
-            f"prediction must be 'v', 'x' or 'both' for a student, got {prediction!r}: at the "
-            "last level eps says nothing of the image, and a student of one step sees no other"
+            f"prediction must be 'v', 'x', 'both' or 'edm' for a student, got {prediction!r}: at "
+            "the last level eps says nothing of the image, and a student of one step sees no other"
         )
     check_loss_weight(prediction, loss_weight)
 

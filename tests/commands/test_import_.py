@@ -6,6 +6,8 @@ import pytest
 import torch
 from diffusers import DDIMPipeline
 from foreign import OWN_DEFAULTS, TINY, ddim_weights, random_unet, save_pipeline
+from foreign_edm import TINY as EDM
+from foreign_edm import edm_weights, save_edm
 
 import ddim_pl
 from ddim_pl.cli import main
@@ -79,6 +81,57 @@ def test_files_of_ddims_code_become_checkpoints(tmp_path):
     main(["import", str(tmp_path / "ckpt.pth"), "--output", str(output)])
     model = ddim_pl.load(output, num_steps=2)
     assert model.sample([0]).shape == (1, 3, 16, 16)
+
+
+@pytest.fixture
+def edm(tmp_path):
+    """The checkpoint of a pickle of EDM, of grey images as the digits are."""
+    arguments = {**EDM, "in_channels": 1, "out_channels": 1}
+    path = save_edm(tmp_path / "network-snapshot-000000.pkl", arguments, edm_weights(**arguments))
+    main(["import", str(path), "--output", str(tmp_path / "teacher.ckpt")])
+    return tmp_path / "teacher.ckpt"
+
+
+def test_pickles_of_edm_become_checkpoints(edm, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    alone = ["--ckpt_path", str(edm), "--num_images", "2", *QUIET]
+    main(["sample", *alone, "--output", "images"])
+    assert len([*(tmp_path / "images").rglob("0*.png")]) == 2
+    model = ddim_pl.load(edm)
+    assert (model.prediction, model.sigma_data, model.time_input) == ("edm", 0.5, "log_sigma")
+    assert model.sampler == ddim_pl.Heun()
+    assert len(model.levels) == 19
+    with torch.no_grad():
+        fine = ddim_pl.load(edm, num_steps=100).sample([0])
+        # One flow, by methods of two orders.
+        methods = [(ddim_pl.DPMSolverPP(), 50, 0.02), (ddim_pl.DDIM(), 100, 0.1)]
+        for sampler, steps, tolerance in methods:
+            drawn = ddim_pl.load(edm, sampler=sampler, num_steps=steps).sample([0])
+            torch.testing.assert_close(drawn, fine, rtol=0, atol=tolerance)
+        for sampler in (ddim_pl.Ancestral(), ddim_pl.PNDM(), ddim_pl.DEQ()):
+            drawn = ddim_pl.load(edm, sampler=sampler, num_steps=12).sample([0])
+            assert drawn.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_from_a_pickle_of_edm_to_students(edm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rounds = ["--model.init_args.rounds", "[[2,1],[1,1]]", "--model.prediction"]
+    for number, kind in enumerate(["edm", "v"]):
+        conversion = ["--model.conversion_updates", "1"] if kind == "v" else []
+        fit("progressive", str(edm), *rounds, kind, *conversion)
+        runs = tmp_path / "runs" / "digits-progressive" / f"version_{number}" / "checkpoints"
+        students = [ddim_pl.load(each) for each in sorted(runs.glob("student-*.ckpt"))]
+        assert sorted(each.distilled_steps for each in students) == [1, 2]
+        for each in students:
+            assert (each.prediction, each.sigma_data, each.time_input) == (kind, 0.5, "log_sigma")
+            assert each.schedule == ddim_pl.EDMSchedule()
+            assert each.sample([0]).isfinite().all()
+    fit("luhman", str(edm), *PAIRS)
+    student = ddim_pl.load(tmp_path / "runs/digits-luhman/version_0/checkpoints/last.ckpt")
+    assert (student.prediction, student.sigma_data) == ("edm", 0.5)
+    assert student.sample([0]).isfinite().all()
 
 
 def test_commands_take_the_checkpoint(imported, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from foreign import ddim_weights, random_unet, save_pipeline
+from foreign_edm import TINY, edm_weights, save_edm
 
 from ddim_pl.teachers.reading import read_source
 
@@ -45,10 +46,18 @@ def test_what_a_pickle_would_run_is_named_and_not_run(zipped, tmp_path):
     assert not made.exists()
 
 
-def test_pickles_of_edm_are_not_opened(tmp_path):
-    path, made = tmp_path / "network-snapshot-000000.pkl", tmp_path / "made"
+def test_pickles_of_edm_are_told_by_their_beginning_and_not_run(tmp_path):
+    save_edm(tmp_path / "network-snapshot-000000.pkl", TINY, edm_weights(**TINY))
+    path = tmp_path / "renamed"
+    (tmp_path / "network-snapshot-000000.pkl").rename(path)
+    teacher = read_source(str(path))
+    assert teacher.settings["prediction"] == "edm"
+    for name, value in {"image_size": 8, "scheduler": "x.json"}.items():
+        with pytest.raises(ValueError, match=f"{name} must be left out for a pickle of EDM"):
+            read_source(str(path), **{name: value})
+    path, made = tmp_path / "other.pkl", tmp_path / "made"
     path.write_bytes(pickle.dumps({"ema": Evil(str(made))}))
-    with pytest.raises(ValueError, match="pickles of EDM are not supported yet"):
+    with pytest.raises(ValueError, match=r"names posix.mkdir, which is refused"):
         read_source(str(path))
     assert not made.exists()
 

@@ -10,7 +10,7 @@ from torch import nn
 from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.prediction import x_error_weight
 from ddim_pl.rng import step_generators
-from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
+from ddim_pl.schedules import CosineLogSNRSchedule, EDMSchedule, LinearSchedule
 from ddim_pl.training.ddpm import denoising_loss, draw_levels
 from ddim_pl.transitions import q_sample
 
@@ -51,6 +51,30 @@ def test_loss_is_the_weighted_error_of_x(prediction, weight):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("weight", ["edm", "snr_plus_one", "truncated_snr"])
+def test_the_edm_loss_is_that_of_the_paper(weight):
+    """`(s^2 + 1/4) / (s / 2)^2 ||D(x + s n; s) - x||^2` in its variables ([EDM], eq. 2)."""
+    torch.manual_seed(0)
+    network = tiny_unet(dropout=0.0)
+    for weights in network.parameters():
+        weights.data += 0.1 * torch.randn(weights.shape)
+    schedule = EDMSchedule()
+    denoiser = NetworkDenoiser(network, schedule, "edm", False, "log_sigma", sigma_data=0.5)
+    x, eps = torch.randn(2, 6, 1, 8, 8)
+    t = torch.tensor([1.0, 20, 50, 300, 600, 1000])
+    scales = schedule(t)
+    s = (scales.sigma / scales.alpha)[:, None, None, None]
+    y, total = x + s * eps, s**2 + 1 / 4
+    with torch.no_grad():
+        loss = denoising_loss(denoiser, x, t, eps, weight=weight)
+        output = network((y / total.sqrt()).float(), (s.flatten().log() / 4).float())
+    denoised = y / 4 / total + s / 2 / total.sqrt() * output
+    weights = total / (s / 2) ** 2 if weight == "edm" else 1 / s**2 + 1
+    weights = (1 / s**2).clamp(min=1) if weight == "truncated_snr" else weights
+    expected = (weights * (denoised - x) ** 2).flatten(1).mean(1)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:network is not stored in checkpoints")
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -63,6 +87,8 @@ def test_loss_is_the_weighted_error_of_x(prediction, weight):
         ({"level_sampling": "sobol"}, "antithetic"),
         ({"prediction": "noise"}, "prediction must be one of"),
         ({"time_input": "seconds"}, "time_input must be one of"),
+        ({"sigma_data": 0.0}, "sigma_data must be positive and finite"),
+        ({"loss_weight": "edm"}, "loss_weight must be 'snr' or 'min_snr' .* got 'edm'"),
         ({"network": nn.Identity()}, "image_shape must be given"),
         ({"seed": -1}, "seed"),
     ],

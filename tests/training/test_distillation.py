@@ -67,13 +67,16 @@ def test_a_teacher_is_not_read_as_what_it_does_not_predict(teacher):
         ({"rounds": [(1001, 1)]}, r"num_steps must lie in \[1, 1000\].* got 1001"),
         (
             {"prediction": "eps"},
-            "prediction must be 'v', 'x' or 'both' .* got 'eps': at the last level",
+            "prediction must be 'v', 'x', 'both' or 'edm' .* got 'eps': at the last level",
         ),
         (
             {"prediction": "eps", "loss_weight": "truncated_snr"},
-            "prediction must be 'v', 'x' or 'both' .* got 'eps'",
+            "prediction must be 'v', 'x', 'both' or 'edm' .* got 'eps'",
         ),
-        ({"prediction": "residual"}, "prediction must be 'v', 'x' or 'both' .* got 'residual'"),
+        (
+            {"prediction": "residual"},
+            "prediction must be 'v', 'x', 'both' or 'edm' .* got 'residual'",
+        ),
         ({"loss_weight": "snr_plus_two"}, "loss_weight must be one of .* got 'snr_plus_two'"),
         ({"conversion_updates": -1}, "conversion_updates must be at least 0, got -1"),
         ({"warmup_steps": -2}, "warmup_steps must be at least 0, got -2"),
@@ -84,6 +87,7 @@ def test_a_teacher_is_not_read_as_what_it_does_not_predict(teacher):
         ),
         ({"schedule": LinearSchedule()}, "teacher .* has schedule CosineLogSNR.* given Linear"),
         ({"time_input": "index"}, "teacher .* has time_input log_snr, .* given index"),
+        ({"sigma_data": 0.5}, "teacher .* has sigma_data 1.0, .* given 0.5"),
         ({"image_shape": (1, 16, 16)}, r"teacher .* has image_shape .* given \(1, 16, 16\)"),
     ],
 )
