@@ -113,17 +113,18 @@ class ZipImages:
         return os.fsdecode(self._names[index])
 
     def digest(self) -> str:
-        """A digest of the names."""
-        return hashlib.sha256(b"\n".join(self._names.tolist())).hexdigest()
+        """A digest of the names and of the checksums, which stand in the archive."""
+        digest = hashlib.sha256(b"\n".join(self._names.tolist()))
+        digest.update(self._members[:, 3].tobytes())
+        return digest.hexdigest()
 
     def stamps(self) -> np.ndarray[Any, Any]:
         """Size and time of the archive, int64 (1, 2)."""
         return stamps_of([self.root])
 
     def identities(self) -> Iterator[str]:
-        """Names and checksums of all images."""
+        """The digest, which depends on the content."""
         yield self.digest()
-        yield hashlib.sha256(self._members[:, 3].tobytes()).hexdigest()
 
 
 def labels_in(root: Path, images: ZipImages, *, report: bool = True) -> tuple[Tensor, int]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import tracemalloc
 import zipfile
@@ -120,6 +121,21 @@ def test_decoded_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write(path, compression=zipfile.ZIP_DEFLATED)  # of another size
     with pytest.raises(ValueError, match="those there are of other files"):
         ImageZipDataModule(str(path), SIZE, cache=str(tmp_path / "maps")).setup()
+
+
+def test_other_pixels_of_the_same_size_and_time_are_noticed(tmp_path: Path) -> None:
+    path, cache = write(tmp_path / "edm.zip"), str(tmp_path / "maps")
+    module(path, cache=cache)
+    found = path.stat()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in NAMES:
+            archive.writestr(name, png(255 - image(name)))
+        labels = [[name, NAMES.index(name) % 3] for name in NAMES]
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    assert path.stat().st_size == found.st_size
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    with pytest.raises(ValueError, match="those there are of other files"):
+        ImageZipDataModule(str(path), SIZE, cache=cache).setup()
 
 
 def test_the_digest_is_of_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
