@@ -7,6 +7,7 @@ declared as such; everything else in a checkpoint is plain data.
 
 import copy
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -258,8 +259,8 @@ def without_places(config: dict[str, Any], checkpoint: str, command: str) -> dic
         if not re.fullmatch(FILE_NAME, str(arguments.get("filename", ""))):
             arguments.pop("filename")
     while data:
-        arguments = data.get("init_args") or {}
-        if "download" in arguments:
+        arguments = data["init_args"] = data.get("init_args") or {}
+        if _takes(data.get("class_path"), "download", checkpoint):  # true where it is left out
             arguments["download"] = False
         _leave_out_cache(arguments, checkpoint, command)
         folder = arguments.get("folder")
@@ -270,6 +271,14 @@ def without_places(config: dict[str, Any], checkpoint: str, command: str) -> dic
             )
         data = arguments.get("images") or {}
     return config
+
+
+def _takes(path: Any, name: str, checkpoint: str) -> bool:
+    """Whether the constructor of a class has an argument."""
+    if path is None:
+        return False
+    inits = [vars(kind).get("__init__") for kind in trusted_class(path, checkpoint).__mro__]
+    return any(name in inspect.signature(init).parameters for init in inits if init is not None)
 
 
 def _leave_out_cache(arguments: dict[str, Any], checkpoint: str, command: str) -> None:

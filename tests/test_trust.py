@@ -364,12 +364,24 @@ def test_a_data_module_is_not_built_from_a_checkpoint():
         DigitsDataModule.load_from_checkpoint("evil.ckpt")
 
 
-def test_nothing_is_downloaded_into_a_folder_that_a_checkpoint_names(honest, alone, capsys):
+@pytest.mark.parametrize("given", [{"download": True}, {}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("cifar10.CIFAR10DataModule", {"root": "elsewhere"}),
+        ("torchvision_sets.TorchvisionDataModule", {"root": "elsewhere", "dataset": "MNIST"}),
+        ("huggingface.HuggingFaceDataModule", {"source": "owner/name", "image_size": 8}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_nothing_is_downloaded_that_a_checkpoint_alone_names(
+    honest, alone, kind, arguments, given
+):
+    if "huggingface" in kind:
+        pytest.importorskip("datasets")
+
     def attack(config, hyper):
-        config["data"] = {
-            "class_path": "ddim_pl.data.cifar10.CIFAR10DataModule",
-            "init_args": {"root": "elsewhere", "download": True},
-        }
+        config["data"] = {"class_path": f"ddim_pl.data.{kind}", "init_args": arguments | given}
 
     path = attacked(honest, attack)
     with pytest.raises(SystemExit) as stop:

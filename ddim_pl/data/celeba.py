@@ -20,6 +20,7 @@ from ddim_pl.data.base import ImageDataModule, ImageSet
 from ddim_pl.data.image_folder import Box, ImageFiles
 from ddim_pl.data.image_list import ImageList
 from ddim_pl.data.squares import Squaring
+from ddim_pl.locks import alone_in
 
 HOME = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 ARCHIVE = "img_align_celeba.zip"
@@ -96,7 +97,10 @@ class CelebADataModule(ImageDataModule):
             return
         self._fetch(PARTITION)
         if not (self._folder / IMAGES).is_dir():
-            self._unpack()
+            # Nodes with one disk, and runs that begin at once, do it once.
+            with alone_in(self._folder, ".unpacking.lock", wait=True):
+                if not (self._folder / IMAGES).is_dir():
+                    self._unpack()
         for split in (TRAIN, VALID):
             self._files(split).prepare()
 

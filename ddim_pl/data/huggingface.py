@@ -13,13 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ddim_pl.damage import reason_of
 from ddim_pl.data.encoded import Encoded, stamps_of
 from ddim_pl.data.image_folder import FileDataModule, LabelledFiles
+from ddim_pl.data.numbered import count_classes
 
-ON_THE_HUB = r"(?!buckets/)\w[\w.-]*(/\w[\w.-]*)?"
+# One word alone may be a format of the library, which would read what lies in the present folder.
+ON_THE_HUB = r"(?!buckets/)\w[\w.-]*/\w[\w.-]*"
+CARD, SETTINGS = "README.md", ".huggingface.yaml"
+"""Where a folder says which files are of which split."""
+
 BINARY = ("binary", "large_binary")
 
 
@@ -134,11 +141,14 @@ class HuggingFaceDataModule(FileDataModule):
         """The images of `split` or of `val_split`."""
         dataset = self._open(self.split)
         column = self._image_column(dataset)
-        labels, classes = self._labels(dataset, None)
+        labels, classes = self._labels(dataset, None, warn=report and train)
         if not train:
             assert self.val_split is not None
             dataset = self._open(self.val_split)
             labels, _ = self._labels(dataset, classes)
+        if report:
+            found = "no classes" if self.label_column is None else f"{len(classes)} classes"
+            rank_zero_info(f"{self.source}, {dataset.split}: {len(dataset)} images, {found}")
         root = Path(self.source).expanduser()
         name = f"{root.name}-{re.sub(r'[^A-Za-z0-9]+', '-', str(dataset.split))}"
         return LabelledFiles(TableImages(root, dataset, column), labels, len(classes), name)
@@ -153,22 +163,31 @@ class HuggingFaceDataModule(FileDataModule):
                 f"({error}): pip install 'ddim_pl[datasets]'"
             ) from None
         folder = Path(self.source).expanduser()
-        if folder.is_dir():
+        is_here = folder.is_dir()
+        if is_here:
             _check_parquet(folder)
+            _check_card(folder)
         elif not re.fullmatch(ON_THE_HUB, self.source):
             raise ValueError(
                 "source must be a folder of Parquet files or a name on the Hugging Face Hub as "
                 f"owner/name, got {self.source!r}: give one of them"
             )
-        place = str(folder) if folder.is_dir() else self.source
+        place = str(folder) if is_here else self.source
         try:
-            with _asking_the_hub(self.download):
-                return datasets.load_dataset(place, self.config, split=split)
+            with _asking_the_hub(self.download and not is_here):
+                if is_here:
+                    builder = datasets.load_dataset_builder(place, self.config)
+                    _check_files(folder, builder.config.data_files)
+                # From memory nothing would tell whether the files are still the same.
+                return datasets.load_dataset(place, self.config, split=split, keep_in_memory=False)
+        except _OtherFilesError:
+            raise
         except Exception as error:  # of the library, of what it reads with and connects with
             raise self._unreadable(folder, split, error) from error
 
     def _unreadable(self, folder: Path, split: str, error: Exception) -> ValueError:
-        reason = reason_of(error)
+        cause = error.__cause__
+        reason = reason_of(cause if isinstance(cause, Exception) else error)
         if folder.is_dir() or not isinstance(error, OSError):
             return ValueError(
                 f"source {self.source!r} has no split {split!r} that can be read ({reason}): give "
@@ -194,7 +213,9 @@ class HuggingFaceDataModule(FileDataModule):
             )
         return given
 
-    def _labels(self, dataset: Any, classes: list[Any] | None) -> tuple[Tensor, list[Any]]:
+    def _labels(
+        self, dataset: Any, classes: list[Any] | None, *, warn: bool = False
+    ) -> tuple[Tensor, list[Any]]:
         """Labels, int64 (N,), and the classes by label, those of the training images if given."""
         column = self.label_column
         if column is None:
@@ -206,7 +227,8 @@ class HuggingFaceDataModule(FileDataModule):
             )
         values = dataset[column][:]
         if classes is None:
-            classes = _classes(dataset.features[column], values)
+            place = f"{self.source}, {dataset.split}, column {column},"
+            classes = _classes(dataset.features[column], values, place, warn)
         numbers = {value: number for number, value in enumerate(classes)}
         labels = [numbers.get(value, -1) if _is_class(value) else -1 for value in values]
         if -1 in labels:
@@ -239,6 +261,53 @@ def _check_parquet(folder: Path) -> None:
             ) from error
 
 
+def _check_card(folder: Path) -> None:
+    """Check that what the folder says of its own files leads nowhere else, as to an address.
+
+    The library would ask there for files, whatever `download` is.
+    """
+    from huggingface_hub.repocard import metadata_load
+
+    for name, read in ((CARD, metadata_load), (SETTINGS, lambda p: yaml.safe_load(p.read_text()))):
+        if not (folder / name).is_file():
+            continue
+        try:
+            configs = (read(folder / name) or {}).get("configs")
+        except Exception as error:  # the bytes may say anything
+            raise ValueError(
+                f"{folder / name} cannot be read ({reason_of(error)}): repair or remove it"
+            ) from error
+        for text in _texts(configs):
+            if "://" in text or text.startswith(("/", "~")) or ".." in Path(text).parts:
+                raise ValueError(
+                    f"{folder / name} must name files of its folder alone, got {text!r}: remove "
+                    "its configs, or the file"
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)
+
+
+def _check_files(folder: Path, files: Any) -> None:
+    """Check that all files that the library will read are Parquet files of the folder."""
+    root = folder.resolve()
+    for file in (file for files_of_split in files.values() for file in files_of_split):
+        if not (Path(file).is_relative_to(root) and file.endswith(".parquet")):
+            raise _OtherFilesError(
+                f"source must hold Parquet files alone, got {str(folder)!r}, of which {file} "
+                "would be read: move the Parquet files into a folder of their own"
+            )
+
+
+class _OtherFilesError(ValueError):
+    """What would be read is not what was asked for."""
+
+
 @contextmanager
 def _asking_the_hub(allowed: bool) -> Iterator[None]:
     """Let the library ask the Hub, or not."""
@@ -264,7 +333,7 @@ def _is_class(value: Any) -> bool:
     return isinstance(value, str) or (type(value) is int and value >= 0)
 
 
-def _classes(kind: Any, values: list[Any]) -> list[Any]:
+def _classes(kind: Any, values: list[Any], place: str, warn: bool) -> list[Any]:
     """The classes by label."""
     names = getattr(kind, "names", None)
     if names is not None:
@@ -272,7 +341,7 @@ def _classes(kind: Any, values: list[Any]) -> list[Any]:
     found = {value for value in values if _is_class(value)}
     if any(isinstance(value, str) for value in found):
         return sorted(found)
-    return list(range(max(found, default=0) + 1))
+    return list(range(count_classes(found, place, report=warn)))
 
 
 def _columns(dataset: Any) -> str:

@@ -427,6 +427,8 @@ def _opened(path: Path | Encoded) -> Iterator[Image.Image]:
     """Open an image file; whatever is wrong with it becomes an error that names it."""
     try:
         with Image.open(path if isinstance(path, Path) else io.BytesIO(path.content)) as file:
+            if file.format == "EPS":  # whatever the file's name: PIL would start Ghostscript
+                raise ValueError("EPS is a program, which would be run: convert it to PNG")
             if file.mode.startswith(("I", "F")):  # PIL would clip such values to 255 silently
                 raise ValueError(
                     f"mode {file.mode} has more than 8 bits per channel: convert it to 8"

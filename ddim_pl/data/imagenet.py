@@ -17,6 +17,7 @@ from torchvision.datasets.utils import check_integrity
 from ddim_pl.data.folders import class_names, find_images, labels_of
 from ddim_pl.data.image_folder import FileDataModule, LabelledFiles
 from ddim_pl.data.squares import Resample
+from ddim_pl.locks import alone_in
 
 HOME = "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php"
 
@@ -59,7 +60,7 @@ class ImageNetDataModule(FileDataModule):
     @property
     def validates_apart(self) -> bool:
         """Whether there is a folder `val`."""
-        return (self._folder / "val").is_dir()
+        return self._is_unpacked("val")
 
     def prepare_data(self) -> None:
         """Unpack the archives whose folders are missing, then as `FileDataModule`.
@@ -70,10 +71,15 @@ class ImageNetDataModule(FileDataModule):
         """
         if self.predicting or self._train_set is not None:
             return
-        if not (self._folder / "train").is_dir():
-            self._unpack_train()
-        if not self.validates_apart and (self._folder / ARCHIVE_META["val"][0]).is_file():
-            self._unpack_val()
+        if not self._is_unpacked("train") and not self._archive("train").is_file():
+            raise self._absent("train", f"{ARCHIVE_META['train'][0]} is missing")
+        if self._is_to_unpack("train") or self._is_to_unpack("val"):
+            # Nodes with one disk, and runs that begin at once, do it once.
+            with alone_in(self._folder, ".unpacking.lock", wait=True):
+                if self._is_to_unpack("train"):
+                    self._unpack_train()
+                if self._is_to_unpack("val"):
+                    self._unpack_val()
         super().prepare_data()
 
     def labelled(self, train: bool, *, report: bool) -> LabelledFiles:
@@ -83,7 +89,7 @@ class ImageNetDataModule(FileDataModule):
             FileNotFoundError: If there is no folder `train`.
             ValueError: See `find_images` and `class_names`.
         """
-        if not (self._folder / "train").is_dir():
+        if not self._is_unpacked("train"):
             raise self._absent("train", "it is not there")
         files = find_images(self._folder / "train", report=report)
         names = class_names(files.root, files, report=report)
@@ -96,6 +102,15 @@ class ImageNetDataModule(FileDataModule):
     @property
     def _folder(self) -> Path:
         return Path(self.root).expanduser()
+
+    def _is_unpacked(self, split: str) -> bool:
+        return (self._folder / split).is_dir()
+
+    def _archive(self, split: str) -> Path:
+        return self._folder / str(ARCHIVE_META[split][0])
+
+    def _is_to_unpack(self, split: str) -> bool:
+        return not self._is_unpacked(split) and self._archive(split).is_file()
 
     def _unpack_train(self) -> None:
         self._check_archive("train", "train")

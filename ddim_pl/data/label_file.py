@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ddim_pl.data.folders import MOST_SHOWN
 from ddim_pl.data.image_list import ImageList
+from ddim_pl.data.numbered import count_classes
 
 
 class _Line(NamedTuple):
@@ -85,7 +85,7 @@ def _lines(file: Path) -> Iterator[_Line]:
             f"labels must be a text file in UTF-8, a line for each image, got {str(file)!r} "
             f"({error}): give such a file"
         ) from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # names may hold what else ends lines
         if not line.strip():
             continue
         separator = next((each for each in "\t," if each in line), None)
@@ -95,17 +95,18 @@ def _lines(file: Path) -> Iterator[_Line]:
                 f"{file}, line {number}, must be the name of an image and its class, separated by "
                 f"a comma, a tab or blanks, got {line!r}: complete it"
             )
-        label = str(int(parts[1])) if re.fullmatch(r"\d+", parts[1]) else parts[1]
+        # More digits are too many for a class, and for `int`.
+        label = str(int(parts[1])) if re.fullmatch(r"\d{1,18}", parts[1]) else parts[1]
         yield _Line(number, parts[0].removeprefix("./"), label)
 
 
 def _check_kind(file: Path, lines: list[_Line]) -> None:
     """Check that classes are all numbers from 0, or all names."""
     for line in lines:
-        if re.fullmatch(r"-\d+|[-+]?\d+\.\d*", line.label):
+        if re.fullmatch(r"-\d+|[-+]?\d+\.\d*|\d{19,}", line.label):
             raise ValueError(
                 f"{file}, line {line.number}, must end in a whole number from 0 or a name, got "
-                f"{line.label!r}: correct it"
+                f"{line.label[:40]!r}: correct it"
             )
         if line.label.isdecimal() != lines[0].label.isdecimal():
             raise ValueError(
@@ -119,14 +120,7 @@ def _classes(file: Path, lines: list[_Line]) -> list[str]:
     found = {line.label for line in lines}
     if not lines or not lines[0].label.isdecimal():
         return sorted(found)
-    classes = [str(number) for number in range(max(map(int, found)) + 1)]
-    empty = [each for each in classes if each not in found]
-    if empty:
-        rank_zero_warn(
-            f"{file} gives no image the labels {_some(empty)}, though labels are counted from 0 "
-            f"to {classes[-1]}: subtract 1 from all if they were counted from 1"
-        )
-    return classes
+    return [str(number) for number in range(count_classes(map(int, found), str(file)))]
 
 
 def _some(names: list[str]) -> str:

@@ -40,8 +40,9 @@ class ShardIndex:
         with_labels: Whether samples must have labels.
 
     Raises:
-        ValueError: If there is no such file, a shard is missing or of another size, or samples are
-            not `{"image": bytes, "label": int}`. Samples that would be unpickled are refused.
+        ValueError: If there is no such file, a shard is missing, of another size or in another
+            folder, or samples are not `{"image": bytes, "label": int}`. Samples that would be
+            unpickled are refused.
     """
 
     def __init__(self, root: Path, *, with_labels: bool) -> None:
@@ -52,10 +53,12 @@ class ShardIndex:
             config, chunks = content["config"], content["chunks"]
             self.names = [str(chunk["filename"]) for chunk in chunks]
             self.counts = torch.tensor([int(chunk["chunk_size"]) for chunk in chunks])
+            if (self.counts < 0).any():
+                raise ValueError("it has a negative number of images")
             self._ends = self.counts.cumsum(0)
             sizes = [int(chunk["chunk_bytes"]) for chunk in chunks]
             formats = _formats(config)
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except Exception as error:  # the bytes may say anything
             raise ValueError(
                 f"root must be a folder of shards with litdata's {INDEX}, got {str(root)!r} "
                 f"({reason_of(error)}): write it as docs/data.md shows"
@@ -90,18 +93,30 @@ class ShardIndex:
                     f"{self.root / INDEX} must have samples of plain values alone, got {name!r} "
                     f"of the type {kind}, which could run code when it is read: leave it out"
                 )
-        # Another format, MosaicML's, may hold pickles.
+        # Another format, MosaicML's, may hold pickles; other loaders have formats of their own.
         for name in ("compression", "encryption", "format"):
             if config.get(name) is not None:
                 raise ValueError(
                     f"{self.root / INDEX} must be without {name}, got {config[name]!r}: write the "
                     "shards as docs/data.md shows"
                 )
+        if config.get("item_loader") not in (None, "PyTreeLoader"):
+            raise ValueError(
+                f"{self.root / INDEX} must be of litdata's PyTreeLoader, got "
+                f"{config['item_loader']!r}: write the shards as docs/data.md shows"
+            )
 
     def _check_files(self, sizes: list[int]) -> None:
         if len(self) == 0:
-            raise ValueError(f"root must hold images, got {str(self.root)!r} without any")
+            raise ValueError(
+                f"root must hold images, got {str(self.root)!r} without any: write it again"
+            )
         for name, size in zip(self.names, sizes, strict=True):
+            if Path(name).name != name:
+                raise ValueError(
+                    f"{self.root / INDEX} must name files beside it, got {name!r}: write the "
+                    "shards as docs/data.md shows"
+                )
             file = self.root / name
             found = file.stat().st_size if file.is_file() else None
             if found != size:
@@ -274,7 +289,8 @@ class _Reader:
         self.process = os.getpid()
         self._index = index
         self._lock = threading.Lock()
-        self._samples = StreamingDataset(str(index.root))
+        # As a path: in a text litdata reads prefixes and dates.
+        self._samples = StreamingDataset(index.root)
 
     def read(self, indices: list[int]) -> list[dict[str, Any]]:
         with self._lock:
@@ -283,6 +299,9 @@ class _Reader:
     def _sample(self, index: int) -> dict[str, Any]:
         try:
             sample: dict[str, Any] = self._samples[index]
+            # A shard may hold a second table, of which the index says nothing.
+            if type(sample[IMAGE]) is not bytes or type(sample.get(LABEL, 0)) is not int:
+                raise ValueError("it is not of the types in the index")
         except Exception as error:  # the bytes may say anything
             raise ValueError(
                 f"{self._index.place(index)} cannot be read ({reason_of(error)}): copy the shard "
@@ -299,4 +318,8 @@ def _formats(config: Any) -> dict[str, str]:
         c["type"] is not None for c in tree["children_spec"]
     ):
         raise ValueError("its samples are no dicts of plain values")
-    return dict(zip(json.loads(tree["context"]), config["data_format"], strict=True))
+    names = json.loads(tree["context"])
+    # litdata reads them all, also one that another of its name would hide here.
+    if len(set(names)) < len(names):
+        raise ValueError(f"its samples have a name twice: {names}")
+    return dict(zip(names, config["data_format"], strict=True))

@@ -1,6 +1,8 @@
 """MNIST, FashionMNIST, CIFAR-100 and SVHN by name, as torchvision has them, held in memory."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from importlib.util import find_spec
@@ -16,6 +18,7 @@ from torchvision.datasets.utils import check_integrity
 from ddim_pl.checks import check_at_least, check_one_of
 from ddim_pl.data.base import ImageDataModule, TensorImages
 from ddim_pl.data.squares import Squaring
+from ddim_pl.locks import alone_in
 
 Name = Literal["MNIST", "FashionMNIST", "CIFAR100", "SVHN"]
 
@@ -191,8 +194,25 @@ def prepare(name: str, root: str, download: bool) -> None:
     folder = Path(root).expanduser() / source.folder
     # If the files are complete, torchvision's download only unpacks and needs no network.
     complete = all(check_integrity(folder / file.name, file.md5) for file in source.files())
-    for train in (True, False):  # SVHN's splits are downloaded one by one
-        _open(name, root, train, download or complete, offer=not download)
+    with _alone(folder, download):
+        for train in (True, False):  # SVHN's splits are downloaded one by one
+            _open(name, root, train, download or complete, offer=not download)
+
+
+@contextmanager
+def _alone(folder: Path, download: bool) -> Iterator[None]:
+    """Let nodes with one disk, and runs that begin at once, download and unpack once.
+
+    Where nothing can be written, nothing is unpacked.
+    """
+    if download:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        yield
+        return
+    with alone_in(folder, ".unpacking.lock", wait=True):
+        yield
 
 
 def load(name: str, root: str, download: bool, train: bool) -> TensorImages:

@@ -148,6 +148,11 @@ def _storage(content: Any) -> Any:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
+    # PyTorch would make the storage larger, and what is in memory there would be weights.
+    last = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
+    there = storage._untyped_storage.nbytes() // storage.dtype.itemsize
+    if min((offset, *size, *stride)) < 0 or (0 not in size and last >= there):
+        raise pickle.UnpicklingError("a tensor beyond its numbers")
     return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
 

@@ -1,6 +1,8 @@
 """Parquet files as the Hub has them."""
 
 import io
+import json
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -229,9 +231,107 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"source must hold Parquet files, got .*empty"):
         module(tmp_path / "empty")
-    for source in ("./nowhere", "a/b/c", "hf://datasets/a", "buckets/a", "https://a/b.parquet"):
+    for source in (
+        "./nowhere",
+        "a/b/c",
+        "parquet",
+        "csv",
+        "hf://datasets/a",
+        "buckets/a",
+        "https://a/b.parquet",
+    ):
         with pytest.raises(ValueError, match="source must be a folder of Parquet files or a name"):
             HuggingFaceDataModule(source, SIZE).setup()
+
+
+def test_a_format_of_the_library_is_no_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write(tmp_path / "set"))  # which the library would read
+    with pytest.raises(ValueError, match=r"source must be a folder .* got 'parquet'"):
+        HuggingFaceDataModule("parquet", SIZE).setup()
+
+
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize(
+    "place", ["http://127.0.0.1:{port}/x.parquet", "{other}/*/*.parquet", "../other/**"]
+)
+def test_a_folder_that_names_other_files_is_refused(tmp_path: Path, name: str, place: str) -> None:
+    folder, other = write(tmp_path / "set"), write(tmp_path / "other")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        place = place.format(port=server.getsockname()[1], other=other)
+        text = json.dumps(
+            {
+                "configs": [
+                    {"config_name": "default", "data_files": [{"split": "train", "path": place}]}
+                ]
+            }
+        )
+        (folder / name).write_text(f"---\n{text}\n---\n" if name == "README.md" else text)
+        with pytest.raises(ValueError, match="must name files of its folder alone, got") as caught:
+            module(folder)
+        with pytest.raises(BlockingIOError):  # nobody has connected
+            server.accept()
+    assert name in str(caught.value)
+    good = text.replace(place, "data/test-*")
+    (folder / name).write_text(f"---\n{good}\n---\n" if name == "README.md" else good)
+    assert len(module(folder).train_set) == COUNTS["test"]
+    (folder / name).write_text("---\na: [\n---\n")
+    with pytest.raises(ValueError, match=f"{name} cannot be read"):
+        module(folder)
+
+
+def test_a_folder_of_other_formats_is_refused(tmp_path: Path) -> None:
+    data = write(tmp_path / "set") / "data"
+    (data / "test-00000-of-00001.parquet").unlink()
+    (data / "train-00000-of-00001.parquet").rename(data / "train.parquet")
+    for number in range(3):
+        (data / f"train-{number}.csv").write_text("image,label\na.png,0\n")
+    with pytest.raises(ValueError, match=r"source must hold Parquet files alone, .*train-0\.csv"):
+        module(data.parent)
+
+
+def test_memory_of_the_library_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Any
+) -> None:
+    monkeypatch.setattr(library.config, "IN_MEMORY_MAX_SIZE", 10**9)
+    monkeypatch.setattr(image_folder, "MEMORY_LIMIT", 0)
+    data = module(write(tmp_path / "set"))
+    torch.testing.assert_close(data.train_set.images(torch.arange(7)), stack(range(7)))
+
+
+def test_numbers_of_classes_are_looked_at(tmp_path: Path) -> None:
+    def times(factor: int) -> Any:
+        return lambda values, features: (
+            {**values, "label": [factor * label for label in values["label"]]},
+            features,
+        )
+
+    with pytest.warns(
+        UserWarning, match=r"train, column label, gives no image the labels 1, 3, t"
+    ):
+        assert module(write(tmp_path / "a", "numbers", change=times(2))).num_classes == 5
+    with pytest.raises(ValueError, match=r"column label, must give classes below 1000000, got 20"):
+        module(write(tmp_path / "b", "numbers", change=times(10**9)))
+
+
+def test_a_run_says_what_it_reads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module(write(tmp_path / "set"), val_split="test")
+    assert "set, train: 7 images, 4 classes" in caplog.text
+    assert "set, test: 3 images, 4 classes" in caplog.text
+
+
+def test_a_split_without_images_is_refused(tmp_path: Path) -> None:
+    def none(values: Any, features: Any) -> Any:
+        return {name: value[:0] for name, value in values.items()}, features
+
+    with pytest.raises(
+        ValueError, match=r"has no split 'train' that can be read \(ArrowInvalid: "
+    ):
+        module(write(tmp_path / "set", change=none))
+    with pytest.raises(ValueError, match=r"has no split 'train\[:0\]' .*corresponds to no data"):
+        module(write(tmp_path / "other"), split="train[:0]")
 
 
 @pytest.mark.parametrize("download", [True, False])

@@ -4,11 +4,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from torchvision.transforms.functional import pil_to_tensor
 
 from ddim_pl.data import image_folder
+from ddim_pl.data.encoded import Encoded
 from ddim_pl.data.image_folder import ImageFolderDataModule, check_header, decode
 from ddim_pl.data.squares import Squaring
 
@@ -205,3 +206,25 @@ def test_arguments_out_of_range_are_refused() -> None:
         ImageFolderDataModule("anywhere", 8, channels=channels)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         ImageFolderDataModule("anywhere", 8, batch_size=0)
+
+
+def test_no_program_in_an_image_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of PostScript, which PIL gives to Ghostscript under any name."""
+    program, mark = tmp_path / "gs", tmp_path / "mark"
+    program.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # what was found before
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    with Image.open(path) as file, pytest.raises(OSError, match="cannot identify"):
+        file.load()
+    assert mark.exists()  # it is dangerous
+    mark.unlink()
+    for image in (path, Encoded("a.png", content)):
+        with pytest.raises(ValueError, match=r"a\.png cannot be read \(EPS is a program"):
+            decode(image, 8, 3, None)
+        with pytest.raises(ValueError, match=r"a\.png cannot be read \(EPS is a program"):
+            check_header(image, 8, False)
+    assert not mark.exists()

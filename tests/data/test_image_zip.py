@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import pickle
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,21 @@ def test_decoded_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ImageZipDataModule(str(path), SIZE, cache=str(tmp_path / "maps")).setup()
 
 
+def test_other_pixels_of_the_same_size_and_time_are_noticed(tmp_path: Path) -> None:
+    path, cache = write(tmp_path / "edm.zip"), str(tmp_path / "maps")
+    module(path, cache=cache)
+    found = path.stat()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in NAMES:
+            archive.writestr(name, png(255 - image(name)))
+        labels = [[name, NAMES.index(name) % 3] for name in NAMES]
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    assert path.stat().st_size == found.st_size
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    with pytest.raises(ValueError, match="those there are of other files"):
+        ImageZipDataModule(str(path), SIZE, cache=cache).setup()
+
+
 def test_the_digest_is_of_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_folder, "MEMORY_LIMIT", 0)
     first = module(write(tmp_path / "a.zip")).train_set.digest()
@@ -128,18 +145,20 @@ def test_the_digest_is_of_the_content(tmp_path: Path, monkeypatch: pytest.Monkey
     with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
         for name in NAMES:
             archive.writestr(name, png(255 - image(name)))
-    assert first != module(tmp_path / "c.zip").train_set.digest()
+    assert first != module(tmp_path / "c.zip", labels=False).train_set.digest()
 
 
-@pytest.mark.parametrize("labels", [None, "absent", "unused"])
+@pytest.mark.parametrize("labels", [None, "left out", "unused"])
 def test_without_labels_there_is_one_class(tmp_path: Path, labels: str | None) -> None:
     path = write(tmp_path / "edm.zip", labels=None)
-    if labels == "absent":
+    if labels == "left out":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("1.png", png(image("1")))
+        with pytest.raises(ValueError, match=r"edm\.zip must hold dataset\.json .*labels: false"):
+            module(path)
     if labels == "unused":
         write(path, labels="nonsense")
-    data = module(path, labels=labels != "unused")
+    data = module(path, labels=labels is None)
     assert data.num_classes == 1
     assert not data.train_set.labels(torch.arange(1)).any()
 
@@ -155,9 +174,43 @@ def test_val_root_has_the_classes_of_root(tmp_path: Path) -> None:
         module(root, val_root=str(val))
 
 
+@pytest.mark.parametrize("unlabelled", ["root", "val_root"])
+def test_both_archives_have_labels_or_none(tmp_path: Path, unlabelled: str) -> None:
+    roots = {name: write(tmp_path / f"{name}.zip") for name in ("root", "val_root")}
+    write(roots[unlabelled], labels=None)
+    message = rf"val_root must give the classes .*got {0 if unlabelled == 'val_root' else 3} clas"
+    with pytest.raises(ValueError, match=message):
+        module(roots["root"], val_root=str(roots["val_root"]))
+    data = module(roots["root"], val_root=str(roots["val_root"]), labels=False)
+    assert data.num_classes == data.val_set.num_classes == 1
+
+
+def test_a_run_says_what_it_reads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "edm.zip")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("notes.txt", "")
+        archive.mkdir("folder.png")
+    assert len(module(path).train_set) == len(NAMES)
+    assert "edm.zip: 7 images, 3 classes, 2 other files skipped" in caplog.text
+    module(write(path, labels=None))
+    assert "edm.zip: 7 images, no classes\n" in caplog.text
+
+
+def test_a_class_without_images_is_warned_of(tmp_path: Path) -> None:
+    path = write(tmp_path / "edm.zip", labels=[[name, 2] for name in NAMES])
+    with pytest.warns(UserWarning, match=r"dataset\.json, gives no image the labels 0, 1, though"):
+        assert module(path).num_classes == 3
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
+        ([*([name, 0] for name in NAMES), ["0.png", 1]], r"got 1 more, 0\.png first: .*not compl"),
+        ([*([name, 0] for name in NAMES), [NAMES[0], 1]], f"{NAMES[0]} stands twice"),
+        (
+            [[name, 10**12] for name in NAMES],
+            r"must give classes below 1000000, got 1000000000000",
+        ),
         ([[name, 0] for name in NAMES[1:]], "got None for 00000/img00000003.png"),
         ([[name, 0.5] for name in NAMES], "got 0.5 for 00000/img00000000.png"),
         ([[name, [0.0, 1.0]] for name in NAMES], r"got \[0.0, 1.0\] for 00000/img00000000.png"),
@@ -179,6 +232,63 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     path.write_bytes(bytes(content))
     with pytest.raises(ValueError, match=rf"edm\.zip, {NAMES[2]}, cannot be read .*checksum"):
         module(path)
+
+
+def test_an_image_that_lies_there_twice_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "edm.zip")
+    with (
+        pytest.warns(UserWarning, match="Duplicate name"),
+        zipfile.ZipFile(path, "a") as archive,
+    ):
+        archive.writestr(NAMES[0], png(image("other")))
+    with pytest.raises(
+        ValueError, match=rf"edm\.zip must hold each image once, got {NAMES[0]} tw"
+    ):
+        module(path)
+
+
+def changed_member(path: Path, offset: int, value: bytes) -> None:
+    """Change bytes of the first image in the list of members."""
+    content = path.read_bytes()
+    begin = content.index(b"PK\x01\x02") + offset
+    path.write_bytes(content[:begin] + value + content[begin + len(value) :])
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (6, b"\xff", "root must be a zip archive of images, got .*version"),
+        (
+            20,
+            b"\0\0\0\x7f",
+            r"must lie in the archive's \d+ bytes, got 21307\d+ from 0 on: the ar",
+        ),
+        (42, b"\0\0\0\x7f", r"must lie in the archive's \d+ bytes, got \d+ from 21307\d+ on: the"),
+        (46, b"9", "its own header names it '00000/img00000003.png'"),
+    ],
+    ids=["version", "size", "place", "name"],
+)
+def test_a_damaged_list_of_members_is_noticed(
+    tmp_path: Path, offset: int, value: bytes, message: str
+) -> None:
+    path = write(tmp_path / "edm.zip")
+    changed_member(path, offset, value)
+    with pytest.raises(ValueError, match=message) as caught:
+        module(path, labels=False)
+    assert "edm.zip" in str(caught.value)
+
+
+def test_no_more_is_unpacked_than_the_archive_says(tmp_path: Path) -> None:
+    path = tmp_path / "zeros.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", bytes(2**24))
+    changed_member(path, 24, (100).to_bytes(4, "little"))
+    images = ZipImages(path)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"zeros\.zip, 0\.png, cannot be read .*its checksum"):
+        images[0]
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 def test_what_is_no_archive_of_images_is_refused(tmp_path: Path) -> None:

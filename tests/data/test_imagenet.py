@@ -3,6 +3,7 @@
 import hashlib
 import io
 import tarfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,32 @@ def test_unpacking_that_is_interrupted_leaves_nothing(
             ImageNetDataModule(str(tmp_path)).prepare_data()
     assert {path.name for path in tmp_path.iterdir()} == set(archives)
     assert len(prepared(tmp_path).train_set) == 4
+
+
+def test_what_begins_at_once_is_unpacked_once(
+    tmp_path: Path, archives: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on two nodes that have the folder on one disk."""
+    put(tmp_path, archives)
+    calls: list[str] = []
+    original = imagenet.parse_train_archive
+
+    def slow(root: Path, folder: str) -> None:
+        calls.append(folder)
+        other.start()
+        other.join(0.5)  # it waits
+        assert other.is_alive()
+        original(root, folder=folder)
+
+    monkeypatch.setattr(imagenet, "parse_train_archive", slow)
+    errors: list[BaseException] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: errors.append(args.exc_value))
+    other = threading.Thread(target=ImageNetDataModule(str(tmp_path)).prepare_data)
+    ImageNetDataModule(str(tmp_path)).prepare_data()
+    other.join()
+    assert not errors
+    assert len(calls) == 1
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_without_scipy_the_error_names_the_command(

@@ -54,6 +54,12 @@ def test_numbers_are_the_labels(images: Path, text: str) -> None:
     assert data.num_classes == 3
 
 
+def test_only_ends_of_lines_end_lines(images: Path) -> None:
+    (images / "4.png").rename(images / "4\u2028\x0c.png")
+    data = module(images, "a/1.png 0\na/2.png 0\nb c/3.png 0\n4\u2028\x0c.png 1\n")
+    assert data.train_set.labels(torch.arange(4)).sum() == 1
+
+
 def test_names_are_numbered_in_alphabetical_order(images: Path) -> None:
     data = module(images, "a/1.png dog\na/2.png cat\nb c/3.png n01440764\n4.png cat\n")
     assert labels(data) == {"a/1.png": 1, "a/2.png": 0, "b c/3.png": 2, "4.png": 0}
@@ -99,6 +105,11 @@ GOOD = "a/1.png 2\na/2.png 0\nb c/3.png 1\n"
         ("file,label\n" + GOOD, r"got 'label' in line 1 and '2' in line 2: .*remove a heading"),
         (GOOD + "4.png -1\n", r"line 4, must end in a whole number from 0 or a name, got '-1'"),
         (GOOD + "4.png 1.5\n", r"line 4, must end in a whole number from 0 or a name, got '1\.5'"),
+        (GOOD + "4.png 1000000\n", "must give classes below 1000000, got 1000000: number the cla"),
+        (
+            GOOD + f"4.png {'9' * 5000}\n",
+            r"line 4, must end in a whole number from 0 .*got '9{40}'",
+        ),
         ("", "must have a line for each of the 4 images"),
         (b"\xff\xfe\x00", r"labels must be a text file in UTF-8.*labels\.txt"),
     ],

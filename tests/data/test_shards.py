@@ -226,6 +226,7 @@ def test_a_folder_without_an_index_is_refused(tmp_path: Path, content: str | Non
         ({"compression": "zstd"}, r"must be without compression, got 'zstd'"),
         ({"format": "mds"}, r"must be without format, got 'mds'"),
         ({"data_spec": '[1, {"type": "collections.namedtuple"}]'}, r"are no dicts of plain val"),
+        ({"item_loader": "TokensLoader"}, r"must be of litdata's PyTreeLoader, got 'TokensLoad"),
     ],
 )
 def test_other_samples_are_refused(shards: Path, config: Any, message: str) -> None:
@@ -239,6 +240,71 @@ def test_nothing_is_unpickled(shards: Path) -> None:
     change(shards, data_format=["bytes", "pickle"])
     with pytest.raises(ValueError, match=r"got 'label' of the type pickle, which could run code"):
         ready(shards, num_classes=None)
+
+
+class Touch:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_name_that_stands_twice_hides_no_pickle(shards: Path, tmp_path: Path) -> None:
+    """One that would be read before the value of the same name takes its place."""
+    shard, mark = shards / "chunk-0-0.bin", tmp_path / "mark"
+    pickled, image = pickle.dumps(Touch(mark)), (b"image", (1).to_bytes(8, "little"))
+    values = (pickled, *image)
+    sizes = b"".join(len(value).to_bytes(4, "little") for value in values)
+    item = sizes + b"".join(values)
+    offsets = b"".join((12 + at).to_bytes(4, "little") for at in (0, len(item)))
+    shard.write_bytes((1).to_bytes(4, "little") + offsets + item)
+    content = json.loads((shards / "index.json").read_text())
+    content["chunks"] = [
+        {"chunk_bytes": shard.stat().st_size, "chunk_size": 1, "filename": shard.name, "dim": None}
+    ]
+    leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
+    tree = {"type": "builtins.dict", "context": '["image", "image", "label"]'}
+    tree |= {"children_spec": [leaf] * 3}
+    content["config"]["data_spec"] = json.dumps([1, tree])
+    content["config"]["data_format"] = ["pickle", "bytes", "int"]
+    (shards / "index.json").write_text(json.dumps(content))
+
+    import litdata
+
+    litdata.StreamingDataset(str(shards))[0]
+    assert mark.exists()  # it is dangerous
+    mark.unlink()
+    with pytest.raises(ValueError, match=r"root must be a folder of shards .*a name twice"):
+        ready(shards, num_classes=None)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("chunk", "message"),
+    [
+        (
+            {"filename": "../chunk-0-0.bin"},
+            r"must name files beside it, got '\.\./chunk-0-0\.bin'",
+        ),
+        ({"chunk_size": 2**70}, "root must be a folder of shards"),
+        ({"chunk_size": -1000}, "root must be a folder of shards .*negative"),
+    ],
+)
+def test_what_an_index_may_not_say(shards: Path, chunk: Any, message: str) -> None:
+    content = json.loads((shards / "index.json").read_text())
+    content["chunks"][0] |= chunk
+    (shards / "index.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        ready(shards)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "{%Y}", "local:a"])
+def test_any_name_of_a_folder_is_a_folder(shards: Path, name: str) -> None:
+    shards.rename(shards.with_name(name))
+    assert len(ready(shards.with_name(name)).train_set) == COUNT
 
 
 def test_a_label_beyond_the_classes_is_named_with_its_place(written: Path) -> None:

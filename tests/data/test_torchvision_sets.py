@@ -3,10 +3,14 @@
 import gzip
 import hashlib
 import io
+import os
 import pickle
 import struct
 import sys
 import tarfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -251,3 +255,37 @@ def test_arguments_out_of_range_are_refused() -> None:
         TorchvisionDataModule(name)
     with pytest.raises(ValueError, match="pad must be at least 0, got -1"):
         TorchvisionDataModule("MNIST", pad=-1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_begins_at_once_is_unpacked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any
+) -> None:
+    """As on two nodes that have the folder on one disk."""
+    put(tmp_path, published(name, monkeypatch))
+    inside: list[int] = []
+    original = torchvision_sets._open
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        inside.append(threading.get_ident())
+        time.sleep(0.05)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torchvision_sets, "_open", slow)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(torchvision_sets.prepare, name, str(tmp_path), True) for _ in "12"]
+        for each in both:
+            each.result()
+    assert len(inside) == 4
+    assert inside[0] == inside[1] != inside[2] == inside[3]
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_a_folder_that_cannot_be_written_to_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, published("MNIST", monkeypatch))
+    torchvision_sets.prepare("MNIST", str(tmp_path), False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(torchvision_sets, "alone_in", None)
+    torchvision_sets.prepare("MNIST", str(tmp_path), False)

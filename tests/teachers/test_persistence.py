@@ -104,6 +104,34 @@ def test_a_storage_within_is_read_as_data_too(tmp_path):
     assert not made.exists()
 
 
+def tensor_of_four(path, offset, size, stride):
+    """A tensor in a storage of four ones."""
+    storage = torch.ones(4).untyped_storage()
+    storage = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float, _internal=True)
+    place = storage, offset, size, stride, False, collections.OrderedDict()
+    return written(path, Evil(torch._utils._rebuild_tensor_v2, *place))
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "stride"),
+    [(0, (5,), (1,)), (1, (4,), (1,)), (4, (), ()), (1000, (1,), (1,)), (0, (2, 2), (3, 2))],
+)
+def test_a_tensor_beyond_its_numbers_is_refused(tmp_path, offset, size, stride):
+    """PyTorch would show what is in memory behind them."""
+    path = tensor_of_four(tmp_path / "x.pkl", offset, size, stride)
+    with pytest.raises(ValueError, match="a tensor beyond its numbers"):
+        read_persistence(path)
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "stride"),
+    [(0, (4,), (1,)), (3, (), ()), (1, (2, 2), (1, 1)), (0, (9,), (0,)), (4, (0, 3), (3, 1))],
+)
+def test_a_tensor_within_its_numbers_is_read(tmp_path, offset, size, stride):
+    path = tensor_of_four(tmp_path / "x.pkl", offset, size, stride)
+    assert torch.equal(read_persistence(path), torch.ones(size))
+
+
 def test_numbers_of_objects_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"names numpy.dtype\('O8'\), which is refused"):
         read_persistence(written(tmp_path / "x.pkl", np.dtype(object)))
