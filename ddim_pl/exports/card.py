@@ -136,15 +136,13 @@ def _metadata(export: Export, license: str | None) -> str:
 
 def _kind(model: DiffusionModule) -> str:
     count = sum(each.numel() for each in model.average.module.parameters())
-    channels, height, width = model.image_shape
+    shape = "x".join(map(str, model.image_shape))
     steps = model.distilled_steps
     what = (
         "A diffusion model" if steps is None else f"A diffusion model distilled to {steps} steps"
     )
-    classes = "" if model.num_classes is None else f" of {model.num_classes} classes"
-    return (
-        f"{what} of {height}x{width} images of {channels} channels{classes}, {count:,} parameters"
-    )
+    classes = "" if model.num_classes is None else f", of {model.num_classes} classes"
+    return f"{what}; images are {shape} (channels, height, width){classes}. {count:,} parameters"
 
 
 def _use(export: Export, name: str) -> str:
