@@ -18,6 +18,9 @@ from ddim_pl.training import DiffusionModule
 RESULTS = "test-results.json"
 """What `main.py test` writes into a run."""
 
+PATHS = ("checkpoint", "source")
+"""Entries of results that are paths."""
+
 SHOWN = 12
 """Levels that a card lists at most."""
 
@@ -119,7 +122,7 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             found |= _flat(value, f"{prefix}{key} ")
         else:
-            is_path = isinstance(value, str) and key in ("checkpoint", "source")
+            is_path = isinstance(value, str) and (key in PATHS or Path(value).is_absolute())
             found[prefix + key] = Path(value).name if is_path else value
     return found
 
