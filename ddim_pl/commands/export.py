@@ -129,7 +129,7 @@ def _write_folder(
     config = _config(
         ckpt_path, averaged_checkpoint(model, **_own_levels(model))["hyper_parameters"]
     )
-    name = push_to_hub or str(path)
+    name = push_to_hub or path.name  # no path of this machine
     text = card(made, model, name=name, metrics=numbers, config=config, license=license)
     check_writable("output", path.absolute().parent)
     with new_folder(path) as folder:

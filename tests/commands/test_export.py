@@ -84,9 +84,10 @@ def exported(checkpoint, output, *more):
 
 
 def code_of(card):
-    """The code that a card gives, with its result where `run` looks for it."""
+    """The code that a card gives, for another place, with its result where `run` looks for it."""
     (code,) = re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
-    return code + "\nresult = images\n"
+    assert f'"{card.parent.name}' in code
+    return code.replace(f'"{card.parent.name}', f'"{card.parent}') + "\nresult = images\n"
 
 
 def test_a_folder_of_diffusers_has_a_card_with_what_was_measured(shared, tmp_path, capsys):
@@ -105,6 +106,7 @@ def test_a_folder_of_diffusers_has_a_card_with_what_was_measured(shared, tmp_pat
     assert [each.name for each in folder.parent.iterdir()] == ["folder"]
     text = (folder / "README.md").read_text()
     assert "secret-account" not in text
+    assert str(tmp_path) not in text
     assert "DigitsDataModule" in text
     assert re.search(r"\| test/digits_fd \| [\d.e+-]+ \|", text)
 
@@ -234,7 +236,7 @@ def test_from_a_pipeline_to_a_pipeline_of_four_steps(tmp_path, monkeypatch):
     folder, call = str(tmp_path / "student"), {"use_clipped_model_output": True}
     code = code.replace("'student'", repr(folder)) + "\nfrom PIL import Image\n"
     code += "assert Image.open('image.png').size == (8, 8)\n"
-    code += code_of(Path("student", "README.md")).replace('"student"', repr(folder))
+    code += code_of(Path(folder, "README.md"))
     code += "assert len(images) == 16\n"
     given = {folder: (z, {"num_inference_steps": 4, **call})}
     theirs = run(code + PIPELINES, given)[folder]
