@@ -11,7 +11,7 @@ from ddim_pl.checks import check_one_of
 from ddim_pl.evaluation.tables import write_text
 from ddim_pl.evaluation.worker import Worker, on_every_worker, warn_of_student
 from ddim_pl.exports.card import card, metrics_of_run, read_metrics
-from ddim_pl.exports.formats import make_export
+from ddim_pl.exports.formats import Export, make_export
 from ddim_pl.exports.hub import check_hub, push
 from ddim_pl.files import check_writable, new_folder, replacing
 from ddim_pl.runs import checkpoint_config
@@ -68,22 +68,28 @@ def export(
             f"output must be a new {_thing(format)}, got {output!r}, which exists: give another"
         )
     check_one_of(ExportFormat, format=format)
-    extras: dict[str, Any] = {
-        "label": label,
-        "metrics": metrics,
-        "license": license,
-        "push_to_hub": push_to_hub,
-    }
+    extras = {"label": label, "metrics": metrics, "license": license, "push_to_hub": push_to_hub}
     if format == "checkpoint":
         _check_unused(extras)
     if push_to_hub is not None:
         check_hub(push_to_hub)
 
     def work(worker: Worker) -> None:
-        if worker.is_first and format == "checkpoint":
-            _write_checkpoint(path, model, ckpt_path)
-        elif worker.is_first:
-            _write_folder(path, model, ckpt_path, format=format, **extras)
+        if format == "checkpoint":
+            if worker.is_first:
+                _write_checkpoint(path, model, ckpt_path)
+            return
+        warn_of_student(model, model.sampler, model.levels)
+        made = make_export(model, format, label)  # all workers stop, or none
+        numbers = _numbers(metrics, ckpt_path, model)
+        if worker.is_first:
+            name = push_to_hub or path.name  # no path of this machine
+            config = _exported_config(model, ckpt_path)
+            text = card(made, model, name=name, metrics=numbers, config=config, license=license)
+            _write_folder(path, made, text)
+            print(f"{path}: format {format}, {len(model.levels) - 1} steps, {_size(path):.1f} MB")
+            if push_to_hub is not None:
+                print(f"{push(path, push_to_hub)}: the same")
 
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
 
@@ -103,42 +109,37 @@ def _check_unused(extras: dict[str, Any]) -> None:
 
 def _write_checkpoint(path: Path, model: DiffusionModule, ckpt_path: str | None) -> None:
     checkpoint = averaged_checkpoint(model, **_own_levels(model))
-    config = _config(ckpt_path, checkpoint["hyper_parameters"])
-    checkpoint[CONFIG_KEY] = yaml.safe_dump(config)
+    checkpoint[CONFIG_KEY] = yaml.safe_dump(_config(ckpt_path, checkpoint["hyper_parameters"]))
     with replacing(path) as part:
         torch.save(checkpoint, part)
-    print(f"{path}: the averaged weights, {path.stat().st_size / 1e6:.1f} MB")
+    print(f"{path}: the averaged weights, {_size(path):.1f} MB")
 
 
-def _write_folder(
-    path: Path,
-    model: DiffusionModule,
-    ckpt_path: str | None,
-    *,
-    format: Any,
-    label: int | None,
-    metrics: str | None,
-    license: str | None,
-    push_to_hub: str | None,
-) -> None:
-    warn_of_student(model, model.sampler, model.levels)
-    made = make_export(model, format, label)
-    numbers = read_metrics(Path(metrics), model) if metrics else None
-    if numbers is None and ckpt_path is not None:
-        numbers = metrics_of_run(Path(ckpt_path), model)
-    config = _config(
-        ckpt_path, averaged_checkpoint(model, **_own_levels(model))["hyper_parameters"]
-    )
-    name = push_to_hub or path.name  # no path of this machine
-    text = card(made, model, name=name, metrics=numbers, config=config, license=license)
+def _numbers(
+    metrics: str | None, ckpt_path: str | None, model: DiffusionModule
+) -> dict[str, Any] | None:
+    """What was measured: by the file given, or by the run's own."""
+    if metrics is not None:
+        return read_metrics(Path(metrics), model)
+    return None if ckpt_path is None else metrics_of_run(Path(ckpt_path), model)
+
+
+def _write_folder(path: Path, made: Export, text: str) -> None:
     check_writable("output", path.absolute().parent)
     with new_folder(path) as folder:
         made.write(folder)
         write_text(folder / "README.md", text)
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    print(f"{path}: format {format}, {len(model.levels) - 1} steps, {size / 1e6:.1f} MB")
-    if push_to_hub:
-        print(f"{push(path, push_to_hub)}: the same")
+
+
+def _size(path: Path) -> float:
+    """Megabytes of a file, or of all in a folder."""
+    files = [path, *path.rglob("*")]
+    return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
+
+
+def _exported_config(model: DiffusionModule, ckpt_path: str | None) -> dict[str, Any]:
+    checkpoint = averaged_checkpoint(model, **_own_levels(model))
+    return _config(ckpt_path, checkpoint["hyper_parameters"])
 
 
 def without_paths(value: Any) -> Any:

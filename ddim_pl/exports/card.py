@@ -149,7 +149,11 @@ def _kind(model: DiffusionModule) -> str:
 
 
 def _use(export: Export, name: str) -> str:
-    lines = [f"Needs {export.needs}.", "", _code("python", export.usage.format(folder=name))]
+    lines, folder = [f"Needs {export.needs}."], name
+    if export.library != "diffusers" and "/" in name:  # only diffusers reads from the Hub itself
+        folder = name.rpartition("/")[2]
+        lines.append(f"`hf download {name} --local-dir {folder}` brings the folder.")
+    lines += ["", _code("python", export.usage.format(folder=folder))]
     return "\n".join([*lines, *(f"* {note}" for note in export.notes)])
 
 

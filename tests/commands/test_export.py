@@ -237,6 +237,7 @@ def test_from_a_pipeline_to_a_pipeline_of_four_steps(tmp_path, monkeypatch):
     code = code.replace("'student'", repr(folder)) + "\nfrom PIL import Image\n"
     code += "assert Image.open('image.png').size == (8, 8)\n"
     code += code_of(Path(folder, "README.md"))
+    assert "| test/loss |" in Path(folder, "README.md").read_text()
     code += "assert len(images) == 16\n"
     given = {folder: (z, {"num_inference_steps": 4, **call})}
     theirs = run(code + PIPELINES, given)[folder]
