@@ -25,10 +25,12 @@ given = torch.load("given.pt")
 PIPELINES = """
 from diffusers import DDIMPipeline
 from diffusers.pipelines.ddim import pipeline_ddim
+from diffusers.schedulers import scheduling_ddim
 
 result = {}
-for folder, (z, call) in given.items():
+for folder, (z, call, noise) in given.items():
     pipeline_ddim.randn_tensor = lambda *_, **__: z.clone()
+    scheduling_ddim.randn_tensor = lambda *_, **__: noise.pop(0)
     pipeline = DDIMPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     result[folder] = pipeline(batch_size=len(z), output_type="pt", **call).images
@@ -62,6 +64,7 @@ def pipeline_images(calls):
     """What `DDIMPipeline` draws, in [0, 1], by folder.
 
     Args:
-        calls: For each folder the start noise and the arguments of the call.
+        calls: For each folder the start noise, the arguments of the call, and the noise of each
+            step of a stochastic sampler.
     """
     return run(PIPELINES, {str(folder): call for folder, call in calls.items()})

@@ -239,7 +239,7 @@ def test_from_a_pipeline_to_a_pipeline_of_four_steps(tmp_path, monkeypatch):
     code += code_of(Path(folder, "README.md"))
     assert "| test/loss |" in Path(folder, "README.md").read_text()
     code += "assert len(images) == 16\n"
-    given = {folder: (z, {"num_inference_steps": 4, **call})}
+    given = {folder: (z, {"num_inference_steps": 4, **call}, [])}
     theirs = run(code + PIPELINES, given)[folder]
     wanted = (model.sample([0, 1, 2]) / 2 + 0.5).clamp(0, 1)
     assert wanted.std() > 0.1

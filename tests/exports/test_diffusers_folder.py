@@ -17,7 +17,8 @@ from ddim_pl.exports.diffusers_folder import check_label, unet2d_arguments, writ
 from ddim_pl.exports.scheduler import ddim_settings
 from ddim_pl.networks.diffusers import DiffusersUNet
 from ddim_pl.networks.unet import UNet
-from ddim_pl.samplers import DDIM
+from ddim_pl.rng import randn
+from ddim_pl.samplers import DDIM, Ancestral
 from ddim_pl.schedules import CosineLogSNRSchedule, ImprovedCosineSchedule, ZeroTerminalSNR
 from ddim_pl.teachers.diffusers_folder import DEFAULTS, native_arguments, read_folder
 from ddim_pl.training import DDPM
@@ -45,6 +46,8 @@ MODELS = {
     "one step to a last level": ({"timesteps": [1000.0], "last_level": 7.5}, {}),
     "DynamicThreshold": ({"num_steps": 8, "clip": DynamicThreshold(0.9)}, {}),
     "sampler that clips": ({"num_steps": 8, "clip": False, "sampler": DDIM(clip=True)}, {}),
+    "eta": ({"num_steps": 8, "sampler": DDIM(0.5), "timesteps": "quadratic"}, {}),
+    "DDPM's sampler": ({"num_steps": 8, "sampler": Ancestral(), "prediction": "v"}, {}),
     "cosine": ({"schedule": ImprovedCosineSchedule(), "num_steps": 8, "prediction": "v"}, {}),
     "other cosine": ({"schedule": ImprovedCosineSchedule(offset=0.02), "num_steps": 8}, {}),
     "zero SNR": ({"schedule": ZeroTerminalSNR(), "num_steps": 8, "prediction": "v"}, {}),
@@ -90,9 +93,10 @@ def drawn(tmp_path_factory):
     for number, (name, arguments) in enumerate(MODELS.items()):
         model = made(*arguments)
         label = None if model.num_classes is None else 2
-        z, _ = model.latents([0, 1, 2], model.levels[0])
+        z, sources = model.latents([0, 1, 2], model.levels[0])
+        noise = [randn(z.shape, sources, z) for _ in model.levels[1:]]
         place = folder / str(number)
-        calls[place] = z, write(model, place, label)
+        calls[place] = z, write(model, place, label), noise
         labels = None if label is None else torch.full((3,), label)
         ours[name] = (model.sample([0, 1, 2], label=labels) / 2 + 0.5).clamp(0, 1)
     theirs = pipeline_images(calls)

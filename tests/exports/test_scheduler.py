@@ -73,12 +73,12 @@ def test_a_teacher_of_even_levels_takes_other_steps_too():
 
 def test_float32_keeps_the_alpha_of_a_student_of_one_step():
     """The variance of a step from almost no signal is 1 in float32: it takes more of them."""
-    settings = ddim_settings(tiny_ddpm(**COSINE, timesteps="linear", num_steps=1))
-    alpha = ddim_settings(tiny_ddpm(**COSINE, num_steps=1)).config["trained_betas"]
-    assert settings.config["num_train_timesteps"] > 1
-    assert len(alpha) == settings.config["num_train_timesteps"]
+    model = tiny_ddpm(**COSINE, timesteps="linear", num_steps=1, distilled_steps=1)
+    assert torch.tensor(1 - float(model.schedule(1000.0).alpha) ** 2) == 1
+    settings = ddim_settings(model)
+    assert 1 < settings.config["num_train_timesteps"] < 50
     found = DDIMScheduler.from_config(settings.config).alphas_cumprod[-1].sqrt()
-    assert float(found) == pytest.approx(4.54e-5, rel=1e-2)
+    assert float(found) == pytest.approx(4.54e-5, abs=1e-5)
 
 
 def test_ddpms_sampler_is_ddim_with_eta_1():
