@@ -26,8 +26,8 @@ DESCRIPTIONS = {
     "steps.",
     "compare": "Measure students with their own steps, and their teacher with DDIM at as many and "
     "more.",
-    "export": "Write the averaged weights alone, as a checkpoint of a plain DDPM to give to "
-    "others.",
+    "export": "Write the averaged weights for others: as a checkpoint, for diffusers, or for no "
+    "program.",
     "measure": "Measure the distance of two sets of images or of their statistics, without a "
     "model.",
     "stats": "Write the statistics of images' features as an NPZ file, to be measured against.",

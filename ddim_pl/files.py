@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,28 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     with contextlib.suppress(OSError):  # some systems open no folders
         _to_disk(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which becomes `path` at the end of the block.
+
+    Folders above are made as needed. If the block fails, nothing is left.
+
+    Raises:
+        FileExistsError: If something of this name is there, at the end of the block too.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        inside = part / "new"  # with the rights of a usual folder, which a temporary one lacks
+        inside.mkdir()
+        yield inside
+        inside.rename(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def cache_folder() -> Path:

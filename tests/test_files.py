@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ddim_pl.files import cache_folder, remove_parts, replacing
+from ddim_pl.files import cache_folder, new_folder, remove_parts, replacing
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -105,3 +105,18 @@ def test_a_user_without_a_home_has_no_cache_and_no_error(monkeypatch):
         part.touch()
     monkeypatch.setenv("DDIM_PL_CACHE", "/somewhere")
     assert cache_folder() == Path("/somewhere")
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    place = tmp_path / "above" / "folder"
+    with new_folder(place) as part:
+        (part / "file").write_text("text")
+        assert not place.exists()
+    assert (place / "file").read_text() == "text"
+    assert place.stat().st_mode == tmp_path.joinpath("above").stat().st_mode
+    with pytest.raises(FileExistsError), new_folder(place):
+        pass
+    with pytest.raises(NotADirectoryError), new_folder(tmp_path / "other") as part:
+        ((part / "file").touch(), (part / "file" / "below").touch())
+    assert [each.name for each in tmp_path.iterdir()] == ["above"]
+    assert [each.name for each in place.parent.iterdir()] == ["folder"]

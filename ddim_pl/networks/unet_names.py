@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ddim_pl.networks.unet import Stage, UNet
 
-__all__ = ["DDIM_NAMES", "DIFFUSERS_NAMES", "LayerNames", "load_weights"]
+__all__ = ["DDIM_NAMES", "DIFFUSERS_NAMES", "LayerNames", "load_weights", "renamed_weights"]
 
 Layers = Iterator[tuple[str, tuple[str, ...]]]
 MOST_KEYS = 4
@@ -173,6 +173,25 @@ def load_weights(network: UNet, weights: Mapping[str, Tensor], names: LayerNames
                     f"weight {key} has shape {tuple(part.shape)} in place of {tuple(shape)}"
                 )
         ours[name].copy_(torch.cat([part.reshape(shape) for part in parts]))
+
+
+def renamed_weights(network: UNet, names: LayerNames) -> dict[str, Tensor]:
+    """The weights of a network by another program's names: the inverse of `load_weights`.
+
+    Linear maps of pixels keep their shape `(C, C)`, as diffusers has them.
+
+    Args:
+        network: The network.
+        names: What its layers are called.
+    """
+    ours, found = network.state_dict(), dict[str, Tensor]()
+    for name, theirs in names.layers(network):
+        for part in ("weight", "bias"):
+            if f"{name}.{part}" in ours:
+                pieces = ours[f"{name}.{part}"].chunk(len(theirs))
+                found |= {f"{each}.{part}": p for each, p in zip(theirs, pieces, strict=True)}
+    assert sum(value.numel() for value in found.values()) == sum(map(Tensor.numel, ours.values()))
+    return found
 
 
 def check_keys(wanted: set[str], weights: Mapping[str, Tensor]) -> None:

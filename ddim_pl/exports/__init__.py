@@ -1,0 +1,1 @@
+"""Models in the formats of other programs, with a card that says what they are."""

@@ -1,0 +1,185 @@
+"""The model card: what an export is, how it is used and what was measured."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import ddim_pl
+from ddim_pl.damage import SEAL, reason_of
+from ddim_pl.evaluation.tables import markdown
+from ddim_pl.exports.formats import Export
+from ddim_pl.runs import run_of
+from ddim_pl.training import DiffusionModule
+
+RESULTS = "test-results.json"
+"""What `main.py test` writes into a run."""
+
+PATHS = ("checkpoint", "source")
+"""Entries of results that are paths."""
+
+SHOWN = 12
+"""Levels that a card lists at most."""
+
+
+def card(
+    export: Export,
+    model: DiffusionModule,
+    *,
+    name: str,
+    metrics: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    license: str | None = None,
+) -> str:
+    """The text of a `README.md`, with the metadata that the Hugging Face Hub reads.
+
+    Args:
+        export: What is written beside it.
+        model: The model.
+        name: Title, and what the code calls the folder.
+        metrics: What was measured, as of `read_metrics`.
+        config: The model's config and its data, without paths of this machine.
+        license: Identifier of the licence, such as "apache-2.0".
+    """
+    config = dict(config or {})
+    parts = {
+        "Use": _use(export, name),
+        "Sampling": markdown([{"": key, " ": value} for key, value in _sampling(model).items()]),
+        "Metrics": _metrics(metrics),
+        "Data": _code("yaml", yaml.safe_dump(config["data"]))
+        if "data" in config
+        else "Not stated.",
+        "Licence": license or "Not stated: ask whoever made it before you use it.",
+        "Config": _code("yaml", yaml.safe_dump({"model": config.get("model")})),
+    }
+    return "\n".join(
+        [
+            _metadata(export, license),
+            f"# {name.rpartition('/')[2]}\n",
+            f"{_kind(model)}, exported by ddim_pl {ddim_pl.__version__}.\n",
+            *(f"## {title}\n\n{text.strip()}\n" for title, text in parts.items()),
+        ]
+    )
+
+
+def read_metrics(path: Path, model: DiffusionModule) -> dict[str, Any]:
+    """What `main.py test` or `main.py measure` has written, flat, without paths.
+
+    Args:
+        path: The file.
+        model: The model. What a file says of its sampling must be the model's.
+
+    Raises:
+        ValueError: If it cannot be read, or is of another sampling.
+    """
+    try:
+        content = json.loads(path.read_text())
+        flat = _flat(content)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"metrics must be a JSON file of main.py test or measure, got {str(path)!r}, which "
+            f"cannot be read as one ({reason_of(error)}): give another"
+        ) from None
+    for key, ours in _sampling_as_tested(model).items():
+        if key in content and content[key] != ours:
+            raise ValueError(
+                f"metrics must be of the sampling that is exported, got {str(path)!r} with {key} "
+                f"{content[key]} in place of {ours}: test with the same --model settings"
+            )
+    return flat
+
+
+def metrics_of_run(checkpoint: Path, model: DiffusionModule) -> dict[str, Any] | None:
+    """The results of `main.py test` of this very file and sampling, if there are some."""
+    path = run_of(checkpoint) / RESULTS
+    try:
+        tested = Path(json.loads(path.read_text())["checkpoint"])
+        is_newer = path.stat().st_mtime_ns > checkpoint.stat().st_mtime_ns
+        same = tested.is_file() and tested.samefile(checkpoint) and is_newer
+        return read_metrics(path, model) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _sampling_as_tested(model: DiffusionModule) -> dict[str, Any]:
+    steps = model.timesteps
+    return {
+        "sampler": str(model.sampler),
+        "timesteps": steps if isinstance(steps, str) else model.levels.tolist(),
+        "network evaluations": len(model.levels) - 1,
+    }
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Entries of nested objects by their paths; of a file's path its name alone."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if key == SEAL:
+            continue
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key} ")
+        else:
+            is_path = isinstance(value, str) and (key in PATHS or Path(value).is_absolute())
+            found[prefix + key] = Path(value).name if is_path else value
+    return found
+
+
+def _metadata(export: Export, license: str | None) -> str:
+    content = {
+        "license": license or "unknown",
+        **({"library_name": export.library} if export.library else {}),
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["diffusion", "ddim", *export.tags],
+    }
+    return f"---\n{yaml.safe_dump(content, sort_keys=False)}---\n"
+
+
+def _kind(model: DiffusionModule) -> str:
+    count = sum(each.numel() for each in model.average.module.parameters())
+    shape = "x".join(map(str, model.image_shape))
+    steps = model.distilled_steps
+    what = (
+        "A diffusion model" if steps is None else f"A diffusion model distilled to {steps} steps"
+    )
+    classes = "" if model.num_classes is None else f", of {model.num_classes} classes"
+    return f"{what}; images are {shape} (channels, height, width){classes}. {count:,} parameters"
+
+
+def _use(export: Export, name: str) -> str:
+    lines, folder = [f"Needs {export.needs}."], name
+    if export.library != "diffusers" and "/" in name:  # only diffusers reads from the Hub itself
+        folder = name.rpartition("/")[2]
+        lines.append(f"`hf download {name} --local-dir {folder}` brings the folder.")
+    lines += ["", _code("python", export.usage.format(folder=folder))]
+    return "\n".join([*lines, *(f"* {note}" for note in export.notes)])
+
+
+def _sampling(model: DiffusionModule) -> dict[str, Any]:
+    levels = [f"{level:g}" for level in model.levels.tolist()]
+    if len(levels) > SHOWN:
+        levels = [*levels[:3], "...", *levels[-3:]]
+    return {
+        "sampler": model.sampler,
+        "steps": len(model.levels) - 1,
+        "levels": ", ".join(levels),
+        "schedule": model.schedule,
+        "prediction": model.prediction,
+        "clip": model.clip if model.sampler.clip is None else model.sampler.clip,
+        "time input": model.time_input,
+        "weights": "averaged, float32",
+        "PyTorch": torch.__version__,
+    }
+
+
+def _metrics(metrics: Mapping[str, Any] | None) -> str:
+    if not metrics:
+        return "None are given."
+    note = "The name of a distance is that of its extractor. Numbers hold for the sampling stated."
+    return markdown([{"": name, " ": value} for name, value in metrics.items()]) + f"\n{note}"
+
+
+def _code(language: str, text: str) -> str:
+    return f"```{language}\n{text.strip()}\n```\n"

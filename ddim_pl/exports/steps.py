@@ -1,0 +1,115 @@
+"""A model's sampler as numbers: what each of its steps multiplies, for programs without ours.
+
+A step decodes `x = z_weight z + sum_i output_weights[i] F_i` from the parts `F_i` of the network's
+output, clips it, computes `eps = (z - alpha x) / sigma`, and goes on to `x_weight x + eps_weight
+eps + noise_weight noise`. They are the coefficients of our own formulas, found by feeding them
+units.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddim_pl.clipping import ClipRange, clipping_of
+from ddim_pl.prediction import Prediction, decode_x, merge_both
+from ddim_pl.samplers import DDIM, Ancestral
+from ddim_pl.scales import Scales
+from ddim_pl.training import DiffusionModule
+from ddim_pl.transitions import ddim_step, posterior
+
+ONE = torch.tensor(1.0, dtype=torch.float64)
+ZERO = torch.zeros_like(ONE)
+
+
+def check_states_fed_as_they_are(model: DiffusionModule) -> None:
+    """Refuse a network whose input is scaled, which other programs do not do.
+
+    Raises:
+        ValueError: If `sigma_data` is not 1.
+    """
+    if model.sigma_data != 1:
+        raise ValueError(
+            f"sigma_data must be 1 for this format, got {model.sigma_data}: its network is fed "
+            "scaled states, as EDM's, which this format cannot say; use format checkpoint"
+        )
+
+
+def step_numbers(model: DiffusionModule) -> list[dict[str, Any]]:
+    """The numbers of each step of a model's sampler, from the first level on.
+
+    Args:
+        model: The model; its weights are not used.
+
+    Returns:
+        For each step `time` (what the network is fed), `alpha` and `sigma` of the level, and the
+        weights `z_weight`, `output_weights` (a list), `x_weight`, `eps_weight`, `noise_weight`.
+
+    Raises:
+        ValueError: If the sampler is another than DDIM and Ancestral, the noise not Gaussian, or
+            the network's input scaled.
+    """
+    check_states_fed_as_they_are(model)
+    if not model.noise.is_gaussian:
+        raise ValueError(
+            f"noise must be Gaussian for this format, got {model.noise}: its steps divide by "
+            "other scales; use format checkpoint"
+        )
+    if not isinstance(model.sampler, DDIM | Ancestral):
+        raise ValueError(
+            f"sampler must be DDIM or Ancestral for this format, got {model.sampler}, whose steps "
+            "are not one function of the state: give --model.sampler DDIM"
+        )
+    levels = model.levels
+    return [_numbers(model, t, s) for t, s in pairwise(levels)]
+
+
+def clip_range(model: DiffusionModule) -> list[float] | None:
+    """The range that a model's sampler clips estimates to; None if it does not.
+
+    Raises:
+        ValueError: If it clips by another rule.
+    """
+    rule = clipping_of(model.clip if model.sampler.clip is None else model.sampler.clip)
+    if rule is None or isinstance(rule, ClipRange):
+        return None if rule is None else [rule.low, rule.high]
+    raise ValueError(
+        f"clip must be true, false or a ClipRange for this format, got {rule}: give another, as "
+        "--model.clip true, or use format diffusers"
+    )
+
+
+def _numbers(model: DiffusionModule, t: Tensor, s: Tensor) -> dict[str, Any]:
+    start, end = model.schedule(t), model.schedule.step_end(s)
+    numbers = {
+        "time": model.denoiser.network_time(t),
+        "alpha": start.alpha,
+        "sigma": start.sigma,
+        "z_weight": decode_x(model.prediction, start, ONE, ZERO),
+        "x_weight": _stepped(model, start, end, ONE, ZERO, ZERO),
+        "eps_weight": _stepped(model, start, end, ZERO, ONE, ZERO),
+        "noise_weight": _stepped(model, start, end, ZERO, ZERO, ONE) if s > 0 else ZERO,
+    }
+    outputs = _decoded_outputs(model, start)
+    return {name: float(value) for name, value in numbers.items()} | {"output_weights": outputs}
+
+
+def _decoded_outputs(model: DiffusionModule, scales: Scales) -> list[float]:
+    """Weight of each part of the output in the estimate of x."""
+    units = ONE[None]
+    if model.prediction == "both":  # each part as an image of one pixel
+        units = merge_both(scales, torch.eye(2, dtype=torch.float64)[:, :, None])[:, 0, 0]
+    return [float(decode_x(model.prediction, scales, ZERO, unit)) for unit in units]
+
+
+def _stepped(
+    model: DiffusionModule, t: Scales, s: Scales, x: Tensor, eps: Tensor, noise: Tensor
+) -> Tensor:
+    """Where a step of the sampler leads from an estimate of one pixel."""
+    sampler = model.sampler
+    if isinstance(sampler, DDIM):
+        return ddim_step(Prediction(x, eps), t, s, eta=sampler.eta, noise=noise)
+    assert isinstance(sampler, Ancestral)
+    mean, std = posterior(t.alpha * x + t.sigma * eps, x, t, s, variance=sampler.variance)
+    return mean + std * noise

@@ -1,0 +1,112 @@
+"""Programs of a network and of a step: they draw our images, in batches of any size."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from foreign import random_weights
+from tiny import tiny_ddpm, tiny_unet
+from torch import nn
+from without_ddim_pl import run
+
+from ddim_pl.exports.graphs import check_onnx, write_graphs
+from ddim_pl.exports.steps import clip_range, step_numbers
+from ddim_pl.samplers import Ancestral
+from ddim_pl.schedules import CosineLogSNRSchedule
+
+PROGRAMS = """
+step = torch.export.load(given["folder"] + "/step.pt2").module()
+network = torch.export.load(given["folder"] + "/network.pt2").module()
+z = given["z"]
+for k, more in enumerate(given["more"]):
+    z = step(z, torch.tensor(k), *more)
+result = z, network(given["z"], *given["times"])
+"""
+ONNX = """
+import onnxruntime
+
+def session(name):
+    return onnxruntime.InferenceSession(given["folder"] + f"/{name}.onnx")
+
+def call(session, *inputs):
+    names = [each.name for each in session.get_inputs()]
+    values = [each.numpy() for each in inputs]
+    return torch.from_numpy(session.run(None, dict(zip(names, values, strict=True)))[0])
+
+step, z = session("step"), given["z"]
+for k, more in enumerate(given["more"]):
+    z = call(step, z, torch.tensor(k), *more)
+result = z, call(session("network"), given["z"], *given["times"])
+"""
+SALIMANS = {
+    "schedule": CosineLogSNRSchedule(),
+    "time_input": "log_snr",
+    "prediction": "v",
+    "timesteps": "linear",
+}
+
+
+def written(folder, *, onnx, **settings):
+    """A model of classes whose programs are in a folder, what they are given, and what is ours."""
+    network = tiny_unet(num_classes=3)
+    random_weights(network)
+    model = tiny_ddpm(network=network, ema_decay=0.0, **SALIMANS, **settings).eval()
+    steps = step_numbers(model)
+    average = model.average.module
+    write_graphs(folder, average, model.image_shape, steps, clip_range(model), onnx=onnx)
+    z, noise = model.latents(range(5), model.levels[0])
+    label, more = model.label_of(range(5)), []
+    for _ in steps:
+        draw = torch.stack([torch.randn(z.shape[1:], generator=each) for each in noise])
+        more.append((label,) if model.sampler.is_deterministic else (draw, label))
+    times = torch.tensor([0.0, 11.5, 200.0, 640.0, 999.0]), label
+    given = {"folder": str(folder), "z": z, "more": more, "times": times}
+    with torch.no_grad():
+        return given, (model.sample(range(5)), average(z, *times))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"num_steps": 2}, {"num_steps": 2, "sampler": Ancestral()}])
+def test_programs_of_pytorch_draw_the_same_images(settings, tmp_path):
+    given, ours = written(tmp_path, onnx=False, **settings)
+    assert ours[0].std() > 0.1
+    for wanted, found in zip(ours, run(PROGRAMS, given), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the converter
+@pytest.mark.parametrize("settings", [{"num_steps": 2}, {"num_steps": 2, "sampler": Ancestral()}])
+def test_onnx_draws_the_same_images(settings, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    given, ours = written(tmp_path, onnx=True, **settings)
+    place = Path(runtime.__file__).parents[1]
+    for wanted, found in zip(ours, run(ONNX, given, places=[place]), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+class Branching(nn.Module):
+    """What no graph can hold."""
+
+    def forward(self, z, t):
+        return z if z.sum() > 0 else -z
+
+
+def test_a_network_that_cannot_be_traced_is_refused(tmp_path):
+    steps = step_numbers(tiny_ddpm())
+    message = "network must be one that torch.export can trace, got Branching"
+    with pytest.raises(ValueError, match=message):
+        write_graphs(tmp_path, Branching(), (1, 8, 8), steps, None, onnx=False)
+
+
+def test_without_onnx_the_error_says_what_to_install(monkeypatch):
+    find = importlib.util.find_spec
+    missing = "ddim_pl.exports.graphs.find_spec"
+    monkeypatch.setattr(missing, lambda name: None if name == "onnxscript" else find("sys"))
+    with pytest.raises(ValueError, match=r"needs onnxscript, .* pip install 'ddim_pl\[onnx\]'"):
+        check_onnx()
+    monkeypatch.setattr(missing, lambda name: sys.__spec__ or True)
+    check_onnx()

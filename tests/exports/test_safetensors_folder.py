@@ -1,0 +1,69 @@
+"""Weights with their code: PyTorch alone draws our images."""
+
+import functools
+
+import pytest
+import torch
+from foreign import TINY, random_weights
+from tiny import tiny_ddpm, tiny_unet
+from torch import nn
+from without_ddim_pl import run
+
+from ddim_pl.exports.safetensors_folder import check_network, write_weights
+from ddim_pl.exports.steps import clip_range, step_numbers
+from ddim_pl.networks.diffusers import DiffusersUNet
+from ddim_pl.schedules import CosineLogSNRSchedule
+
+CODE = """
+import sys
+
+sys.modules["diffusers"] = None
+result = []
+for folder, z, label in given:
+    sys.path.insert(0, folder)
+    for name in ("loader", "unet", "checks"):
+        sys.modules.pop(name, None)
+    import loader
+
+    assert loader.__file__.startswith(folder)
+    result.append(loader.sample(loader.load(), z, label))
+"""
+MODELS = {
+    "student of Salimans & Ho": {
+        "schedule": CosineLogSNRSchedule(),
+        "time_input": "log_snr",
+        "prediction": "v",
+        "timesteps": "linear",
+        "num_steps": 2,
+        "network": {"num_classes": 3, "scale_shift": True, "resample": "block"},
+    },
+    "patches": {"num_steps": 3, "network": {"patch_size": 2, "attention": [2]}},
+    "both": {"num_steps": 3, "prediction": "both", "network": {"out_channels": 2}},
+    "residual": {"num_steps": 1, "prediction": "residual", "clip": False},
+}
+
+
+def test_the_loader_draws_the_same_images(tmp_path):
+    given, ours = [], []
+    for name, settings in MODELS.items():
+        network = tiny_unet(**settings.get("network", {}))
+        random_weights(network)
+        model = tiny_ddpm(**{**settings, "network": network, "ema_decay": 0.0}).eval()
+        folder = tmp_path / name
+        folder.mkdir()
+        write_weights(folder, model.average.module, step_numbers(model), clip_range(model))
+        z, _ = model.latents([0, 1, 2], model.levels[0])
+        given.append((str(folder), z, model.label_of([0, 1, 2])))
+        ours.append(model.sample([0, 1, 2]))
+    theirs = run(CODE, given)
+    for name, wanted, found in zip(MODELS, ours, theirs, strict=True):
+        assert wanted.std() > 0.1, name
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "network", [functools.partial(nn.Conv2d, 1, 1, 1), functools.partial(DiffusersUNet, TINY)]
+)
+def test_networks_whose_code_needs_more_are_refused(network):
+    with pytest.raises(ValueError, match="network must be a UNet for format safetensors"):
+        check_network(network())
