@@ -19,6 +19,7 @@ from measuring import ROOT, Bench
 from torch import Tensor, nn
 
 from ddim_pl.networks.unet import UNet
+from ddim_pl.samplers import DDIM
 from ddim_pl.schedules import ImprovedCosineSchedule, LinearSchedule
 from ddim_pl.training import DDPM, DiffusionModule
 
@@ -75,7 +76,7 @@ def randomised(network: nn.Module) -> nn.Module:
 
 
 def make_model(name: str, *, tiny: bool = False, **changes: Any) -> DDPM:
-    """The model of a config with random weights.
+    """The model of a config with random weights, drawn from by DDIM as diffusers' pipelines are.
 
     Args:
         name: Of the config.
@@ -89,6 +90,8 @@ def make_model(name: str, *, tiny: bool = False, **changes: Any) -> DDPM:
     given = config_of(name)["model"]["init_args"]
     plain = {key: build(value) for key, value in given.items() if key not in FACTORIES}
     plain |= {key: factory(given[key]) for key in FACTORIES if key in given}
+    if not isinstance(plain["sampler"], DDIM):
+        plain["sampler"] = DDIM()
     plain |= {key: value for key, value in changes.items() if key not in of_network}
     return DDPM(**plain | {"network": network})
 

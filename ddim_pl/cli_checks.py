@@ -80,9 +80,11 @@ def check_sampling_precision(command: str, config: Namespace, *, given: bool) ->
     """
     precision = config.model.get("init_args", Namespace()).get("sampling_precision", 32)
     encodes = command == "interpolate" and bool(config.from_data or config.images)
-    if precision == 32 or not (encodes or command in IN_FULL_PRECISION):
+    writes_graph = command == "export" and config.format != "checkpoint"
+    if precision == 32 or not (encodes or writes_graph or command in IN_FULL_PRECISION):
         return
     name = f"{command} between images" if encodes else command
+    name += f" to {config.format}" if writes_graph else ""
     if given:
         raise ValueError(
             f"sampling_precision must be 32 for {name}, which works with the weights as they are, "

@@ -31,8 +31,8 @@ DESCRIPTIONS = {
     "measure": "Measure the distance of two sets of images or of their statistics, without a "
     "model.",
     "stats": "Write the statistics of images' features as an NPZ file, to be measured against.",
-    "import": "Turn a teacher of diffusers, or of DDIM's code, into a checkpoint for every "
-    "command.",
+    "import": "Turn a teacher of diffusers, of DDIM's code or of EDM's into a checkpoint for "
+    "every command.",
 }
 """What each command does. The parser of a command says the same, see `ddim_pl.cli`."""
 

@@ -99,6 +99,10 @@ WRONG = [
     (f"reconstruct --ckpt_path CK {REDUCED}", "sampling_precision must be 32 for reconstruct"),
     (f"invert --ckpt_path CK {REDUCED}", "sampling_precision must be 32 for invert"),
     (f"forward --ckpt_path CK {REDUCED}", "sampling_precision must be 32 for forward"),
+    (
+        f"export --ckpt_path CK --output x --format safetensors {REDUCED}",
+        "sampling_precision must be 32 for export to safetensors",
+    ),
     (f"interpolate --ckpt_path CK --from_data true {REDUCED}", "between images, which works with"),
     ("levels --ckpt_path CK --num_steps [0]", "num_steps"),
     ("pairs --ckpt_path CK", "folder"),

@@ -109,7 +109,7 @@ def test_a_variable_that_sets_nothing_is_an_error(monkeypatch, name, hint):
 def test_an_error_of_an_option_names_its_variable(monkeypatch, capsys, option, value, reason):
     monkeypatch.setenv(f"DDIM_PL_FIT__{option}", value)
     with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", "digits/ddpm", "--print_config"])
+        main(["fit", "--config", "digits/ddpm_linear", "--print_config"])
     line = capsys.readouterr().err
     assert stop.value.code == 2
     assert reason in line

@@ -113,7 +113,8 @@ SMALL = {
     "pairs": {"--num_pairs": "32", "--shard_size": "16"},
     "sweep": {"--num_samples": "40", "--num_steps": "[2]", "--num_shown": "2"},
     "compare": {"--num_samples": "40", "--num_steps": "[2]", "--num_shown": "2"},
-    "export": {},
+    # What the demo needs, which has classes and draws by DPM-Solver++.
+    "export": {"--model.sampler": "DDIM"},
     "stats": {},
     "measure": {},
 }
@@ -122,10 +123,12 @@ SMALL = {
 def smaller(words):
     """The same command with few images, steps and updates."""
     if words[0] != "fit":
-        more = SMALL[words[0]]
+        more = SMALL[words[0]] | ({"--label": "1"} if "diffusers" in words else {})
     else:
         method = next((name for name in ("progressive", "luhman") if name in str(words)), None)
         more = SMALL_FIT | (SMALL[method] if method else TWO_UPDATES)
+        if "[[1,4000]]" in words:  # its teacher is a student of two steps
+            more = {**more, "--model.init_args.rounds": "[[1,1]]"}
         if "conversion_updates" in str(words):
             more = {**more, "--model.init_args.conversion_updates": "1"}
     return [*words, *(f"{name}={value}" for name, value in more.items())]

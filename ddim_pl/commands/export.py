@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from ddim_pl.checks import check_one_of
+from ddim_pl.commands.import_ import IMAGES
 from ddim_pl.evaluation.tables import write_text
 from ddim_pl.evaluation.worker import Worker, on_every_worker, warn_of_student
 from ddim_pl.exports.card import card, metrics_of_run, read_metrics
@@ -138,8 +139,13 @@ def _size(path: Path) -> float:
 
 
 def _exported_config(model: DiffusionModule, ckpt_path: str | None) -> dict[str, Any]:
+    """The config for a card. An imported teacher's data are no more than a place for some."""
     checkpoint = averaged_checkpoint(model, **_own_levels(model))
-    return _config(ckpt_path, checkpoint["hyper_parameters"])
+    config = _config(ckpt_path, checkpoint["hyper_parameters"])
+    data = config.get("data") or {}
+    if (data.get("init_args") or {}).get("root") == IMAGES:
+        del config["data"]
+    return config
 
 
 def without_paths(value: Any) -> Any:

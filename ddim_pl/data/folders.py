@@ -27,7 +27,7 @@ MOST_SHOWN = 12
 """Classes, or endings, that a message lists at most."""
 
 
-def find_images(root: Path, *, report: bool = True) -> ImageList:
+def find_images(root: Path, *, name: str = "root", report: bool = True) -> ImageList:
     """Return the image files below `root`, sorted; hidden files and folders are left out.
 
     A long list is kept in the user's cache, where the next process finds it unless a folder has
@@ -35,6 +35,7 @@ def find_images(root: Path, *, report: bool = True) -> ImageList:
 
     Args:
         root: The folder.
+        name: The argument that gave it, for the errors.
         report: Say how many there are, and how many files of which ending are skipped.
 
     Raises:
@@ -42,7 +43,7 @@ def find_images(root: Path, *, report: bool = True) -> ImageList:
             lead to a folder twice, whose images would count twice.
     """
     if not root.is_dir():
-        raise ValueError(f"root must be a folder of images, got {str(root)!r}")
+        raise ValueError(f"{name} must be a folder of images, got {str(root)!r}")
     place = place_of(root)
     found = kept_list(root, place)
     if found is None:
@@ -54,7 +55,7 @@ def find_images(root: Path, *, report: bool = True) -> ImageList:
             found.keep(place)
     if not found:
         raise ValueError(
-            f"root must hold images, got {str(root)!r} without any: put files ending in "
+            f"{name} must hold images, got {str(root)!r} without any: put files ending in "
             f"{', '.join(sorted(EXTENSIONS))} there, or give another folder"
         )
     if report:

@@ -407,7 +407,7 @@ class ImageFolderDataModule(FileDataModule):
             labels = labels_of(files.root, files, names)
         if not train:
             assert self.val_root is not None
-            files = find_images(Path(self.val_root).expanduser(), report=report)
+            files = find_images(Path(self.val_root).expanduser(), name="val_root", report=report)
             if self.val_label_file is not None:
                 labels, _ = read_labels(Path(self.val_label_file).expanduser(), files, names)
             else:

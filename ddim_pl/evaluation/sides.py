@@ -1,6 +1,5 @@
 """A side of a distance that no model draws: a folder of images, an NPZ of them, or statistics."""
 
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -98,7 +97,7 @@ def open_side(name: str, source: str) -> Side:
     """
     path = Path(source)
     if path.is_dir():
-        paths = _found(name, path)
+        paths = find_images(path, name=name, report=False)
         return Side(source, len(paths), _size_of_all(paths), paths)
     if not path.is_file():
         raise ValueError(
@@ -111,14 +110,6 @@ def open_side(name: str, source: str) -> Side:
         return Side(source, statistics=statistics)
     count, height, width, _ = check_image_array(path)
     return Side(source, count, (height, width), statistics=statistics)
-
-
-def _found(name: str, folder: Path) -> ImageList:
-    """The images of a folder; an error names the argument that gave it."""
-    try:
-        return find_images(folder, report=False)
-    except ValueError as error:
-        raise ValueError(re.sub(r"^root\b", name, str(error))) from error
 
 
 def _size_of_all(paths: ImageList) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddim_pl.damage import reason_of
 from ddim_pl.files import replacing
 from ddim_pl.metrics.inception import InceptionFeatures
 
@@ -119,7 +120,7 @@ def contents_of(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
                     found[name.removesuffix(".npy")] = _header(file)[:2]
     except (OSError, zipfile.BadZipFile, ValueError, EOFError, KeyError, RuntimeError) as error:
         raise ValueError(
-            f"{path} cannot be read as an NPZ file ({_reason(error)}): replace it"
+            f"{path} cannot be read as an NPZ file ({reason_of(error)}): replace it"
         ) from error
     for name, (_, dtype) in found.items():
         if dtype.hasobject:
@@ -148,7 +149,7 @@ def read_statistics(path: Path) -> FeatureStatistics:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in found if name != IMAGES and _small(name)}
     except (OSError, zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({_reason(error)}): replace it") from error
+        raise ValueError(f"{path} is damaged ({reason_of(error)}): replace it") from error
     mean, covariance = arrays[MEAN], arrays[COVARIANCE]
     _check_moments(path, mean, covariance)
     texts = {name: str(arrays[name]) for name in TEXTS if name in arrays}
@@ -206,7 +207,7 @@ def image_batches(path: Path, batch_size: int) -> Iterator[Tensor]:
                 pixels = np.frombuffer(file.read(int(np.prod(shape))), np.uint8).reshape(shape)
                 yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
     except (OSError, zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({_reason(error)}): replace it") from error
+        raise ValueError(f"{path} is damaged ({reason_of(error)}): replace it") from error
 
 
 def _header(file: Any) -> tuple[tuple[int, ...], np.dtype, bool]:
@@ -242,7 +243,3 @@ def _check_moments(path: Path, mean: np.ndarray, covariance: np.ndarray) -> None
 
 def _names(found: dict[str, Any]) -> str:
     return ", ".join(sorted(found)) or "nothing"
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

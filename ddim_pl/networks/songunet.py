@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddim_pl.checks import check_at_least, check_one_of
-from ddim_pl.networks.unet import GroupNorm, SelfAttention, sinusoidal_embedding
+from ddim_pl.networks.unet import GroupNorm, SelfAttention, check_inputs, sinusoidal_embedding
 
 __all__ = ["SongUNet"]
 
@@ -159,7 +159,8 @@ class SongUNet(nn.Module):
         Raises:
             ValueError: If a shape is wrong, or a label is missing or unexpected.
         """
-        self._check_inputs(z, t, label)
+        shape = (self.in_channels, self.image_size, self.image_size)
+        check_inputs(z, t, label, shape, self.num_classes)
         emb = self._embedding(t, label)
         kept, image, joins = [self.conv_in(z)], z, iter(self.joins)
         for block in self.down:
@@ -187,23 +188,6 @@ class SongUNet(nn.Module):
             )
             emb = emb + (rows + self.class_in.bias)
         return F.silu(self.emb_out(F.silu(self.emb_in(emb))))
-
-    def _check_inputs(self, z: Tensor, t: Tensor, label: Tensor | None) -> None:
-        """Check shapes only: checking values would synchronise with the device."""
-        expected = (self.in_channels, self.image_size, self.image_size)
-        if z.ndim != 4 or z.shape[1:] != expected:
-            raise ValueError(f"z must have shape (B, *{expected}), got {tuple(z.shape)}")
-        if (label is None) != (self.num_classes is None):
-            raise ValueError(
-                "label must be given if and only if the network has classes, got "
-                f"{'none' if label is None else 'labels'} and num_classes={self.num_classes}"
-            )
-        for name, given in (("t", t), ("label", label)):
-            if given is not None and given.shape != z.shape[:1]:
-                raise ValueError(
-                    f"{name} must have shape ({z.shape[0]},), got {tuple(given.shape)}: give one "
-                    "per image"
-                )
 
 
 class Block(nn.Module):

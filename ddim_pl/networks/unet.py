@@ -215,7 +215,8 @@ class UNet(nn.Module):
         Raises:
             ValueError: If a shape is wrong, or a label is missing or unexpected.
         """
-        self._check_inputs(z, t, label)
+        shape = (self.in_channels, self.image_size, self.image_size)
+        check_inputs(z, t, label, shape, self.num_classes)
         emb = sinusoidal_embedding(t, self.time_in.in_features).to(self.time_in.weight.dtype)
         emb = self.time_out(F.silu(self.time_in(emb)))
         if self.class_table is not None:
@@ -237,22 +238,39 @@ class UNet(nn.Module):
         output = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(output, self.patch_size) if self.patch_size > 1 else output
 
-    def _check_inputs(self, z: Tensor, t: Tensor, label: Tensor | None) -> None:
-        """Check shapes only: checking values would synchronise with the device."""
-        expected = (self.in_channels, self.image_size, self.image_size)
-        if z.ndim != 4 or z.shape[1:] != expected:
-            raise ValueError(f"z must have shape (B, *{expected}), got {tuple(z.shape)}")
-        if (label is None) != (self.num_classes is None):
+
+def check_inputs(
+    z: Tensor,
+    t: Tensor,
+    label: Tensor | None,
+    shape: tuple[int, int, int],
+    num_classes: int | None,
+) -> None:
+    """Check the shapes of what a network is fed; to check values would wait for the device.
+
+    Args:
+        z: States `(B, C, H, W)`.
+        t: Times `(B,)`.
+        label: Classes `(B,)`, if the network has some.
+        shape: `(C, H, W)` of the network.
+        num_classes: Of the network.
+
+    Raises:
+        ValueError: If a shape is another, or labels are missing or given in vain.
+    """
+    if z.ndim != 4 or z.shape[1:] != shape:
+        raise ValueError(f"z must have shape (B, *{shape}), got {tuple(z.shape)}")
+    if (label is None) != (num_classes is None):
+        raise ValueError(
+            "label must be given if and only if the network has classes, got "
+            f"{'none' if label is None else 'labels'} and num_classes={num_classes}"
+        )
+    for name, given in (("t", t), ("label", label)):
+        if given is not None and given.shape != z.shape[:1]:
             raise ValueError(
-                "label must be given if and only if the network has classes, got "
-                f"{'none' if label is None else 'labels'} and num_classes={self.num_classes}"
+                f"{name} must have shape ({z.shape[0]},), got {tuple(given.shape)}: give one per "
+                "image"
             )
-        for name, given in (("t", t), ("label", label)):
-            if given is not None and given.shape != z.shape[:1]:
-                raise ValueError(
-                    f"{name} must have shape ({z.shape[0]},), got {tuple(given.shape)}: give one "
-                    "per image"
-                )
 
 
 class GroupNorm(nn.GroupNorm):

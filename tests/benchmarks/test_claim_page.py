@@ -16,7 +16,7 @@ def test_no_folder_of_this_machine_is_on_the_page(tmp_path):
     assert "reproduce.py cifar10 --root=$ROOT --images=128000 --seeds 0\n" in page
     assert "--data.root=$ROOT" in page
     assert "OUT=runs/reproduce-cifar10<" in page
-    assert "--output=$OUT/work/students-0" in page
+    assert "--trainer.logger.init_args.save_dir=$OUT/runs " in page
 
 
 def test_words_are_those_that_a_shell_reads():

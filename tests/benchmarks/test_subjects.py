@@ -60,7 +60,8 @@ def test_the_model_is_that_of_the_config():
     model = make_model("digits")
     assert (model.prediction, model.num_steps, model.num_classes) == ("v", 50, 10)
     optimizer = model.optimizer(model.network.parameters())
-    assert optimizer.defaults["lr"] == 4e-3
+    assert (optimizer.defaults["lr"], optimizer.defaults["betas"]) == (3e-3, (0.9, 0.99))
+    assert isinstance(model.sampler, DDIM)  # whatever the config's
 
 
 def test_settings_are_read_off_the_constructors():

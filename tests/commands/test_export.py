@@ -111,6 +111,16 @@ def test_a_folder_of_diffusers_has_a_card_with_what_was_measured(shared, tmp_pat
     assert re.search(r"\| test/digits_fd \| [\d.e+-]+ \|", text)
 
 
+def test_the_card_of_an_imported_teacher_names_no_data_that_it_never_saw(tmp_path):
+    save_pipeline(tmp_path / "theirs", random_unet())
+    teacher = str(tmp_path / "teacher.ckpt")
+    main(["import", str(tmp_path / "theirs"), "--output", teacher])
+    folder = exported(teacher, tmp_path / "folder", "--format", "safetensors", *QUIET)
+    text = (folder / "README.md").read_text()
+    assert "LinearSchedule" in text
+    assert "ImageFolderDataModule" not in text
+
+
 def test_weights_and_their_code_draw_the_images_of_the_model(shared, tmp_path):
     last, _ = shared
     given = ["--format", "safetensors", "--model.num_steps", "3", "--model.timesteps", "linear"]

@@ -149,6 +149,11 @@ def test_val_root_has_the_classes_of_root(tmp_path: Path) -> None:
     assert data.val_set.labels(torch.arange(1)).tolist() == [1]
     with pytest.raises(ValueError, match=r"cow.* must lie in .*move it to one of cat, dog in"):
         folder(tmp_path / "train", val_root=str(tmp_path / "odd"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"val_root must hold images, got .*empty"):
+        folder(tmp_path / "train", val_root=str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"val_root must be a folder of images, got .*none"):
+        folder(tmp_path / "train", val_root=str(tmp_path / "none"))
 
 
 @pytest.mark.usefixtures("memory")

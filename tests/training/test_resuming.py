@@ -44,6 +44,7 @@ class Rates(Callback):
 
 
 def train(folder, updates, resume=None, **arguments):
+    torch.manual_seed(0)  # the same weights at the start of each
     module = tiny_ddpm(**arguments)
     rates, files = Rates(), ModelCheckpoint(folder, save_last=True, save_top_k=0)
     t = trainer(folder, callbacks=[rates, files], max_steps=updates, limit_val_batches=0)
