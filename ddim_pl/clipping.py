@@ -76,7 +76,8 @@ class DynamicThreshold(Clipping):
     def __call__(self, x: Tensor) -> Tensor:
         """Clip every image to its own range."""
         size = _quantile(x.detach().abs().flatten(1).float(), self.quantile)
-        size = expand_like(size.clamp(1, self.most), x)
+        most = None if math.isinf(self.most) else self.most  # ONNX has no infinite bound
+        size = expand_like(size.clamp(1, most), x)
         return x.clamp(-size, size) / size
 
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from ddim_pl.exports.diffusers_folder import check_label, unet2d_arguments, write_pipeline
 from ddim_pl.exports.graphs import check_onnx, write_graphs
-from ddim_pl.exports.safetensors_folder import check_network, write_weights
+from ddim_pl.exports.safetensors_folder import check_clip, check_network, write_weights
 from ddim_pl.exports.scheduler import ddim_settings
-from ddim_pl.exports.steps import clip_range, step_numbers
+from ddim_pl.exports.steps import clip_rule, step_numbers
 from ddim_pl.training import DiffusionModule
 
 Format = Literal["diffusers", "safetensors", "onnx", "torch_export"]
@@ -96,21 +96,18 @@ def _diffusers(model: DiffusionModule, label: int | None) -> Export:
 
 
 def _safetensors(model: DiffusionModule) -> Export:
-    network, steps, clip = model.average.module, step_numbers(model), clip_range(model)
+    network, steps, clip = model.average.module, step_numbers(model), clip_rule(model)
     check_network(network)
-    labels = _labels(model)
+    check_clip(clip)
     return Export(
         partial(write_weights, network=network, steps=steps, clip=clip),
-        "import sys\n\nimport torch\n\n"
-        'sys.path.insert(0, "{folder}")\nfrom loader import load, sample\n\n'
-        f"z = torch.randn(16, {_shape(model)})\n"
-        f"images = sample(load(), z{labels and f', {labels}'})  # about [-1, 1]",
+        _use_loader(_shape(model), _labels(model)),
         "PyTorch 2 and safetensors",
         None,
         ["safetensors", "pytorch"],
         [
-            "`loader.py` reads weights and samples; `unet.py` and `checks.py` are the network. "
-            "They are files of ddim_pl, Apache-2.0."
+            "`loader.py` reads weights and samples; `code` has the network. They are files of "
+            "ddim_pl, Apache-2.0."
         ],
     )
 
@@ -125,7 +122,7 @@ def _graphs(model: DiffusionModule, format: Format) -> Export:
         network=model.average.module,
         image_shape=model.image_shape,
         steps=steps,
-        clip=clip_range(model),
+        clip=clip_rule(model),
         onnx=onnx,
     )
     stochastic = any(step["noise_weight"] for step in steps)
@@ -142,6 +139,18 @@ def _graphs(model: DiffusionModule, format: Format) -> Export:
         ["onnx" if onnx else "pytorch"],
         [note],
     )
+
+
+def _use_loader(shape: str, labels: str) -> str:
+    return f"""import sys
+
+import torch
+
+sys.path.insert(0, "{{folder}}")
+from loader import load, sample
+
+z = torch.randn(16, {shape})
+images = sample(load("{{folder}}"), z{labels and f", {labels}"})  # about [-1, 1]"""
 
 
 def _use_program(shape: str, num_steps: int, stochastic: bool, labels: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddim_pl.clipping import Clipping
 from ddim_pl.damage import reason_of
 from ddim_pl.exports.loader import Step
 
@@ -56,7 +57,7 @@ def write_graphs(
     network: nn.Module,
     image_shape: tuple[int, int, int],
     steps: list[dict[str, Any]],
-    clip: list[float] | None,
+    clip: Clipping | None,
     *,
     onnx: bool,
 ) -> None:
@@ -67,7 +68,7 @@ def write_graphs(
         network: The network with its weights.
         image_shape: `(C, H, W)`.
         steps: As of `step_numbers`.
-        clip: As of `clip_range`.
+        clip: The rule of clipping.
         onnx: The format.
 
     Raises:

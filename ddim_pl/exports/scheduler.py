@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddim_pl.clipping import ClipRange, DynamicThreshold, clipping_of
-from ddim_pl.exports.steps import check_states_fed_as_they_are
+from ddim_pl.clipping import ClipRange, DynamicThreshold
+from ddim_pl.exports.steps import clip_rule
 from ddim_pl.samplers import DDIM, Ancestral, Sampler
 from ddim_pl.schedules import (
     DiscreteSchedule,
@@ -76,7 +76,7 @@ def ddim_settings(model: DiffusionModule) -> DDIMSettings:
     config = {
         "_class_name": "DDIMScheduler",
         "prediction_type": _prediction(model),
-        **_clip(sampler, model),
+        **_clip(model),
     }
     eta, clips = _eta(sampler), bool(config["clip_sample"] or config["thresholding"])
     levels = model.levels
@@ -88,7 +88,11 @@ def ddim_settings(model: DiffusionModule) -> DDIMSettings:
 
 
 def _prediction(model: DiffusionModule) -> str:
-    check_states_fed_as_they_are(model)
+    if model.sigma_data != 1:
+        raise ValueError(
+            f"sigma_data must be 1 for format diffusers, got {model.sigma_data}: its network is "
+            "fed scaled states, as EDM's, which DDIMScheduler does not do; use format safetensors"
+        )
     if not model.noise.is_gaussian:
         raise ValueError(
             f"noise must be Gaussian for format diffusers, got {model.noise}: its pipelines draw "
@@ -114,8 +118,8 @@ def _eta(sampler: Sampler) -> float:
     )
 
 
-def _clip(sampler: Sampler, model: DiffusionModule) -> dict[str, Any]:
-    rule = clipping_of(model.clip if sampler.clip is None else sampler.clip)
+def _clip(model: DiffusionModule) -> dict[str, Any]:
+    rule = clip_rule(model)
     entries: dict[str, Any] = {"clip_sample": False, "thresholding": False}
     if isinstance(rule, ClipRange) and rule.low == -rule.high:
         return entries | {"clip_sample": True, "clip_sample_range": rule.high}

@@ -1,9 +1,9 @@
 """A model's sampler as numbers: what each of its steps multiplies, for programs without ours.
 
-A step decodes `x = z_weight z + sum_i output_weights[i] F_i` from the parts `F_i` of the network's
-output, clips it, computes `eps = (z - alpha x) / sigma`, and goes on to `x_weight x + eps_weight
-eps + noise_weight noise`. They are the coefficients of our own formulas, found by feeding them
-units.
+A step feeds the network `input_scale z`, decodes `x = z_weight z + sum_i output_weights[i] F_i`
+from the parts `F_i` of its output, clips it, computes `eps = (z - alpha x) / sigma`, and goes on
+to `x_weight x + eps_weight eps + noise_weight noise`. They are the coefficients of our own
+formulas, found by feeding them units.
 """
 
 from itertools import pairwise
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddim_pl.clipping import ClipRange, clipping_of
-from ddim_pl.prediction import Prediction, decode_x, merge_both
+from ddim_pl.clipping import Clipping, clipping_of
+from ddim_pl.prediction import Prediction, decode_x, merge_both, state_std
 from ddim_pl.samplers import DDIM, Ancestral
 from ddim_pl.scales import Scales
 from ddim_pl.training import DiffusionModule
@@ -23,19 +23,6 @@ ONE = torch.tensor(1.0, dtype=torch.float64)
 ZERO = torch.zeros_like(ONE)
 
 
-def check_states_fed_as_they_are(model: DiffusionModule) -> None:
-    """Refuse a network whose input is scaled, which other programs do not do.
-
-    Raises:
-        ValueError: If `sigma_data` is not 1.
-    """
-    if model.sigma_data != 1:
-        raise ValueError(
-            f"sigma_data must be 1 for this format, got {model.sigma_data}: its network is fed "
-            "scaled states, as EDM's, which this format cannot say; use format checkpoint"
-        )
-
-
 def step_numbers(model: DiffusionModule) -> list[dict[str, Any]]:
     """The numbers of each step of a model's sampler, from the first level on.
 
@@ -43,14 +30,13 @@ def step_numbers(model: DiffusionModule) -> list[dict[str, Any]]:
         model: The model; its weights are not used.
 
     Returns:
-        For each step `time` (what the network is fed), `alpha` and `sigma` of the level, and the
-        weights `z_weight`, `output_weights` (a list), `x_weight`, `eps_weight`, `noise_weight`.
+        For each step `time` and `input_scale` (what the network is fed), `alpha` and `sigma` of
+        the level, and the weights `z_weight`, `output_weights` (a list), `x_weight`, `eps_weight`,
+        `noise_weight`.
 
     Raises:
-        ValueError: If the sampler is another than DDIM and Ancestral, the noise not Gaussian, or
-            the network's input scaled.
+        ValueError: If the sampler is another than DDIM and Ancestral, or the noise not Gaussian.
     """
-    check_states_fed_as_they_are(model)
     if not model.noise.is_gaussian:
         raise ValueError(
             f"noise must be Gaussian for this format, got {model.noise}: its steps divide by "
@@ -65,28 +51,20 @@ def step_numbers(model: DiffusionModule) -> list[dict[str, Any]]:
     return [_numbers(model, t, s) for t, s in pairwise(levels)]
 
 
-def clip_range(model: DiffusionModule) -> list[float] | None:
-    """The range that a model's sampler clips estimates to; None if it does not.
-
-    Raises:
-        ValueError: If it clips by another rule.
-    """
-    rule = clipping_of(model.clip if model.sampler.clip is None else model.sampler.clip)
-    if rule is None or isinstance(rule, ClipRange):
-        return None if rule is None else [rule.low, rule.high]
-    raise ValueError(
-        f"clip must be true, false or a ClipRange for this format, got {rule}: give another, as "
-        "--model.clip true, or use format diffusers"
-    )
+def clip_rule(model: DiffusionModule) -> Clipping | None:
+    """The rule that a model's sampler clips estimates by; None if it does not."""
+    return clipping_of(model.clip if model.sampler.clip is None else model.sampler.clip)
 
 
 def _numbers(model: DiffusionModule, t: Tensor, s: Tensor) -> dict[str, Any]:
     start, end = model.schedule(t), model.schedule.step_end(s)
+    sigma_data = model.sigma_data
     numbers = {
         "time": model.denoiser.network_time(t),
+        "input_scale": ONE if sigma_data == 1 else 1 / state_std(start, sigma_data),
         "alpha": start.alpha,
         "sigma": start.sigma,
-        "z_weight": decode_x(model.prediction, start, ONE, ZERO),
+        "z_weight": decode_x(model.prediction, start, ONE, ZERO, sigma_data=sigma_data),
         "x_weight": _stepped(model, start, end, ONE, ZERO, ZERO),
         "eps_weight": _stepped(model, start, end, ZERO, ONE, ZERO),
         "noise_weight": _stepped(model, start, end, ZERO, ZERO, ONE) if s > 0 else ZERO,
@@ -100,7 +78,8 @@ def _decoded_outputs(model: DiffusionModule, scales: Scales) -> list[float]:
     units = ONE[None]
     if model.prediction == "both":  # each part as an image of one pixel
         units = merge_both(scales, torch.eye(2, dtype=torch.float64)[:, :, None])[:, 0, 0]
-    return [float(decode_x(model.prediction, scales, ZERO, unit)) for unit in units]
+    given = {"sigma_data": model.sigma_data}
+    return [float(decode_x(model.prediction, scales, ZERO, unit, **given)) for unit in units]
 
 
 def _stepped(

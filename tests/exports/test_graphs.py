@@ -11,8 +11,9 @@ from tiny import tiny_ddpm, tiny_unet
 from torch import nn
 from without_ddim_pl import run
 
+from ddim_pl.clipping import DynamicThreshold
 from ddim_pl.exports.graphs import check_onnx, write_graphs
-from ddim_pl.exports.steps import clip_range, step_numbers
+from ddim_pl.exports.steps import clip_rule, step_numbers
 from ddim_pl.samplers import Ancestral
 from ddim_pl.schedules import CosineLogSNRSchedule
 
@@ -47,6 +48,11 @@ SALIMANS = {
     "timesteps": "linear",
 }
 
+SETTINGS = [
+    {"num_steps": 2, "clip": DynamicThreshold(0.9)},
+    {"num_steps": 2, "sampler": Ancestral(), "sigma_data": 0.5, "loss_weight": "uniform"},
+]
+
 
 def written(folder, *, onnx, **settings):
     """A model of classes whose programs are in a folder, what they are given, and what is ours."""
@@ -55,7 +61,7 @@ def written(folder, *, onnx, **settings):
     model = tiny_ddpm(network=network, ema_decay=0.0, **SALIMANS, **settings).eval()
     steps = step_numbers(model)
     average = model.average.module
-    write_graphs(folder, average, model.image_shape, steps, clip_range(model), onnx=onnx)
+    write_graphs(folder, average, model.image_shape, steps, clip_rule(model), onnx=onnx)
     z, noise = model.latents(range(5), model.levels[0])
     label, more = model.label_of(range(5)), []
     for _ in steps:
@@ -68,7 +74,7 @@ def written(folder, *, onnx, **settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"num_steps": 2}, {"num_steps": 2, "sampler": Ancestral()}])
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_programs_of_pytorch_draw_the_same_images(settings, tmp_path):
     given, ours = written(tmp_path, onnx=False, **settings)
     assert ours[0].std() > 0.1
@@ -78,7 +84,7 @@ def test_programs_of_pytorch_draw_the_same_images(settings, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the converter
-@pytest.mark.parametrize("settings", [{"num_steps": 2}, {"num_steps": 2, "sampler": Ancestral()}])
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_onnx_draws_the_same_images(settings, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

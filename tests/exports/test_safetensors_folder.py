@@ -9,10 +9,12 @@ from tiny import tiny_ddpm, tiny_unet
 from torch import nn
 from without_ddim_pl import run
 
-from ddim_pl.exports.safetensors_folder import check_network, write_weights
-from ddim_pl.exports.steps import clip_range, step_numbers
+from ddim_pl.clipping import Clipping, DynamicThreshold
+from ddim_pl.exports.safetensors_folder import check_clip, check_network, write_weights
+from ddim_pl.exports.steps import clip_rule, step_numbers
 from ddim_pl.networks.diffusers import DiffusersUNet
-from ddim_pl.schedules import CosineLogSNRSchedule
+from ddim_pl.networks.songunet import SongUNet
+from ddim_pl.schedules import CosineLogSNRSchedule, EDMSchedule
 
 CODE = """
 import sys
@@ -21,12 +23,10 @@ sys.modules["diffusers"] = None
 result = []
 for folder, z, label in given:
     sys.path.insert(0, folder)
-    for name in ("loader", "unet", "checks"):
-        sys.modules.pop(name, None)
-    import loader
+    from loader import load, sample  # the first one's, which reads any folder
 
-    assert loader.__file__.startswith(folder)
-    result.append(loader.sample(loader.load(), z, label))
+    result.append(sample(load(folder), z, label))
+assert len([name for name in sys.modules if name.startswith("code_") and "." not in name]) == 6
 """
 MODELS = {
     "student of Salimans & Ho": {
@@ -40,18 +40,31 @@ MODELS = {
     "patches": {"num_steps": 3, "network": {"patch_size": 2, "attention": [2]}},
     "both": {"num_steps": 3, "prediction": "both", "network": {"out_channels": 2}},
     "residual": {"num_steps": 1, "prediction": "residual", "clip": False},
+    "threshold": {"num_steps": 3, "clip": DynamicThreshold(0.9, most=1.5)},
+    "EDM": {
+        "schedule": EDMSchedule(),
+        "time_input": "log_sigma",
+        "prediction": "edm",
+        "sigma_data": 0.5,
+        "loss_weight": "uniform",
+        "num_steps": 3,
+        "clip": DynamicThreshold(0.9),
+        "image_shape": (3, 8, 8),
+        "network": SongUNet(8, channels=8, multipliers=[1, 2], num_blocks=1, attention=[4]),
+    },
 }
 
 
 def test_the_loader_draws_the_same_images(tmp_path):
     given, ours = [], []
     for name, settings in MODELS.items():
-        network = tiny_unet(**settings.get("network", {}))
+        network = settings.get("network", {})
+        network = tiny_unet(**network) if isinstance(network, dict) else network
         random_weights(network)
         model = tiny_ddpm(**{**settings, "network": network, "ema_decay": 0.0}).eval()
         folder = tmp_path / name
         folder.mkdir()
-        write_weights(folder, model.average.module, step_numbers(model), clip_range(model))
+        write_weights(folder, model.average.module, step_numbers(model), clip_rule(model))
         z, _ = model.latents([0, 1, 2], model.levels[0])
         given.append((str(folder), z, model.label_of([0, 1, 2])))
         ours.append(model.sample([0, 1, 2]))
@@ -65,5 +78,21 @@ def test_the_loader_draws_the_same_images(tmp_path):
     "network", [functools.partial(nn.Conv2d, 1, 1, 1), functools.partial(DiffusersUNet, TINY)]
 )
 def test_networks_whose_code_needs_more_are_refused(network):
-    with pytest.raises(ValueError, match="network must be a UNet for format safetensors"):
+    with pytest.raises(
+        ValueError, match="network must be a UNet or SongUNet for format safetensors"
+    ):
         check_network(network())
+
+
+class Halved(Clipping):
+    """A rule of a user's own."""
+
+    def __call__(self, x):
+        return x / 2
+
+
+def test_a_rule_of_ones_own_is_refused():
+    with pytest.raises(
+        ValueError, match=r"clip must be .* got .*Halved.*: use format torch_export"
+    ):
+        check_clip(Halved())
