@@ -1,5 +1,7 @@
 """`main.py export`: a model to give to others, as a checkpoint or for other programs."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,11 +66,9 @@ def export(
             used.
     """
     path = Path(output)
-    if path.exists():
-        raise ValueError(
-            f"output must be a new {_thing(format)}, got {output!r}, which exists: give another"
-        )
     check_one_of(ExportFormat, format=format)
+    _check_output(path, format)
+    _check_license(license)
     extras = {"label": label, "metrics": metrics, "license": license, "push_to_hub": push_to_hub}
     if format == "checkpoint":
         _check_unused(extras)
@@ -82,7 +82,8 @@ def export(
             return
         warn_of_student(model, model.sampler, model.levels)
         made = make_export(model, format, label)  # all workers stop, or none
-        numbers = _numbers(metrics, ckpt_path, model)
+        # A run's results are of all classes.
+        numbers = _numbers(metrics, ckpt_path if label is None else None, model)
         if worker.is_first:
             name = push_to_hub or path.name  # no path of this machine
             config = _exported_config(model, ckpt_path)
@@ -93,6 +94,25 @@ def export(
                 print(f"{push(path, push_to_hub)}: the same")
 
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
+
+
+def _check_output(path: Path, format: ExportFormat) -> None:
+    if os.path.lexists(path):
+        raise ValueError(
+            f"output must be a new {_thing(format)}, got {str(path)!r}, which exists: give another"
+        )
+    if format != "checkpoint" and re.search(r'["\\\n]', path.name):
+        raise ValueError(
+            f"output must have a name without quotes and backslashes, got {path.name!r}, which "
+            "stands in the code of the card: give another"
+        )
+
+
+def _check_license(license: str | None) -> None:
+    if license is not None and not re.fullmatch(r"[A-Za-z0-9.+-]+", license):
+        raise ValueError(
+            f"license must be an identifier as the Hub knows, such as apache-2.0, got {license!r}"
+        )
 
 
 def _thing(format: ExportFormat) -> str:
@@ -111,6 +131,7 @@ def _check_unused(extras: dict[str, Any]) -> None:
 def _write_checkpoint(path: Path, model: DiffusionModule, ckpt_path: str | None) -> None:
     checkpoint = averaged_checkpoint(model, **_own_levels(model))
     checkpoint[CONFIG_KEY] = yaml.safe_dump(_config(ckpt_path, checkpoint["hyper_parameters"]))
+    check_writable("output", path.absolute().parent)
     with replacing(path) as part:
         torch.save(checkpoint, part)
     print(f"{path}: the averaged weights, {_size(path):.1f} MB")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from ddim_pl.checks import check_at_least
 from ddim_pl.data.image_folder import ImageFolderDataModule
@@ -39,13 +40,15 @@ def import_teacher(
         image_size: Height and width of the images, where the source does not say it.
 
     Raises:
-        ValueError: If the source cannot be read or expressed here, or the output exists.
+        ValueError: If the source cannot be read or expressed here, some of its weights are not
+            finite, or the output exists.
     """
     path = Path(output)
     if path.exists():
         raise ValueError(f"output must be a new file, got {output!r}, which exists: give another")
     check_at_least(1, image_size=image_size)
     teacher = read_source(source, scheduler, image_size)
+    _check_finite(source, teacher.network)
     model = DDPM(teacher.network, **teacher.settings)
     checkpoint = averaged_checkpoint(model)
     hyper = checkpoint["hyper_parameters"]
@@ -65,6 +68,17 @@ def import_teacher(
         f"{output}: {count:,} parameters, {path.stat().st_size / 1e6:.1f} MB",
     ]
     print("\n".join(notes))
+
+
+def _check_finite(source: str, network: nn.Module) -> None:
+    for name, weights in network.state_dict().items():
+        wrong = int((~weights.isfinite()).sum())
+        if wrong:
+            raise ValueError(
+                f"source must hold finite weights, got {source!r} with {wrong} of "
+                f"{weights.numel()} that are not, in {name} (as it is called here): its training "
+                "diverged, or the file is damaged; give an earlier or a whole one"
+            )
 
 
 def _images(model: DDPM) -> dict[str, Any]:

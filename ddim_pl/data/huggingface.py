@@ -54,7 +54,7 @@ class TableImages:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Path | Encoded:
-        """Return the bytes of an image, or its path where the table has paths alone.
+        """Return the bytes of an image; its path, from the table's folder on, if it has no more.
 
         Raises:
             ValueError: If the row holds no image.
@@ -63,7 +63,7 @@ class TableImages:
         value = self._images[index][self._column]
         if isinstance(value, dict):
             if value["bytes"] is None and value["path"] is not None:
-                return Path(value["path"])
+                return self.root / value["path"]
             value = value["bytes"]
         if not isinstance(value, bytes):
             raise ValueError(

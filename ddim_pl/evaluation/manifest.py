@@ -8,10 +8,31 @@ import lightning as L
 import torch
 
 import ddim_pl
+from ddim_pl.clipping import clipping_of
 from ddim_pl.damage import sealed
 from ddim_pl.evaluation.tables import write_text
 from ddim_pl.training import DiffusionModule
-from ddim_pl.training.fingerprint import fingerprint
+from ddim_pl.training.fingerprint import digest_of, fingerprint
+
+
+def sampling_of(model: DiffusionModule) -> dict[str, Any]:
+    """What a model's images depend on besides seed, labels and precision, for results of a test.
+
+    Args:
+        model: Draws the images, with its own sampler and levels; its weights are loaded.
+    """
+    steps, levels = model.timesteps, model.levels
+    state = {f"average.{name}": each for name, each in model.average.state_dict().items()}
+    return {
+        "sampler": str(model.sampler),
+        "timesteps": steps if isinstance(steps, str) else levels.tolist(),
+        "network evaluations": model.sampler.num_evaluations(levels),
+        "levels": levels.tolist(),
+        "clip": str(clipping_of(model.clip if model.sampler.clip is None else model.sampler.clip)),
+        "schedule": str(model.schedule),
+        "prediction": model.prediction,
+        "weights": digest_of(state),
+    }
 
 
 def write_manifest(

@@ -54,4 +54,6 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return " ".join(str(value).split("\n")).replace("|", "\\|")

@@ -10,6 +10,7 @@ import yaml
 
 import ddim_pl
 from ddim_pl.damage import SEAL, reason_of
+from ddim_pl.evaluation.manifest import sampling_of
 from ddim_pl.evaluation.tables import markdown
 from ddim_pl.exports.formats import Export
 from ddim_pl.runs import run_of
@@ -20,6 +21,15 @@ RESULTS = "test-results.json"
 
 PATHS = ("checkpoint", "source")
 """Entries of results that are paths."""
+
+KINDS = {"checkpoint", "extractor"}
+"""Entries of which results have at least one: those of `test`, and those of `measure`."""
+
+WEIGHTS = "weights"
+"""Entry of results that say of which weights they are."""
+
+IN_SAMPLING = ("levels", "clip", "schedule", "prediction", WEIGHTS)
+"""Entries of results that the card gives elsewhere."""
 
 SHOWN = 12
 """Levels that a card lists at most."""
@@ -48,7 +58,7 @@ def card(
     parts = {
         "Use": _use(export, name),
         "Sampling": markdown([{"": key, " ": value} for key, value in _sampling(model).items()]),
-        "Metrics": _metrics(metrics),
+        "Metrics": _metrics(metrics, export.label),
         "Data": _code("yaml", yaml.safe_dump(config["data"]))
         if "data" in config
         else "Not stated.",
@@ -59,7 +69,7 @@ def card(
         [
             _metadata(export, license),
             f"# {name.rpartition('/')[2]}\n",
-            f"{_kind(model)}, exported by ddim_pl {ddim_pl.__version__}.\n",
+            f"{_kind(model, export.label)}, exported by ddim_pl {ddim_pl.__version__}.\n",
             *(f"## {title}\n\n{text.strip()}\n" for title, text in parts.items()),
         ]
     )
@@ -78,12 +88,14 @@ def read_metrics(path: Path, model: DiffusionModule) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
         flat = _flat(content)
+        if not content.keys() & KINDS:
+            raise ValueError(f"it has none of {', '.join(sorted(KINDS))}")
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(
             f"metrics must be a JSON file of main.py test or measure, got {str(path)!r}, which "
             f"cannot be read as one ({reason_of(error)}): give another"
         ) from None
-    for key, ours in _sampling_as_tested(model).items():
+    for key, ours in sampling_of(model).items():
         if key in content and content[key] != ours:
             raise ValueError(
                 f"metrics must be of the sampling that is exported, got {str(path)!r} with {key} "
@@ -99,18 +111,10 @@ def metrics_of_run(checkpoint: Path, model: DiffusionModule) -> dict[str, Any] |
         tested = Path(json.loads(path.read_text())["checkpoint"])
         is_newer = path.stat().st_mtime_ns > checkpoint.stat().st_mtime_ns
         same = tested.is_file() and tested.samefile(checkpoint) and is_newer
-        return read_metrics(path, model) if same else None
+        found = read_metrics(path, model) if same else {}
+        return found if WEIGHTS in found else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _sampling_as_tested(model: DiffusionModule) -> dict[str, Any]:
-    steps = model.timesteps
-    return {
-        "sampler": str(model.sampler),
-        "timesteps": steps if isinstance(steps, str) else model.levels.tolist(),
-        "network evaluations": len(model.levels) - 1,
-    }
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -121,10 +125,16 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             continue
         if isinstance(value, dict):
             found |= _flat(value, f"{prefix}{key} ")
+        elif isinstance(value, list):
+            found[prefix + key] = ", ".join(str(_without_folders(key, item)) for item in value)
         else:
-            is_path = isinstance(value, str) and (key in PATHS or Path(value).is_absolute())
-            found[prefix + key] = Path(value).name if is_path else value
+            found[prefix + key] = _without_folders(key, value)
     return found
+
+
+def _without_folders(key: str, value: Any) -> Any:
+    is_path = isinstance(value, str) and (key in PATHS or Path(value).is_absolute())
+    return Path(value).name if is_path else value
 
 
 def _metadata(export: Export, license: str | None) -> str:
@@ -137,7 +147,7 @@ def _metadata(export: Export, license: str | None) -> str:
     return f"---\n{yaml.safe_dump(content, sort_keys=False)}---\n"
 
 
-def _kind(model: DiffusionModule) -> str:
+def _kind(model: DiffusionModule, label: int | None) -> str:
     count = sum(each.numel() for each in model.average.module.parameters())
     shape = "x".join(map(str, model.image_shape))
     steps = model.distilled_steps
@@ -145,6 +155,8 @@ def _kind(model: DiffusionModule) -> str:
         "A diffusion model" if steps is None else f"A diffusion model distilled to {steps} steps"
     )
     classes = "" if model.num_classes is None else f", of {model.num_classes} classes"
+    if label is not None:
+        classes += f", of which this is class {label} alone"
     return f"{what}; images are {shape} (channels, height, width){classes}. {count:,} parameters"
 
 
@@ -163,7 +175,7 @@ def _sampling(model: DiffusionModule) -> dict[str, Any]:
         levels = [*levels[:3], "...", *levels[-3:]]
     return {
         "sampler": model.sampler,
-        "steps": len(model.levels) - 1,
+        "steps": _steps(model),
         "levels": ", ".join(levels),
         "schedule": model.schedule,
         "prediction": model.prediction,
@@ -174,11 +186,24 @@ def _sampling(model: DiffusionModule) -> dict[str, Any]:
     }
 
 
-def _metrics(metrics: Mapping[str, Any] | None) -> str:
+def _steps(model: DiffusionModule) -> str:
+    steps, own = len(model.levels) - 1, model.distilled_steps
+    return str(steps) if own in (None, steps) else f"{steps}, but it was distilled to {own}"
+
+
+def _metrics(metrics: Mapping[str, Any] | None, label: int | None) -> str:
     if not metrics:
         return "None are given."
-    note = "The name of a distance is that of its extractor. Numbers hold for the sampling stated."
-    return markdown([{"": name, " ": value} for name, value in metrics.items()]) + f"\n{note}"
+    lines = ["The name of a distance is that of its extractor."]
+    if WEIGHTS in metrics:
+        lines.append("Measured on these weights with the sampling stated, in the precision given.")
+    else:
+        lines.append("As given by whoever exported it, not compared with this model.")
+    if label is not None:
+        lines.append(f"They are not of class {label} alone, unless the file says so.")
+    shown = {name: value for name, value in metrics.items() if name not in IN_SAMPLING}
+    table = markdown([{"": name, " ": value} for name, value in shown.items()])
+    return f"{table}\n{' '.join(lines)}"
 
 
 def _code(language: str, text: str) -> str:

@@ -27,6 +27,7 @@ class Export:
         library: Name of the library for the Hub's metadata, if it knows one.
         tags: Tags for the Hub's metadata.
         notes: What else a user should know, a sentence each.
+        label: The class that it draws, if it draws one alone.
     """
 
     write: Callable[[Path], None]
@@ -35,6 +36,7 @@ class Export:
     library: str | None
     tags: list[str]
     notes: list[str] = field(default_factory=list)
+    label: int | None = None
 
 
 def make_export(model: DiffusionModule, format: Format, label: int | None = None) -> Export:
@@ -76,7 +78,7 @@ def _diffusers(model: DiffusionModule, label: int | None) -> Export:
             "the papers; without it the images are others."
         )
     if model.distilled_steps is not None:
-        notes.append(f"It was distilled to {model.distilled_steps} steps and knows no others.")
+        notes.append(f"It was distilled to {model.distilled_steps} steps; others are worse.")
     elif settings.times is not None:
         count = settings.config["num_train_timesteps"]
         notes.append(
@@ -92,6 +94,7 @@ def _diffusers(model: DiffusionModule, label: int | None) -> Export:
         "diffusers",
         ["diffusers"],
         notes,
+        label,
     )
 
 

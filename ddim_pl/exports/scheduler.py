@@ -29,6 +29,7 @@ from ddim_pl.schedules import (
 from ddim_pl.teachers.scheduler import PREDICTIONS
 from ddim_pl.timesteps import make_levels
 from ddim_pl.training import DiffusionModule
+from ddim_pl.transitions import ddim_noise_scale
 
 KINDS = {settings["prediction"]: name for name, settings in PREDICTIONS.items()}
 """What diffusers calls our predictions."""
@@ -38,6 +39,9 @@ DOUBLINGS = 7
 
 TOLERANCE = 2e-5
 """Error of diffusers' float32 alpha and sigma: what a pixel errs where the noise is 1."""
+
+NOISE_TOLERANCE = 5e-5
+"""Error of the scale that diffusers' float32 gives the known noise in a step with fresh noise."""
 
 LARGEST = 1e9
 """In place of no bound of a dynamic threshold, which JSON cannot write."""
@@ -144,10 +148,12 @@ def _trained(model: DiffusionModule, levels: Tensor) -> tuple[dict[str, Any], in
     knows_all = isinstance(schedule, DiscreteSchedule) and model.distilled_steps is None
     if not (knows_all and model.time_input == "index" and last in (0, 1)):
         return None
+    assert isinstance(schedule, DiscreteSchedule)
     for spacing in ("trailing", "leading"):
         for steps in (len(levels) - 1, len(levels)):  # a level 1 that is also visited
             if _visited(spacing, schedule, steps, last, levels):
                 ends = {"set_alpha_to_one": last == 0, "steps_offset": 0}
+                _check_noise(model, _products(schedule.betas().float())[levels.long()])
                 entries = {**_betas(schedule), "timestep_spacing": spacing, **ends}
                 return entries, steps
     return None
@@ -194,7 +200,11 @@ def _gridded(model: DiffusionModule, levels: Tensor) -> tuple[dict[str, Any], Te
         places = torch.arange(1 if ends_at_0 else 0, (len(levels) - 1) * between + 1) / between
         grid = _interpolated(rising, places)
         betas = _betas_of(model.schedule, grid)
-        if _keeps(model, betas, grid, places == places.round()):
+        used = places == places.round()
+        if _keeps(model, betas, grid, used):
+            products = _products(betas)
+            visited = products[1:][used].flip(0)
+            _check_noise(model, torch.cat([visited, products[:1]]) if ends_at_0 else visited)
             entries = {
                 "num_train_timesteps": len(grid),
                 "trained_betas": _floats(betas),
@@ -242,6 +252,37 @@ def _keeps(model: DiffusionModule, betas: Tensor, grid: Tensor, used: Tensor) ->
     relative = errors[0] / alpha if model.prediction == "eps" else errors[0]
     # Where some sigma is 0 there, the noise would be a quotient of nothing.
     return bool((found < 1).all() and max(relative.max(), errors[1].max()) < TOLERANCE)
+
+
+def _products(betas: Tensor) -> Tensor:
+    """`abar` of clean data and of each timestep, as diffusers finds it, float32 `(N + 1,)`."""
+    return torch.cat([torch.ones(1), torch.cumprod(1 - betas, 0)])
+
+
+def _check_noise(model: DiffusionModule, abar: Tensor) -> None:
+    """Check the scale of the known noise in each stochastic step, a small root of a difference.
+
+    Args:
+        model: The model.
+        abar: Of its levels, as diffusers finds it.
+    """
+    eta, levels = _eta(model.sampler), model.levels
+    if eta == 0:
+        return
+    now, after = abar[:-1], abar[1:]
+    std = eta * ((1 - after) / (1 - now) * (1 - now / after)) ** 0.5
+    found = (1 - after - std**2) ** 0.5  # NaN where rounding makes it negative
+    start, end = model.schedule(levels[:-1]), model.schedule(levels[1:])
+    fresh = ddim_noise_scale(start, end, eta)
+    wanted = (end.sigma**2 - fresh**2).clamp(min=0).sqrt()
+    wrong = ~((found - wanted).abs() < NOISE_TOLERANCE)
+    if wrong.any():
+        raise ValueError(
+            f"sampler must be deterministic for format diffusers from level "
+            f"{float(levels[:-1][wrong][0]):g} of {model.schedule}, got {model.sampler}: what its "
+            "float32 leaves of the known noise there is wrong or not a number; give "
+            "--model.sampler DDIM, or use format safetensors"
+        )
 
 
 def _floats(values: Tensor) -> list[float]:

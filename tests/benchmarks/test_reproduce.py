@@ -331,7 +331,7 @@ def test_all_claims_are_measured_and_a_second_call_gives_the_same_page(tmp_path,
     assert "not measured yet" not in page
     assert page.count("<details>") == 10
     figures = {file: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
-    assert len(figures) == 16
+    assert len(figures) == 17
     times = (tmp_path / "times.csv").read_text()
     assert reproduce.reproduce(TINY, [1], Runner(tmp_path, 2), float("inf")) == 0
     assert (tmp_path / "claims.md").read_text() == page

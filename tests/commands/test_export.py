@@ -70,6 +70,15 @@ def test_nothing_is_written_over(shared, capsys):
     assert output.read_bytes() == before
 
 
+def test_a_link_to_nothing_is_kept(shared, tmp_path):
+    last, _ = shared
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "--ckpt_path", str(last), "--output", str(tmp_path / "link")])
+    assert "output must be a new file" in str(stop.value.code)
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_paths_are_left_out_wherever_they_stand():
     data = {"a": {"root": "/home/me", "b": ["~/x", "y", {"c": "/z", "d": 1}]}, "e": "data"}
     assert without_paths(data) == {"a": {"b": ["y", {"d": 1}]}, "e": "data"}
@@ -165,6 +174,9 @@ def test_graphs_have_a_card_whose_code_draws_the_images(format, shared, tmp_path
         (["--format", "diffusers", "--label", "1"], "label must be left out for a model without"),
         (["--format", "diffusers", "--model.sampler", "Heun"], "sampler must be DDIM"),
         (["--format", "safetensors", "--metrics", "no.json"], "metrics must be a JSON file"),
+        (["--format", "safetensors", "--license", "Apache 2.0"], "license must be an identifier"),
+        (["--format", "safetensors", "--output", 'a"b'], "a name without quotes"),
+        (["--output", "/dev/null/model.ckpt"], "output must be in a folder that can be written"),
     ],
 )
 def test_bad_input_writes_nothing(words, message, shared, tmp_path, monkeypatch, capsys):

@@ -187,6 +187,23 @@ def test_output_is_a_new_file(imported, capsys):
     assert checkpoint.read_bytes() == before
 
 
+@pytest.mark.parametrize("kind", ["diffusers", "EDM"])
+def test_weights_of_a_training_that_diverged_are_refused(kind, tmp_path, capsys):
+    if kind == "EDM":
+        weights = edm_weights(**EDM)
+        weights["enc.8x8_conv.weight"][1, 2] = float("inf")
+        source = save_edm(tmp_path / "network.pkl", EDM, weights)
+    else:
+        network = random_unet()
+        network.conv_in.weight.data[0, 0] = float("nan")
+        source = save_pipeline(tmp_path / "pipeline", network)
+    with pytest.raises(SystemExit) as stop:
+        main(["import", str(source), "--output", str(tmp_path / "teacher.ckpt")])
+    assert "with 9 of " in str(stop.value.code)
+    assert "that are not, in conv_in.weight" in str(stop.value.code)
+    assert not (tmp_path / "teacher.ckpt").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

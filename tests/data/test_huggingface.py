@@ -156,6 +156,15 @@ def test_columns_of_bytes_and_paths_are_images_too(tmp_path: Path) -> None:
     data = module(write(tmp_path / "paths", change=to_paths))
     torch.testing.assert_close(data.train_set.images(torch.arange(7)), stack([0] * 7))
 
+    def to_names(values: Any, features: Any) -> Any:
+        places = [{"bytes": None, "path": "beside.png"}] * len(values["image"])
+        return {**values, "image": places}, features
+
+    folder = write(tmp_path / "names", change=to_names)
+    (folder / "beside.png").write_bytes(png(3))
+    data = module(folder)
+    torch.testing.assert_close(data.train_set.images(torch.arange(7)), stack([3] * 7))
+
 
 def test_decoded_images_are_kept_until_the_files_change(tmp_path: Path) -> None:
     folder, cache = write(tmp_path / "set"), str(tmp_path / "maps")

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from tiny import tiny_ddpm, tiny_unet
 
-from ddim_pl.exports.card import card, metrics_of_run, read_metrics
+from ddim_pl.evaluation.manifest import sampling_of
+from ddim_pl.exports.card import _flat, card, metrics_of_run, read_metrics
 from ddim_pl.exports.formats import make_export
 
 MEASURED = {
@@ -22,9 +23,7 @@ MEASURED = {
 def results(model, **changes):
     return {
         "checkpoint": "runs/x/version_0/checkpoints/last.ckpt",
-        "sampler": str(model.sampler),
-        "timesteps": model.timesteps,
-        "network evaluations": len(model.levels) - 1,
+        **sampling_of(model),
         "precision": "32-true",
         "test/digits_fd": 0.25,
         **changes,
@@ -59,7 +58,7 @@ def test_a_card_has_metadata_and_all_that_was_asked_for():
     for part in (
         'DDIMPipeline.from_pretrained("me/student")',
         "num_inference_steps=4, eta=0.0, use_clipped_model_output=True",
-        "It was distilled to 4 steps and knows no others.",
+        "It was distilled to 4 steps; others are worse.",
         "| levels | 1000, 750, 500, 250, 0 |",
         "| sampler | DDIM(eta=0.0) |",
         "| prediction | eps |",
@@ -96,7 +95,17 @@ def test_measurements_are_flat_and_hold_no_paths(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"sampler": "Heun()"}, {"network evaluations": 50}, {"timesteps": "leading"}]
+    "change",
+    [
+        {"sampler": "Heun()"},
+        {"network evaluations": 50},
+        {"timesteps": "leading"},
+        {"levels": [1000.0, 0.0]},
+        {"clip": "None"},
+        {"prediction": "v"},
+        {"schedule": "LinearSchedule(beta_end=0.04)"},
+        {"weights": "of another fit"},
+    ],
 )
 def test_results_of_another_sampling_are_refused(change, tmp_path):
     path = write(tmp_path / "results.json", results(tiny_ddpm(), **change))
@@ -106,7 +115,7 @@ def test_results_of_another_sampling_are_refused(change, tmp_path):
         read_metrics(path, tiny_ddpm())
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{"])
+@pytest.mark.parametrize("content", ["", "[1]", "{", "{}", '{"fid": 1}'])
 def test_what_is_no_such_file_is_refused(content, tmp_path):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match="metrics must be a JSON file of"):
@@ -118,6 +127,11 @@ def test_the_results_of_a_run_are_those_of_this_file_and_sampling(tmp_path):
     checkpoint = run / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_text("")
+    before = {name: results(model)[name] for name in ("sampler", "timesteps")}
+    write(run / "test-results.json", {"checkpoint": str(checkpoint), **before})
+    os.utime(checkpoint, ns=(0, 0))
+    assert metrics_of_run(checkpoint, model) is None  # of a version that did not say more
+    (run / "test-results.json").unlink()
     other = checkpoint.with_name("other.ckpt")
     other.write_text("")
     assert metrics_of_run(checkpoint, model) is None
@@ -141,3 +155,29 @@ def test_classes_are_in_the_code_and_the_text():
     assert 'sys.path.insert(0, "weights")' in text
     text = card(make_export(model, "diffusers", 2), model, name="x")
     assert "Class 2 alone: a pipeline takes no labels." in text
+
+
+def test_results_of_all_classes_are_not_those_of_one():
+    model = tiny_ddpm(network=tiny_unet(num_classes=3))
+    measured = {"extractor": "inception", "fid": 3.0}
+    text = card(make_export(model, "diffusers", 2), model, name="x", metrics=measured)
+    assert "of 3 classes, of which this is class 2 alone" in text
+    assert "They are not of class 2 alone" in text
+    assert "not compared with this model" in text
+
+
+def test_steps_that_a_student_does_not_know_are_said():
+    model = tiny_ddpm(num_steps=8)
+    model.distilled_steps = 4
+    text = card(make_export(model, "safetensors"), model, name="x")
+    assert "| steps | 8, but it was distilled to 4 |" in text
+    text = card(make_export(model, "diffusers"), model, name="x")
+    assert "It was distilled to 4 steps; others are worse." in text
+
+
+def test_what_a_file_says_cannot_break_the_table():
+    measured = {"extractor": "a|b\nc", "places": ["/home/me/x", 3]}
+    assert "| extractor | a\\|b c |" in card(
+        make_export(tiny_ddpm(), "safetensors"), tiny_ddpm(), name="x", metrics=measured
+    )
+    assert _flat(measured)["places"] == "x, 3"

@@ -48,6 +48,11 @@ MODELS = {
     "sampler that clips": ({"num_steps": 8, "clip": False, "sampler": DDIM(clip=True)}, {}),
     "eta": ({"num_steps": 8, "sampler": DDIM(0.5), "timesteps": "quadratic"}, {}),
     "DDPM's sampler": ({"num_steps": 8, "sampler": Ancestral(), "prediction": "v"}, {}),
+    "DDPM's sampler of a cosine": (
+        {"schedule": ImprovedCosineSchedule(), "num_steps": 8, "sampler": Ancestral()}
+        | {"prediction": "v"},
+        {},
+    ),
     "cosine": ({"schedule": ImprovedCosineSchedule(), "num_steps": 8, "prediction": "v"}, {}),
     "other cosine": ({"schedule": ImprovedCosineSchedule(offset=0.02), "num_steps": 8}, {}),
     "zero SNR": ({"schedule": ZeroTerminalSNR(), "num_steps": 8, "prediction": "v"}, {}),

@@ -106,3 +106,15 @@ def test_gamma_noise_is_refused():
     model = tiny_ddpm(sampler=None, noise=GammaNoise())
     with pytest.raises(ValueError, match="noise must be Gaussian for format diffusers"):
         ddim_settings(model)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [(CosineLogSNRSchedule(), 4), (ImprovedCosineSchedule(), 4), (ZeroTerminalSNR(), 8)],
+)
+def test_noise_whose_scale_float32_loses_is_refused(schedule, steps):
+    """A pipeline would draw NaN there, or give the known noise a wrong scale."""
+    model = {"schedule": schedule, "num_steps": steps, "prediction": "v"}
+    with pytest.raises(ValueError, match=r"sampler must be deterministic .* from level 1000 of"):
+        ddim_settings(tiny_ddpm(**model, sampler=Ancestral()))
+    ddim_settings(tiny_ddpm(**model))
