@@ -292,7 +292,7 @@ class DiffusionCLI(LightningCLI):
         self.datamodule.prepare_data()
         self.datamodule.setup(self.subcommand)
         if isinstance(self.datamodule, ImageDataModule):
-            _check_fit(module, self.datamodule)
+            _check_fit(module, self.datamodule, trains=self.subcommand == "fit")
         for callback in checks:
             callback.check(self.datamodule, stage)
 
@@ -383,7 +383,7 @@ class DiffusionCLI(LightningCLI):
             )
 
 
-def _check_fit(module: DiffusionModule, data: ImageDataModule) -> None:
+def _check_fit(module: DiffusionModule, data: ImageDataModule, *, trains: bool) -> None:
     """Check that network and data are made for the same images."""
     if tuple(data.shape) != module.image_shape:
         raise ValueError(
@@ -395,6 +395,12 @@ def _check_fit(module: DiffusionModule, data: ImageDataModule) -> None:
         raise ValueError(
             f"the data has {data.num_classes} classes but the network num_classes="
             f"{module.num_classes}: set it to {data.num_classes}, or to null for no classes"
+        )
+    if trains and data.num_classes == 1 and (module.num_classes or 1) > 1:
+        raise ValueError(
+            "the data has no classes, or one, but the network num_classes="
+            f"{module.num_classes}, of which it would learn the first alone: set it to null, or "
+            "give the data labels (a subfolder for each class, or a file of labels)"
         )
 
 

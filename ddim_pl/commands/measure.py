@@ -64,6 +64,8 @@ def measure(
     sides = {True: open_side("b", b), False: open_side("a", a)}
     for real, side in sides.items():
         _check_images(side, metrics, real=real)
+        if features is None:
+            _check_of_inception(side)
     extractor = make_extractor(features, weights)
     quality = SampleQuality(extractor, metrics, seed=seed)
     _check_counts(quality, sides)
@@ -132,6 +134,19 @@ def add_side(quality: SampleQuality, side: Side, batch_size: int, *, real: bool)
 def channels_of(quality: SampleQuality) -> int:
     """Channels that the extractor wants: 1 of one for gray images, else 3."""
     return 1 if getattr(quality.extractor, "image_shape", (3,))[0] == 1 else 3
+
+
+def _check_of_inception(side: Side) -> None:
+    """Check statistics, before the weights of Inception are asked for or downloaded."""
+    given = side.statistics
+    if given is None:
+        return
+    named = (given.extractor or InceptionFeatures.name).startswith(InceptionFeatures.name)
+    if not (named and len(given.mean) == InceptionFeatures.num_features):
+        raise ValueError(
+            "features must be the extractor of the statistics, got Inception-v3 (the default) and "
+            f"{side.source} of {given.known_as}: give --features"
+        )
 
 
 def _uses_images(metrics: Sequence[str], *, real: bool) -> bool:

@@ -98,8 +98,13 @@ def class_names(root: Path, paths: ImageList, *, report: bool = True) -> list[st
             f"{', '.join(counts)}: give the folder of one split, and another as val_root"
         )
     if report:
-        rank_zero_info(f"{root}: {len(counts)} classes, numbered in this order: {_some(counts)}")
+        report_classes(root, counts)
     return list(counts)
+
+
+def report_classes(source: Path, counts: Mapping[str, int]) -> None:
+    """Say which classes there are, in their order, and how many images each has."""
+    rank_zero_info(f"{source}: {len(counts)} classes, numbered in this order: {_some(counts)}")
 
 
 def labels_of(root: Path, paths: ImageList, names: list[str]) -> Tensor:

@@ -25,7 +25,7 @@ from tqdm.contrib.concurrent import thread_map
 from ddim_pl.checks import check_at_least, check_one_of
 from ddim_pl.data.base import ImageDataModule, ImageSet, TensorImages
 from ddim_pl.data.encoded import Encoded, ImageSource
-from ddim_pl.data.folders import class_names, find_images, labels_of
+from ddim_pl.data.folders import class_names, find_images, labels_of, report_classes
 from ddim_pl.data.image_list import NUM_THREADS, CheckedFiles
 from ddim_pl.data.image_map import PROGRESS_BAR_FROM, ImageMap
 from ddim_pl.data.label_file import read_labels
@@ -402,6 +402,9 @@ class ImageFolderDataModule(FileDataModule):
         files = find_images(Path(self.root).expanduser(), report=report)
         if self.label_file is not None:
             labels, names = read_labels(Path(self.label_file).expanduser(), files)
+            if report:
+                counts = torch.bincount(labels, minlength=len(names)).tolist()
+                report_classes(Path(self.label_file), dict(zip(names, counts, strict=True)))
         else:
             names = class_names(files.root, files, report=report)
             labels = labels_of(files.root, files, names)

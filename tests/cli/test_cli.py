@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tiny import NETWORK, tiny_config, write_config
 
 from ddim_pl.cli import main
@@ -248,6 +249,22 @@ def test_wrong_config_is_one_line_of_error_and_leaves_no_run(paths, message, tmp
     config = change(tiny_config(tmp_path / "runs"), **paths)
     line = fails(["fit", "--config", write_config(config, tmp_path / "config.yaml")], capsys)
     assert re.search(message, line), line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_network_of_classes_is_not_trained_without_labels(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "images" / "0.png")
+    folder = "ddim_pl.data.image_folder.ImageFolderDataModule"
+    data = {"root": str(tmp_path / "images"), "image_size": 8, "channels": 1}
+    config = change(
+        tiny_config(tmp_path / "runs"),
+        data__class_path=folder,
+        data__init_args=data,
+        model__init_args__network__init_args={**NETWORK, "num_classes": 9},
+    )
+    line = fails(["fit", "--config", write_config(config, tmp_path / "config.yaml")], capsys)
+    assert "the data has no classes, or one, but the network num_classes=9" in line
     assert not (tmp_path / "runs").exists()
 
 

@@ -16,6 +16,7 @@ from ddim_pl.evaluation.measure import weights_of
 from ddim_pl.images import write_png
 from ddim_pl.metrics.digits import WEIGHTS, DigitsFeatures
 from ddim_pl.metrics.quality import NUMBERS, SampleQuality
+from ddim_pl.metrics.statistics import FeatureStatistics
 
 NUM_REAL, NUM_FAKE = 120, 90
 
@@ -188,3 +189,11 @@ def test_the_command_line(folders, tmp_path, capsys, monkeypatch):
         text = stop.value.code if isinstance(stop.value.code, str) else said
         (line,) = [line for line in text.splitlines() if line.startswith("error")]
         assert message in line
+
+
+def test_statistics_of_another_extractor_are_found_before_a_download(folders, tmp_path):
+    path, (mean, covariance) = tmp_path / "digits.npz", (torch.zeros(32), torch.eye(32))
+    FeatureStatistics(mean.double(), covariance.double(), extractor="digits").write(path)
+    message = r"got Inception-v3 .*digits\.npz of 32 features of digits: give --features"
+    with pytest.raises(ValueError, match=message):
+        measure(str(folders / "real"), str(path))

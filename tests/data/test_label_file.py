@@ -60,10 +60,14 @@ def test_only_ends_of_lines_end_lines(images: Path) -> None:
     assert data.train_set.labels(torch.arange(4)).sum() == 1
 
 
-def test_names_are_numbered_in_alphabetical_order(images: Path) -> None:
-    data = module(images, "a/1.png dog\na/2.png cat\nb c/3.png n01440764\n4.png cat\n")
+def test_names_are_numbered_in_alphabetical_order(
+    images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        data = module(images, "a/1.png dog\na/2.png cat\nb c/3.png n01440764\n4.png cat\n")
     assert labels(data) == {"a/1.png": 1, "a/2.png": 0, "b c/3.png": 2, "4.png": 0}
     assert data.num_classes == 3
+    assert "3 classes, numbered in this order: cat (2), dog (1), n01440764 (1)" in caplog.text
 
 
 def test_val_labels_have_the_classes_of_labels(images: Path, tmp_path: Path) -> None:
