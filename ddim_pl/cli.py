@@ -55,7 +55,7 @@ from ddim_pl.cli_errors import run_message
 from ddim_pl.commands import ALONE, COMMANDS
 from ddim_pl.commands import Trainer as TrainerWithCommands
 from ddim_pl.data.base import ImageDataModule
-from ddim_pl.evaluation.manifest import sampling_of
+from ddim_pl.evaluation.manifest import LONG, sampling_of
 from ddim_pl.evaluation.measure import ChecksBeforeRun
 from ddim_pl.evaluation.tables import write_text
 from ddim_pl.evaluation.worker import precision_of
@@ -373,7 +373,7 @@ class DiffusionCLI(LightningCLI):
         }
         rows |= {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         width = max(map(len, rows))
-        shown = {name: value for name, value in rows.items() if name not in IN_FILE_ALONE}
+        shown = {name: value for name, value in rows.items() if name not in LONG}
         lines = [f"{name:<{width}}  {_format(value)}" for name, value in shown.items()]
         print("\n" + "\n".join(lines))
         if folder:
@@ -491,9 +491,6 @@ def run_alone(command: str, *args: str) -> None:
     arguments = parser.instantiate(parser.parse_args(classes_first(args)))
     ALONE[command](**vars(arguments))
 
-
-IN_FILE_ALONE = ("levels", "clip", "schedule", "prediction", "weights")
-"""Entries of the results of a test that are not printed."""
 
 IGNORED = (
     ".*does not have many workers.*",  # data in memory: there is nothing for workers to do

@@ -8,11 +8,19 @@ import lightning as L
 import torch
 
 import ddim_pl
-from ddim_pl.clipping import clipping_of
 from ddim_pl.damage import sealed
 from ddim_pl.evaluation.tables import write_text
 from ddim_pl.training import DiffusionModule
 from ddim_pl.training.fingerprint import digest_of, fingerprint
+
+OF_NETWORK = ("schedule", "noise", "prediction", "time_input", "sigma_data")
+"""What reads a network's weights."""
+
+WEIGHTS = "weights"
+"""Entry of results that say of which weights they are."""
+
+LONG = ("levels", "clip", *OF_NETWORK, WEIGHTS)
+"""Entries of `sampling_of` that are to be compared, not to be read in a table."""
 
 
 def sampling_of(model: DiffusionModule) -> dict[str, Any]:
@@ -28,10 +36,9 @@ def sampling_of(model: DiffusionModule) -> dict[str, Any]:
         "timesteps": steps if isinstance(steps, str) else levels.tolist(),
         "network evaluations": model.sampler.num_evaluations(levels),
         "levels": levels.tolist(),
-        "clip": str(clipping_of(model.clip if model.sampler.clip is None else model.sampler.clip)),
-        "schedule": str(model.schedule),
-        "prediction": model.prediction,
-        "weights": digest_of(state),
+        "clip": str(model.sampling_clip),
+        **{name: str(getattr(model, name)) for name in OF_NETWORK},
+        WEIGHTS: digest_of(state),
     }
 
 

@@ -10,7 +10,7 @@ import yaml
 
 import ddim_pl
 from ddim_pl.damage import SEAL, reason_of
-from ddim_pl.evaluation.manifest import sampling_of
+from ddim_pl.evaluation.manifest import LONG, WEIGHTS, sampling_of
 from ddim_pl.evaluation.tables import markdown
 from ddim_pl.exports.formats import Export
 from ddim_pl.runs import run_of
@@ -24,12 +24,6 @@ PATHS = ("checkpoint", "source")
 
 KINDS = {"checkpoint", "extractor"}
 """Entries of which results have at least one: those of `test`, and those of `measure`."""
-
-WEIGHTS = "weights"
-"""Entry of results that say of which weights they are."""
-
-IN_SAMPLING = ("levels", "clip", "schedule", "prediction", WEIGHTS)
-"""Entries of results that the card gives elsewhere."""
 
 SHOWN = 12
 """Levels that a card lists at most."""
@@ -179,7 +173,7 @@ def _sampling(model: DiffusionModule) -> dict[str, Any]:
         "levels": ", ".join(levels),
         "schedule": model.schedule,
         "prediction": model.prediction,
-        "clip": model.clip if model.sampler.clip is None else model.sampler.clip,
+        "clip": model.sampling_clip,
         "time input": model.time_input,
         "weights": "averaged, float32",
         "PyTorch": torch.__version__,
@@ -201,7 +195,7 @@ def _metrics(metrics: Mapping[str, Any] | None, label: int | None) -> str:
         lines.append("As given by whoever exported it, not compared with this model.")
     if label is not None:
         lines.append(f"They are not of class {label} alone, unless the file says so.")
-    shown = {name: value for name, value in metrics.items() if name not in IN_SAMPLING}
+    shown = {name: value for name, value in metrics.items() if name not in LONG}
     table = markdown([{"": name, " ": value} for name, value in shown.items()])
     return f"{table}\n{' '.join(lines)}"
 

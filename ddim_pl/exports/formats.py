@@ -10,7 +10,7 @@ from ddim_pl.exports.diffusers_folder import check_label, unet2d_arguments, writ
 from ddim_pl.exports.graphs import check_onnx, write_graphs
 from ddim_pl.exports.safetensors_folder import check_clip, check_network, write_weights
 from ddim_pl.exports.scheduler import ddim_settings
-from ddim_pl.exports.steps import clip_rule, step_numbers
+from ddim_pl.exports.steps import step_numbers
 from ddim_pl.training import DiffusionModule
 
 Format = Literal["diffusers", "safetensors", "onnx", "torch_export"]
@@ -99,7 +99,7 @@ def _diffusers(model: DiffusionModule, label: int | None) -> Export:
 
 
 def _safetensors(model: DiffusionModule) -> Export:
-    network, steps, clip = model.average.module, step_numbers(model), clip_rule(model)
+    network, steps, clip = model.average.module, step_numbers(model), model.sampling_clip
     check_network(network)
     check_clip(clip)
     return Export(
@@ -125,7 +125,7 @@ def _graphs(model: DiffusionModule, format: Format) -> Export:
         network=model.average.module,
         image_shape=model.image_shape,
         steps=steps,
-        clip=clip_rule(model),
+        clip=model.sampling_clip,
         onnx=onnx,
     )
     stochastic = any(step["noise_weight"] for step in steps)

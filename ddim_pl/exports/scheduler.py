@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ddim_pl.clipping import ClipRange, DynamicThreshold
-from ddim_pl.exports.steps import clip_rule
 from ddim_pl.samplers import DDIM, Ancestral, Sampler
 from ddim_pl.schedules import (
     DiscreteSchedule,
@@ -123,7 +122,7 @@ def _eta(sampler: Sampler) -> float:
 
 
 def _clip(model: DiffusionModule) -> dict[str, Any]:
-    rule = clip_rule(model)
+    rule = model.sampling_clip
     entries: dict[str, Any] = {"clip_sample": False, "thresholding": False}
     if isinstance(rule, ClipRange) and rule.low == -rule.high:
         return entries | {"clip_sample": True, "clip_sample_range": rule.high}
@@ -272,7 +271,7 @@ def _check_noise(model: DiffusionModule, abar: Tensor) -> None:
     now, after = abar[:-1], abar[1:]
     std = eta * ((1 - after) / (1 - now) * (1 - now / after)) ** 0.5
     found = (1 - after - std**2) ** 0.5  # NaN where rounding makes it negative
-    start, end = model.schedule(levels[:-1]), model.schedule(levels[1:])
+    start, end = model.schedule(levels[:-1]), model.schedule.step_end(levels[1:])
     fresh = ddim_noise_scale(start, end, eta)
     wanted = (end.sigma**2 - fresh**2).clamp(min=0).sqrt()
     wrong = ~((found - wanted).abs() < NOISE_TOLERANCE)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddim_pl.clipping import Clipping, clipping_of
 from ddim_pl.prediction import Prediction, decode_x, merge_both, state_std
 from ddim_pl.samplers import DDIM, Ancestral
 from ddim_pl.scales import Scales
@@ -49,11 +48,6 @@ def step_numbers(model: DiffusionModule) -> list[dict[str, Any]]:
         )
     levels = model.levels
     return [_numbers(model, t, s) for t, s in pairwise(levels)]
-
-
-def clip_rule(model: DiffusionModule) -> Clipping | None:
-    """The rule that a model's sampler clips estimates by; None if it does not."""
-    return clipping_of(model.clip if model.sampler.clip is None else model.sampler.clip)
 
 
 def _numbers(model: DiffusionModule, t: Tensor, s: Tensor) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ddim_pl.checks import check_at_least, check_one_of
-from ddim_pl.clipping import Clipping
+from ddim_pl.clipping import Clipping, clipping_of
 from ddim_pl.damage import read_archive
 from ddim_pl.data.batches import BatchReader
 from ddim_pl.denoiser import NetworkDenoiser, TimeInput
@@ -226,6 +226,11 @@ class DiffusionModule(L.LightningModule, ABC):
     def levels(self) -> Tensor:
         """Levels that the sampler visits, `(S + 1,)`."""
         return make_levels(self.timesteps, self.schedule, self.num_steps, self.last_level)
+
+    @property
+    def sampling_clip(self) -> Clipping | None:
+        """The rule by which estimates are clipped when sampling; the sampler's comes first."""
+        return clipping_of(self.clip if self.sampler.clip is None else self.sampler.clip)
 
     @property
     def denoiser(self) -> NetworkDenoiser:

@@ -13,7 +13,7 @@ from without_ddim_pl import run
 
 from ddim_pl.clipping import DynamicThreshold
 from ddim_pl.exports.graphs import check_onnx, write_graphs
-from ddim_pl.exports.steps import clip_rule, step_numbers
+from ddim_pl.exports.steps import step_numbers
 from ddim_pl.samplers import Ancestral
 from ddim_pl.schedules import CosineLogSNRSchedule
 
@@ -61,7 +61,7 @@ def written(folder, *, onnx, **settings):
     model = tiny_ddpm(network=network, ema_decay=0.0, **SALIMANS, **settings).eval()
     steps = step_numbers(model)
     average = model.average.module
-    write_graphs(folder, average, model.image_shape, steps, clip_rule(model), onnx=onnx)
+    write_graphs(folder, average, model.image_shape, steps, model.sampling_clip, onnx=onnx)
     z, noise = model.latents(range(5), model.levels[0])
     label, more = model.label_of(range(5)), []
     for _ in steps:

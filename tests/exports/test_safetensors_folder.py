@@ -11,7 +11,7 @@ from without_ddim_pl import run
 
 from ddim_pl.clipping import Clipping, DynamicThreshold
 from ddim_pl.exports.safetensors_folder import check_clip, check_network, write_weights
-from ddim_pl.exports.steps import clip_rule, step_numbers
+from ddim_pl.exports.steps import step_numbers
 from ddim_pl.networks.diffusers import DiffusersUNet
 from ddim_pl.networks.songunet import SongUNet
 from ddim_pl.schedules import CosineLogSNRSchedule, EDMSchedule
@@ -64,7 +64,7 @@ def test_the_loader_draws_the_same_images(tmp_path):
         model = tiny_ddpm(**{**settings, "network": network, "ema_decay": 0.0}).eval()
         folder = tmp_path / name
         folder.mkdir()
-        write_weights(folder, model.average.module, step_numbers(model), clip_rule(model))
+        write_weights(folder, model.average.module, step_numbers(model), model.sampling_clip)
         z, _ = model.latents([0, 1, 2], model.levels[0])
         given.append((str(folder), z, model.label_of([0, 1, 2])))
         ours.append(model.sample([0, 1, 2]))

@@ -5,8 +5,7 @@ import torch
 from foreign import random_weights
 from tiny import tiny_ddpm, tiny_unet
 
-from ddim_pl.clipping import ClipRange, DynamicThreshold
-from ddim_pl.exports.steps import clip_rule, step_numbers
+from ddim_pl.exports.steps import step_numbers
 from ddim_pl.noise import GammaNoise
 from ddim_pl.rng import randn
 from ddim_pl.samplers import DDIM, Ancestral, Heun
@@ -66,17 +65,3 @@ def test_other_samplers_and_noise_are_refused():
         step_numbers(tiny_ddpm(sampler=Heun()))
     with pytest.raises(ValueError, match="noise must be Gaussian"):
         step_numbers(tiny_ddpm(sampler=None, noise=GammaNoise()))
-
-
-@pytest.mark.parametrize(
-    ("clip", "own", "found"),
-    [
-        (True, None, ClipRange()),
-        (False, None, None),
-        (False, ClipRange(-2, 3), ClipRange(-2, 3)),
-        (True, False, None),
-        (DynamicThreshold(), None, DynamicThreshold()),
-    ],
-)
-def test_the_rule_is_the_samplers_or_the_models(clip, own, found):
-    assert clip_rule(tiny_ddpm(clip=clip, sampler=DDIM(clip=own))) == found

@@ -13,6 +13,7 @@ from tiny import some_ddpm, tiny_ddpm, tiny_unet
 from torch import nn
 from torch._dynamo import config
 
+from ddim_pl.clipping import ClipRange, DynamicThreshold
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.noise import GammaNoise
 from ddim_pl.prediction import LossWeight
@@ -243,3 +244,17 @@ def test_arguments_change_what_is_loaded(tmp_path):
         load(path, sampling_precision=16)
     with pytest.raises(ValueError, match="num_step"):
         load(path, num_step=3)
+
+
+@pytest.mark.parametrize(
+    ("clip", "own", "found"),
+    [
+        (True, None, ClipRange()),
+        (False, None, None),
+        (False, ClipRange(-2, 3), ClipRange(-2, 3)),
+        (True, False, None),
+        (DynamicThreshold(), None, DynamicThreshold()),
+    ],
+)
+def test_the_samplers_clipping_comes_before_the_models(clip, own, found):
+    assert tiny_ddpm(clip=clip, sampler=DDIM(clip=own)).sampling_clip == found
