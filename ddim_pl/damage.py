@@ -7,6 +7,7 @@ get a digest of their content, under `SEAL`; files of before have none and are r
 import hashlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,21 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 SEAL = "sha256"
 """Where a file holds the digest of the rest."""
+
+KNOWN = {
+    r"GLOBAL ([\w.]+)": "it names {}, which a file of weights may not",
+    r"Weights only load failed": "torch.save has not written it",
+    r"PytorchStreamReader failed": "a part of it is missing or damaged",
+    r'Missing key\(s\) in state_dict: "([^"]+)"': "it has no weight {}",
+    r'Unexpected key\(s\) in state_dict: "([^"]+)"': "its weight {} is not known",
+    r"size mismatch for ([\w.]+):": "its weight {} has another shape",
+}
+"""What PyTorch says at length, or with advice that is none, and what that means."""
 
 
 class DamagedError(ValueError):
@@ -151,8 +163,36 @@ def read_tensors(path: str | Path, *, needs_seal: bool = False) -> dict[str, Ten
     return tensors
 
 
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a file of weights of others, safetensors or of `torch.save`; no code of it is run.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DamagedError: If it cannot be read, or holds anything but tensors by name.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the bytes may say anything
+        raise DamagedError(f"{path} cannot be read ({reason_of(error)})") from error
+    weights = content.values() if isinstance(content, dict) else [content]
+    wrong = next((each for each in weights if not isinstance(each, Tensor)), None)
+    if wrong is not None:
+        raise DamagedError(
+            f"{path} cannot be read (it holds a {type(wrong).__name__} in place of a tensor)"
+        )
+    return dict(content)
+
+
 def reason_of(error: Exception) -> str:
     """What an error says, in one short line."""
+    for pattern, meaning in KNOWN.items():
+        found = re.search(pattern, str(error))
+        if found:
+            return meaning.format(*found.groups())
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 

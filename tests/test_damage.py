@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -27,6 +28,9 @@ from ddim_pl.damage import (
 from ddim_pl.data.teacher_pairs import PairStore
 from ddim_pl.evaluation.cells import read_cell
 from ddim_pl.images import read_png, write_png
+from ddim_pl.metrics.digits import DigitsFeatures
+from ddim_pl.metrics.dinov2 import DINOv2Features
+from ddim_pl.metrics.inception import InceptionFeatures
 from ddim_pl.runs import read_checkpoint
 from ddim_pl.schedules import LinearSchedule
 from ddim_pl.timesteps import linear, load_levels, save_levels
@@ -237,6 +241,46 @@ def test_the_command_line_says_it_in_one_line(tmp_path):
     assert message.startswith("error: --ckpt_path must be a checkpoint, got ")
     assert "damaged" in message
     assert "\n" not in message
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("/nowhere/ran", "w"))
+
+
+@pytest.mark.parametrize("make", [InceptionFeatures, DINOv2Features, DigitsFeatures])
+def test_a_wrong_file_of_weights_is_a_short_error_that_names_it(tmp_path, make):
+    content = {
+        "picture.png": b"\x89PNG\r\n\x1a\n and so on",
+        "text.pth": b"no weights",
+        "empty.pth": b"",
+        "picture.safetensors": b"\x89PNG\r\n\x1a\n and so on",
+    }
+    for name, data in content.items():
+        (tmp_path / name).write_bytes(data)
+    other = {"of.another": torch.zeros(3), "program": torch.zeros(2)}
+    torch.save(other, tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"state_dict": other}, tmp_path / "nested.pth")
+    torch.save({"weight": Evil()}, tmp_path / "evil.pth")
+    whole = (tmp_path / "other.pth").read_bytes()
+    (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
+    save_file(other, tmp_path / "other.safetensors")
+    names = [*sorted(each.name for each in tmp_path.iterdir()), "nowhere.pth"]
+    reasons = {}
+    for name in names:
+        with pytest.raises(ValueError, match=re.escape(name)) as error_info:
+            make(str(tmp_path / name))
+        message = str(error_info.value)
+        assert str(tmp_path / name) in message
+        assert len(message) < 600 + 2 * len(str(tmp_path))
+        assert "weights_only" not in message
+        assert "\n" not in message
+        reasons[name] = message
+    assert len(names) == 11
+    assert "it has no weight" in reasons["other.pth"]
+    assert "io.open" in reasons["evil.pth"]
+    assert "it holds a dict in place of a tensor" in reasons["nested.pth"]
 
 
 def test_files_of_before_have_no_digest_and_are_read(tmp_path):

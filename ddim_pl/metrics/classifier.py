@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from ddim_pl.damage import DamagedError, read_weights, reason_of
 
 
 class Classifier(nn.Module):
@@ -27,10 +28,13 @@ class ClassifierFeatures(nn.Module):
     torchmetrics' `FrechetInceptionDistance(feature=...)`. Subclasses say which classifier.
 
     Args:
-        weights: Safetensors file of the weights; by default the one shipped with this package.
+        weights: File of the weights; by default the one shipped with this package.
 
     Attributes:
         num_features: Number of features.
+
+    Raises:
+        ValueError: If the file cannot be read, or is of another classifier.
     """
 
     name: str
@@ -43,8 +47,16 @@ class ClassifierFeatures(nn.Module):
         # On the meta device the initial weights use no global random state.
         with torch.device("meta"):
             self.classifier = type(self).make_classifier()
-        state = {name: value.float() for name, value in load_file(weights or self.shipped).items()}
-        self.classifier.load_state_dict(state, assign=True)
+        try:
+            state = read_weights(weights or self.shipped)
+            plain = {name: value.float() for name, value in state.items()}
+            self.classifier.load_state_dict(plain, assign=True)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error) if isinstance(error, DamagedError) else reason_of(error)
+            raise ValueError(
+                f"weights must be a file of those of {type(self).__name__}, got {weights} "
+                f"({reason}): give another, or leave them out"
+            ) from error
         self.num_features = self.classifier.head.in_features
         self.requires_grad_(False)
         self.eval()

@@ -11,7 +11,6 @@ The features are the normalised class token after the last block. The parameters
 the published files ([DINOv2]), which load as they are.
 """
 
-import pickle
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddim_pl.checks import check_one_of
+from ddim_pl.damage import DamagedError, read_weights, reason_of
 from ddim_pl.metrics.resizing import pil_bicubic_rounded
 
 HOME = "https://dl.fbaipublicfiles.com/dinov2"
@@ -225,7 +225,7 @@ def _load(network: VisionTransformer, path: str | None, size: Size) -> None:
     given = f"read from {path}" if path else "downloaded"
     try:
         state: dict[str, Any] = (
-            torch.load(path, map_location="cpu", weights_only=True)
+            read_weights(path)
             if path
             else torch.hub.load_state_dict_from_url(
                 f"{HOME}/{model}/{file}", map_location="cpu", weights_only=True
@@ -233,11 +233,8 @@ def _load(network: VisionTransformer, path: str | None, size: Size) -> None:
         )
         state.pop("mask_token", None)  # for training alone
         network.load_state_dict({name: each.float() for name, each in state.items()}, assign=True)
-    except (
-        *(OSError, RuntimeError, pickle.UnpicklingError),  # URLError is an OSError
-        *(EOFError, AttributeError, TypeError),  # the file may hold anything
-    ) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError
+        reason = str(error) if isinstance(error, DamagedError) else reason_of(error)
         raise ValueError(
             f"the weights of DINOv2's {size} network could not be {given} ({reason}): download "
             f"{file} from its authors, and put it in {torch.hub.get_dir()}/checkpoints or give "

@@ -1,6 +1,5 @@
 """Inception-v3 with the weights that published FIDs use, and the three ways to resize for it."""
 
-import pickle
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
@@ -12,6 +11,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from ddim_pl.checks import check_one_of
+from ddim_pl.damage import DamagedError, read_weights, reason_of
 from ddim_pl.metrics.resizing import pil_bicubic
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -60,14 +60,14 @@ class InceptionFeatures(nn.Module):
         try:
             if weights_path is not None:
                 # torch-fidelity would read a pickle, which may run code.
-                torch.load(weights_path, map_location="cpu", weights_only=True)
+                read_weights(weights_path)
             self.network = NoTrainInceptionV3(
                 name="inception-v3-compat",
                 features_list=[str(self.num_features)],
                 feature_extractor_weights_path=weights_path,
                 antialias=False,
             )
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:  # URLError too
+        except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError
             raise ValueError(_no_weights(weights_path, error)) from error
         fold(self.network)
         self._order()
@@ -117,8 +117,9 @@ class InceptionFeatures(nn.Module):
 
 def _no_weights(given: str | None, error: Exception) -> str:
     what = f"read from {given}" if given else "downloaded"
+    reason = str(error) if isinstance(error, DamagedError) else reason_of(error)
     return (
-        f"the Inception weights could not be {what} ({error}): download {WEIGHTS} from the "
+        f"the Inception weights could not be {what} ({reason}): download {WEIGHTS} from the "
         "releases of torch-fidelity, and put it in "
         f"{torch.hub.get_dir()}/checkpoints or give its path as the weights_path of "
         "InceptionFeatures (--weights of measure and stats), or leave FrechetDistance out of the "
