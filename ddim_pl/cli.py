@@ -3,6 +3,7 @@
 A checkpoint alone is enough to run it, and an error is one line.
 """
 
+import argparse
 import atexit
 import glob
 import importlib
@@ -33,7 +34,14 @@ import ddim_pl.data
 import ddim_pl.metrics
 import ddim_pl.networks
 from ddim_pl import signals
-from ddim_pl.cli_checks import check_config, check_module, check_sampling_precision, naming_trainer
+from ddim_pl.cli_checks import (
+    OF_COMMANDS,
+    check_config,
+    check_effects,
+    check_module,
+    check_sampling_precision,
+    naming_trainer,
+)
 from ddim_pl.cli_commands import DESCRIPTIONS, exit_without_command
 from ddim_pl.cli_configs import (
     DEFAULTS,
@@ -52,6 +60,7 @@ from ddim_pl.cli_configs import (
 )
 from ddim_pl.cli_environment import options_by, variable_of, with_environment
 from ddim_pl.cli_errors import run_message
+from ddim_pl.cli_resuming import tell_of_idleness, tell_of_resuming
 from ddim_pl.commands import ALONE, COMMANDS
 from ddim_pl.commands import Trainer as TrainerWithCommands
 from ddim_pl.data.base import ImageDataModule
@@ -191,6 +200,8 @@ class DiffusionCLI(LightningCLI):
         self.config = parser.parse_args(args)
         command, config = self.config.subcommand, self.config[self.config.subcommand]
         check_config(config)
+        if command in COMMANDS:
+            check_effects(command, config, given.named)
         self._prepare_loggers(config)
         check_sampling_precision(command, config, given="sampling_precision" in given.of_model)
         self._resolve_checkpoint(config)
@@ -239,6 +250,19 @@ class DiffusionCLI(LightningCLI):
             _log_into_run(each, Path(checkpoint), fits=command == "fit")
         if files and (command != "fit" or files[0].get("version") is not None):
             _go_on_elsewhere(loggers, run_of(Path(checkpoint)))
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """Leave out of the help of our commands what has no effect on them."""
+        # internal: Lightning 2.6 has no public place for a command's parser.
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in COMMANDS:
+            for action in parser._actions:
+                owner, _, name = action.dest.partition(".")
+                if owner == "trainer" and name and name.partition(".")[0] not in OF_COMMANDS:
+                    action.help = argparse.SUPPRESS
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """Do not let the checkpoint's arguments override the command line, as Lightning would."""
@@ -300,6 +324,14 @@ class DiffusionCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Train, in a run of this process alone."""
+        checkpoint = kwargs.get("ckpt_path")
+        before = None if checkpoint is None else tell_of_resuming(checkpoint, self._settings())
+        self._fit_alone(**kwargs)
+        if before is not None:
+            tell_of_idleness(self.trainer, before)
+
+    def _fit_alone(self, **kwargs: Any) -> None:
+        """Train, in a run that no other process trains in."""
         loggers = [each for each in self.trainer.loggers if isinstance(each, FILE_LOGGERS)]
         if not loggers or getattr(rank_zero_only, "rank", 0) != 0:
             self.trainer.fit(**kwargs)

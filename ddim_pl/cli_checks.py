@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -28,6 +28,19 @@ LEAST = {"check_val_every_n_epoch": 1, "accumulate_grad_batches": 1, "log_every_
 
 IN_FULL_PRECISION = ("reconstruct", "invert", "forward")
 """Commands on which `sampling_precision` has no effect: they encode, or use no network."""
+
+OF_COMMANDS = (
+    *("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins", "deterministic"),
+    *("benchmark", "enable_progress_bar"),
+)
+"""The trainer's arguments that have an effect on the commands of `ddim_pl.commands`."""
+
+OF_TRAINING = (
+    *("optimizer", "lr_scheduler", "warmup_steps", "ema_decay", "skip_bad_batches"),
+    *("loss", "loss_weight", "min_snr_gamma", "level_sampling", "rounds", "conversion_updates"),
+    *("clip_teacher", "teacher_precision"),
+)
+"""The model's arguments that have none on them, but stand in a checkpoint that is exported."""
 
 HARDWARE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins")
 
@@ -94,6 +107,36 @@ def check_sampling_precision(command: str, config: Namespace, *, given: bool) ->
         f"{name} works with the weights as they are: sampling_precision {precision} of the "
         "checkpoint has no effect on it"
     )
+
+
+def check_effects(command: str, config: Namespace, named: Collection[str]) -> None:
+    """Check that the options that a command of ours is given have an effect on it.
+
+    What stands in a config may be meant for other commands, and is let be.
+
+    Args:
+        command: The command.
+        config: Its arguments.
+        named: Names of the options on the command line, such as "trainer.precision".
+
+    Raises:
+        ValueError: If one has none.
+    """
+    export = command == "export"
+    for name in named:
+        owner, _, option = name.partition(".")
+        option = option.partition(".")[0]
+        idle = {
+            "trainer": option not in OF_COMMANDS or (export and option == "precision"),
+            "model": option in OF_TRAINING and not (export and config.format == "checkpoint"),
+        }
+        if option and idle.get(owner, False):
+            what = f"{command} to {config.format}" if export else command
+            reason = "writes float32" if option == "precision" else "trains and logs nothing"
+            raise ValueError(
+                f"{owner}.{option} must be left out for {what}, on which it has no effect: it "
+                f"{reason}"
+            )
 
 
 def check_module(module: DiffusionModule) -> None:

@@ -82,6 +82,7 @@ class Given:
         shows_only: Whether the arguments want a help or a config printed.
         named_paths: Dotted paths of what the arguments and configs name.
         of_model: Names of the arguments of the model that they give.
+        named: Names of the options on the command line, without its configs'.
     """
 
     command: str | None
@@ -90,6 +91,7 @@ class Given:
     shows_only: bool
     named_paths: set[str]
     of_model: set[str] = field(default_factory=set)
+    named: list[str] = field(default_factory=list)
 
     @classmethod
     def by(cls, args: Sequence[str], commands: Collection[str]) -> "Given":
@@ -98,6 +100,7 @@ class Given:
         given = cls(command, [], None, any(map(_shows_only, args)), set())
         for name, value in options(args):
             given.of_model |= _arguments_of_model(name, value)
+            given.named.append(name.removeprefix("--").replace(".init_args", ""))
             if name != "--ckpt_path":
                 given.named_paths |= dotted_paths([value, read_config(value)])
             if name in ("-c", "--config"):

@@ -1,13 +1,19 @@
 """Wrong arguments of every command: one line that names the argument, and nothing is written."""
 
 import shlex
+from inspect import signature
 
 import pytest
 import torch
+from jsonargparse import Namespace
+from lightning import Trainer
 from tiny import tiny_config, write_config
 
 from ddim_pl.cli import main
+from ddim_pl.cli_checks import OF_COMMANDS, OF_TRAINING, check_effects
 from ddim_pl.cli_errors import run_message
+from ddim_pl.commands import COMMANDS
+from ddim_pl.training import DDPM, DiffusionModule, ProgressiveDistillation
 
 HUGE = 10**23
 
@@ -170,6 +176,42 @@ def error_of(arguments, capsys):
     assert code not in (0, None)
     # Python prints a text that a program exits with.
     return capsys.readouterr().err + (f"{code}\n" if isinstance(code, str) else "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_option_without_effect_on_a_command_is_an_error(command):
+    config = Namespace(format="onnx")
+    names = [*signature(Trainer).parameters, "model_registry"]
+    for name in names:
+        named = [f"trainer.{name}"]
+        if name in OF_COMMANDS and not (command == "export" and name == "precision"):
+            check_effects(command, config, named)
+            continue
+        with pytest.raises(ValueError, match=rf"trainer.{name} must be left out for {command}"):
+            check_effects(command, config, named)
+    idle = {name for kind in (DDPM, ProgressiveDistillation) for name in arguments_of(kind)}
+    for name in (*OF_TRAINING, "optimizer.lr"):
+        with pytest.raises(ValueError, match="it trains and logs nothing"):
+            check_effects(command, config, [f"model.{name}"])
+        assert name.partition(".")[0] in idle
+    check_effects(command, config, ["model", "model.num_steps", "data.batch_size", "trainer"])
+
+
+def arguments_of(kind):
+    return {*signature(kind).parameters, *signature(DiffusionModule).parameters}
+
+
+def test_a_checkpoint_that_is_exported_holds_settings_of_training():
+    check_effects("export", Namespace(format="checkpoint"), ["model.ema_decay"])
+
+
+def test_a_config_may_hold_what_other_commands_use(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = {"model": {"init_args": {"ema_decay": 0.5}}, "trainer": {"max_steps": 3}}
+    given = ["--config", write_config(config, tmp_path / "mine.yaml"), "--num_images", "1"]
+    main(["sample", "--ckpt_path", str(checkpoint), *given, "--output", "drawn"])
+    message = error_of(["sample", "--ckpt_path", str(checkpoint), "--trainer.max_steps=3"], capsys)
+    assert "trainer.max_steps must be left out for sample" in message
 
 
 CASES = [

@@ -87,9 +87,10 @@ def _diffusers(model: DiffusionModule, label: int | None) -> Export:
         )
     return Export(
         partial(write_pipeline, network=network, settings=settings, label=label),
-        "from diffusers import DDIMPipeline\n\n"
+        "from diffusers import DDIMPipeline\nfrom diffusers.utils import make_image_grid\n\n"
         'pipeline = DDIMPipeline.from_pretrained("{folder}")\n'
-        f"images = pipeline(\n    {arguments}\n).images",
+        f"images = pipeline(\n    {arguments}\n).images\n"
+        'make_image_grid(images, rows=2, cols=8).save("images.png")',
         "diffusers 0.35 or newer",
         "diffusers",
         ["diffusers"],
@@ -104,8 +105,8 @@ def _safetensors(model: DiffusionModule) -> Export:
     check_clip(clip)
     return Export(
         partial(write_weights, network=network, steps=steps, clip=clip),
-        _use_loader(_shape(model), _labels(model)),
-        "PyTorch 2 and safetensors",
+        _use_loader(model),
+        f"PyTorch 2 and safetensors{_for_picture(model)}",
         None,
         ["safetensors", "pytorch"],
         [
@@ -136,50 +137,60 @@ def _graphs(model: DiffusionModule, format: Format) -> Export:
     )
     return Export(
         write,
-        usage(_shape(model), len(steps), stochastic, _labels(model)),
-        "onnxruntime, or another program that reads ONNX" if onnx else "PyTorch, as new as below",
+        usage(model, len(steps), stochastic),
+        ("onnxruntime, or another program that reads ONNX" if onnx else "PyTorch, as new as below")
+        + _for_picture(model),
         "onnx" if onnx else None,
         ["onnx" if onnx else "pytorch"],
         [note],
     )
 
 
-def _use_loader(shape: str, labels: str) -> str:
+def _use_loader(model: DiffusionModule) -> str:
+    labels = _labels(model)
     return f"""import sys
 
 import torch
-
-sys.path.insert(0, "{{folder}}")
+{_import_for_picture(model)}
+folder = "{{folder}}"  # where this folder is
+sys.path.insert(0, folder)
 from loader import load, sample
 
-z = torch.randn(16, {shape})
-images = sample(load("{{folder}}"), z{labels and f", {labels}"})  # about [-1, 1]"""
+z = torch.randn(16, {_shape(model)})
+images = sample(load(folder), z{labels and f", {labels}"})  # about [-1, 1]
+{_picture(model, "images.numpy()")}"""
 
 
-def _use_program(shape: str, num_steps: int, stochastic: bool, labels: str) -> str:
+def _use_program(model: DiffusionModule, num_steps: int, stochastic: bool) -> str:
+    labels = _labels(model)
     more = (", torch.randn_like(z)" if stochastic else "") + (f", {labels}" if labels else "")
     return f"""import torch
-
-step = torch.export.load("{{folder}}/step.pt2").module()
-z = torch.randn(16, {shape})
+{_import_for_picture(model)}
+folder = "{{folder}}"  # where this folder is
+step = torch.export.load(f"{{{{folder}}}}/step.pt2").module()
+z = torch.randn(16, {_shape(model)})
 with torch.no_grad():
     for k in range({num_steps}):
         z = step(z, torch.tensor(k){more})
-images = z  # about [-1, 1]"""
+images = z  # about [-1, 1]
+{_picture(model, "images.numpy()")}"""
 
 
-def _use_onnx(shape: str, num_steps: int, stochastic: bool, labels: str) -> str:
+def _use_onnx(model: DiffusionModule, num_steps: int, stochastic: bool) -> str:
+    labels = _labels(model)
     more = ', "noise": draw(z.shape, "float32")' if stochastic else ""
     more += f', "label": {labels.replace("torch", "np")}' if labels else ""
     return f"""import numpy as np
 import onnxruntime
-
-step = onnxruntime.InferenceSession("{{folder}}/step.onnx")
+{_import_for_picture(model)}
+folder = "{{folder}}"  # where this folder is
+step = onnxruntime.InferenceSession(f"{{{{folder}}}}/step.onnx")
 draw = np.random.default_rng(0).standard_normal
-z = draw((16, {shape}), "float32")
+z = draw((16, {_shape(model)}), "float32")
 for k in range({num_steps}):
     (z,) = step.run(None, {{{{"z": z, "k": np.array(k){more}}}}})
-images = z  # about [-1, 1]"""
+images = z  # about [-1, 1]
+{_picture(model, "images")}"""
 
 
 def _shape(model: DiffusionModule) -> str:
@@ -189,3 +200,25 @@ def _shape(model: DiffusionModule) -> str:
 def _labels(model: DiffusionModule) -> str:
     """Labels of 16 images, in code."""
     return "" if model.num_classes is None else f"torch.arange(16) % {model.num_classes}"
+
+
+def _for_picture(model: DiffusionModule) -> str:
+    return "; Pillow for the picture" if _has_picture(model) else ""
+
+
+def _import_for_picture(model: DiffusionModule) -> str:
+    return "from PIL import Image\n" if _has_picture(model) else ""
+
+
+def _has_picture(model: DiffusionModule) -> bool:
+    return model.image_shape[0] in (1, 3)
+
+
+def _picture(model: DiffusionModule, array: str) -> str:
+    """Code that writes images, a NumPy array (16, C, H, W), side by side; of 1 or 3 channels."""
+    if not _has_picture(model):
+        return ""
+    row = "row[:, :, 0]" if model.image_shape[0] == 1 else "row"
+    return f"""pixels = (({array}.clip(-1, 1) + 1) * 127.5).round().astype("uint8")
+row = pixels.transpose(2, 0, 3, 1).reshape({model.image_shape[1]}, -1, {model.image_shape[0]})
+Image.fromarray({row}).save("images.png")"""

@@ -146,6 +146,29 @@ def test_fit_goes_on_in_the_same_run(tmp_path):
     assert [f.name for f in version.parent.iterdir()] == ["version_0"]
 
 
+def test_going_on_says_what_is_other_than_before_and_that_nothing_is_left(tmp_path, caplog):
+    config = write_config(tiny_config(tmp_path), tmp_path / "config.yaml")
+    more = ["fit", "--config", config]
+    main([*more, "--trainer.max_epochs", "1"])
+    logger = "lightning.pytorch.utilities.rank_zero"
+    caplog.set_level("INFO", logger=logger)
+
+    def said(*arguments):
+        caplog.clear()
+        main([*more, "--ckpt_path", "last", *arguments])
+        return [each.getMessage() for each in caplog.records if each.name == logger]
+
+    other = said("--trainer.max_epochs", "2", "--data.batch_size", "24", "--model.clip", "false")
+    note = next(each for each in other if each.startswith("goes on with other settings"))
+    assert "data.batch_size: 32 -> 24" in note
+    assert "model.clip: True -> False" in note
+    assert "max_epochs" not in note
+    same = said("--data.batch_size", "24", "--model.clip", "false", "--trainer.max_epochs", "2")
+    assert not any(each.startswith("goes on") for each in same)
+    left = next(each for each in same if each.startswith("nothing was left to train"))
+    assert "at update 20, the end by trainer.max_epochs=2;" in left
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_measure_what_one_process_does(run, tmp_path):
     config, _, last = run

@@ -33,6 +33,20 @@ def test_classes_are_found():
     assert ddim_pl.cli.DiffusionCLI
 
 
+def test_the_help_of_a_command_has_no_option_without_effect_on_it(capsys):
+    texts = {}
+    for command in ("sample", "fit"):
+        with pytest.raises(SystemExit) as stop:
+            ddim_pl.cli.main([command, "--help"])
+        assert stop.value.code == 0
+        texts[command] = capsys.readouterr().out
+    for name in ("--trainer.devices", "--num_images", "--model.help"):
+        assert name in texts["sample"]
+    for name in ("--trainer.max_steps", "--trainer.callbacks", "--trainer.logger.help"):
+        assert name in texts["fit"]
+        assert name not in texts["sample"]
+
+
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 def test_every_argument_has_a_text(kind):
     parser = ArgumentParser()

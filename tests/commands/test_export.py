@@ -92,11 +92,20 @@ def exported(checkpoint, output, *more):
     return output
 
 
+READ_PICTURE = """
+from PIL import Image
+
+size = Image.open("images.png").size
+assert size[0] * size[1] == 16 * 8 * 8
+"""
+
+
 def code_of(card):
     """The code that a card gives, for another place, with its result where `run` looks for it."""
     (code,) = re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
     assert f'"{card.parent.name}' in code
-    return code.replace(f'"{card.parent.name}', f'"{card.parent}') + "\nresult = images\n"
+    code = code.replace(f'"{card.parent.name}', f'"{card.parent}')
+    return f"{code}\n{READ_PICTURE}\nresult = images\n"
 
 
 def test_a_folder_of_diffusers_has_a_card_with_what_was_measured(shared, tmp_path, capsys):

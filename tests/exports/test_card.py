@@ -149,7 +149,7 @@ def test_classes_are_in_the_code_and_the_text():
     model = tiny_ddpm(network=tiny_unet(num_classes=3))
     text = card(make_export(model, "safetensors"), model, name="x")
     assert "images are 1x8x8 (channels, height, width), of 3 classes" in text
-    assert 'sample(load("x"), z, torch.arange(16) % 3)' in text
+    assert "sample(load(folder), z, torch.arange(16) % 3)" in text
     text = card(make_export(model, "safetensors"), model, name="me/weights")
     assert "`hf download me/weights --local-dir weights`" in text
     assert 'sys.path.insert(0, "weights")' in text
