@@ -56,6 +56,7 @@ from ddim_pl.cli_configs import (
     options,
     read_config,
     with_folder,
+    with_homes,
     writes_folder,
 )
 from ddim_pl.cli_environment import options_by, variable_of, with_environment
@@ -198,7 +199,8 @@ class DiffusionCLI(LightningCLI):
             set_by = options_by(os.environ, command=command)
             parser_of.variables = [variable_of(name[2:], command) for name in set_by]
         self.config = parser.parse_args(args)
-        command, config = self.config.subcommand, self.config[self.config.subcommand]
+        command = self.config.subcommand
+        self.config[command] = config = with_homes(self.config[command])
         check_config(config)
         if command in COMMANDS:
             check_effects(command, config, given.named)
@@ -421,7 +423,7 @@ def _check_fit(module: DiffusionModule, data: ImageDataModule, *, trains: bool) 
         raise ValueError(
             f"the data has images of shape {tuple(data.shape)} (channels, height, width) but the "
             f"network expects {module.image_shape}: set the network's in_channels and image_size, "
-            "or the data module"
+            "or image_size and channels of the data"
         )
     if module.num_classes is not None and module.num_classes < data.num_classes:
         raise ValueError(
@@ -562,6 +564,7 @@ def main(args: Sequence[str] | None = None) -> None:
     before, threading.excepthook = threading.excepthook, _report_of_thread
     try:
         args = with_environment([arg for arg in args if arg != "--trust"], os.environ)
+        args = with_homes(args)
         with trusting(*trusted), signals.handled():
             if args[0] in ALONE:
                 run_alone(*args)

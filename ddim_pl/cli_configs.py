@@ -127,7 +127,29 @@ def read_config(source: str | Path) -> dict[str, Any]:
         config = yaml.safe_load(text)
     except yaml.YAMLError:
         return {}
-    return config if isinstance(config, dict) else {}
+    return with_homes(config) if isinstance(config, dict) else {}
+
+
+def with_homes(value: Any) -> Any:
+    """A value of a config, or an argument, in which `~/` at the beginning of a path is the home.
+
+    A shell leaves it as it is behind an equals sign, and YAML everywhere.
+
+    >>> with_homes({"a": ["b~/", 1]})
+    {'a': ['b~/', 1]}
+    """
+    if isinstance(value, str):
+        option = re.match(r"(-[\w.+-]+=)?", value)
+        begin = option.end() if option else 0
+        path = value[begin:]
+        return value[:begin] + str(Path(path).expanduser()) if path.startswith("~/") else value
+    if isinstance(value, dict):
+        return {key: with_homes(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_homes(item) for item in value]
+    if isinstance(value, Namespace):
+        return Namespace(**{key: with_homes(item) for key, item in vars(value).items()})
+    return value
 
 
 def dotted_paths(value: Any) -> set[str]:

@@ -26,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
     one of the two. Processes that write the same file have each a temporary of their own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
+    part = _part_of(path)
     try:
         yield part
         _to_disk(part)
@@ -42,7 +42,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, which becomes `path` at the end of the block.
 
-    Folders above are made as needed. If the block fails, nothing is left.
+    Folders above are made as needed. If the block fails, nothing is left; what a process that was
+    killed left of the same folder is removed.
 
     Raises:
         FileExistsError: If something of this name is there, at the end of the block too.
@@ -50,12 +51,14 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists():
         raise FileExistsError(f"{path} exists")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".part", dir=path.parent))
+    for left in path.parent.glob("*.part"):
+        if _is_left(left, path.name):
+            shutil.rmtree(left)
+    part = _part_of(path)
+    part.mkdir()
     try:
-        inside = part / "new"  # with the rights of a usual folder, which a temporary one lacks
-        inside.mkdir()
-        yield inside
-        inside.rename(path)
+        yield part
+        part.rename(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -112,13 +115,23 @@ def check_writable(name: str, folder: Path) -> None:
         ) from None
 
 
+def _part_of(path: Path) -> Path:
+    """A temporary of this process, which says whose it is."""
+    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
+
+
 def remove_parts(folder: Path) -> None:
     """Remove what killed processes of this machine left of `replacing`, in this folder alone."""
     for part in folder.glob("*.part"):
-        number = re.search(rf"\.{re.escape(platform.node())}\.(\d+)\.part$", part.name)
-        ended = number is not None and not _runs(int(number[1]))
-        if ended or not re.search(r"\.\d+\.part$", part.name):
+        if part.is_file() and (_is_left(part) or not re.search(r"\.\d+\.part$", part.name)):
             part.unlink(missing_ok=True)
+
+
+def _is_left(part: Path, name: str | None = None) -> bool:
+    """Whether a temporary, of any file or of this one, is of a process that has ended."""
+    begin = ".*" if name is None else re.escape(name)
+    found = re.fullmatch(rf"{begin}\.{re.escape(platform.node())}\.(\d+)\.part", part.name)
+    return found is not None and not _runs(int(found[1]))
 
 
 def _to_disk(path: Path) -> None:

@@ -1,5 +1,7 @@
 """Layers of configs: the default, the experiment, the command line, the checkpoint."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from tiny import tiny_config, write_config
@@ -227,3 +229,35 @@ def test_of_an_argument_and_a_mapping_the_later_wins(tmp_path, capsys):
         "sampler"
     ]
     assert sampler["init_args"] == {"eta": 0.5, "clip": False}
+
+
+def test_a_path_may_begin_at_the_home_folder_wherever_it_stands(tmp_path, monkeypatch, capsys):
+    home, place = tmp_path / "home", tmp_path / "place"
+    for folder in (home, place):
+        folder.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(place)
+    config = tiny_config(Path("~/runs"), max_steps=1, limit_val_batches=0)
+    saving = config["trainer"]["callbacks"][-1]
+    saving["init_args"]["every_n_train_steps"] = 1
+    write_config(config, home / "config.yaml")
+    main(["fit", "--config=~/config.yaml"])
+    checkpoint = "~/runs/tiny/version_0/checkpoints/last.ckpt"
+    given = ["sample", f"--ckpt_path={checkpoint}", "--output=~/drawn", "--num_images", "1"]
+    main(given)
+    assert (home / "drawn" / "grid.png").is_file()
+    monkeypatch.setenv("DDIM_PL_EXPORT__OUTPUT", "~/model.ckpt")
+    main(["export", f"--ckpt_path={checkpoint}"])
+    assert (home / "model.ckpt").is_file()
+    monkeypatch.delenv("DDIM_PL_EXPORT__OUTPUT")
+    more = write_config({"ckpt_path": checkpoint, "output": "~/other"}, home / "more.yaml")
+    main(["sample", "--config", more, "--num_images", "1"])
+    assert (home / "other" / "grid.png").is_file()
+    assert not list(place.iterdir())
+
+
+def test_a_command_without_model_takes_a_path_from_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        main(["import", "~/nowhere", "--output=~/x.ckpt"])
+    assert f"'{tmp_path}/nowhere'" in str(stop.value.code)

@@ -107,6 +107,21 @@ def test_a_user_without_a_home_has_no_cache_and_no_error(monkeypatch):
     assert cache_folder() == Path("/somewhere")
 
 
+def test_a_new_folder_removes_what_a_killed_process_left_of_it_alone(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+    )
+    ended, node = int(done.stdout), platform.node()
+    names = [f"x.{node}.{ended}.part", f"x.{node}.{os.getppid()}.part", f"y.{node}.{ended}.part"]
+    names += ["x.mine.part", f"x.other.{ended}.part"]
+    for name in names:
+        (tmp_path / name / "new").mkdir(parents=True)
+    with new_folder(tmp_path / "x") as part:
+        (part / "file").touch()
+    assert {each.name for each in tmp_path.iterdir()} == {"x", *names[1:]}
+    assert [each.name for each in (tmp_path / "x").iterdir()] == ["file"]
+
+
 def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
     place = tmp_path / "above" / "folder"
     with new_folder(place) as part:

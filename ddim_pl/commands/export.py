@@ -72,8 +72,6 @@ def export(
     extras = {"label": label, "metrics": metrics, "license": license, "push_to_hub": push_to_hub}
     if format == "checkpoint":
         _check_unused(extras)
-    if push_to_hub is not None:
-        check_hub(push_to_hub)
 
     def work(worker: Worker) -> None:
         if format == "checkpoint":
@@ -85,6 +83,8 @@ def export(
         # A run's results are of all classes.
         numbers = _numbers(metrics, ckpt_path if label is None else None, model)
         if worker.is_first:
+            if push_to_hub is not None:
+                check_hub(push_to_hub)
             name = push_to_hub or path.name  # no path of this machine
             config = _exported_config(model, ckpt_path)
             text = card(made, model, name=name, metrics=numbers, config=config, license=license)

@@ -158,8 +158,8 @@ def _check_images(side: Side, metrics: Sequence[str], *, real: bool) -> None:
     if side.size is not None or not _uses_images(metrics, real=real):
         return
     raise ValueError(
-        f"metrics must be fd for statistics without images, got {', '.join(metrics)} and "
-        f"{side.source}: leave the others out, or give images"
+        f"metrics must be fd alone where a side is statistics without images, as {side.source} "
+        f"is, got {', '.join(metrics)}: leave the others out, or give images"
     )
 
 

@@ -203,16 +203,23 @@ def prepare(name: str, root: str, download: bool) -> None:
 def _alone(folder: Path, download: bool) -> Iterator[None]:
     """Let nodes with one disk, and runs that begin at once, download and unpack once.
 
-    Where nothing can be written, nothing is unpacked.
+    Where nothing can be written, nothing is unpacked. If it fails, no empty folder is left.
     """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     if download:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         yield
         return
-    with alone_in(folder, ".unpacking.lock", wait=True):
-        yield
+    try:
+        with alone_in(folder, ".unpacking.lock", wait=True):
+            yield
+    except BaseException:
+        with suppress(OSError):  # what holds something stays
+            for each in made:
+                each.rmdir()
+        raise
 
 
 def load(name: str, root: str, download: bool, train: bool) -> TensorImages:
@@ -249,12 +256,22 @@ def _open(name: str, root: str, train: bool, download: bool, *, offer: bool) -> 
             f"{str(folder)!r} ({type(reason).__name__}): remove the unpacked files, which are "
             "then unpacked or downloaded again"
         ) from reason
-    names = ", ".join(f"{file.name} from {file.url} (MD5 {file.md5})" for file in files)
+    missing = [
+        file for file in files if not check_integrity(folder / file.name, file.md5)
+    ] or files
+    places = dict.fromkeys(file.url.rpartition("/")[0] for file in missing)
+    names = f"{', '.join(file.name for file in missing)} from {' and '.join(places)}"
     place = f"into {str(folder)!r}" if source.folder else "there"
-    then = f", which {'is' if len(files) == 1 else 'are'} then unpacked without a network"
+    verb = "is" if len(missing) == 1 else "are"
+    then = f", which {verb} then compared with known sums and unpacked"
     packed = all(file.name.endswith("gz") for file in files)
     raise FileNotFoundError(
         f"root must hold a complete {source.title}, got {root!r}, and it could not be downloaded "
-        f"({reason}): put {names} {place}{then if packed else ''}"
+        f"({_short(reason)}): put {names} {place}{then if packed else ''}"
         f"{', or set `download: true`' if offer else ''}"
     ) from reason
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,5 +1,7 @@
 """Folders of diffusers: a pipeline of an unconditional model, or a `UNet2DModel` alone."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +72,6 @@ FIXED = {
 """Values of those arguments that `UNet` has too."""
 
 
-class _Lacking(Exception):
-    """`UNet` cannot express a config; says why."""
-
-
 def read_folder(
     folder: Path, scheduler: Path | None = None, image_size: int | None = None
 ) -> Teacher:
@@ -106,62 +104,78 @@ def native_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
         arguments: All arguments of the `UNet2DModel`.
 
     Raises:
-        ValueError: If `UNet` lacks something; the message names it.
+        ValueError: If `UNet` lacks something; the message names all of that.
     """
-    try:
-        return _native(arguments)
-    except _Lacking as error:
-        raise ValueError(str(error)) from None
-
-
-def _native(arguments: dict[str, Any]) -> dict[str, Any]:
-    for name, values in FIXED.items():
-        if arguments[name] not in values:
-            raise _Lacking(f"{name}: {arguments[name]}")
+    blocks = _read_blocks(arguments)
+    lacking = [*_lacking(arguments, blocks), *blocks.lacking]
+    if lacking:
+        raise ValueError("; ".join(lacking))
     size, widths = arguments["sample_size"], arguments["block_out_channels"]
-    height, width = (size, size) if isinstance(size, int) else size
-    if height != width:
-        raise _Lacking(f"sample_size: {size}")
-    if any(each % widths[0] for each in widths):
-        raise _Lacking(f"block_out_channels: {widths}, which are no multiples of the first")
-    groups = arguments["norm_num_groups"]
-    of_middle = arguments["attn_norm_num_groups"]
-    film = arguments["resnet_time_scale_shift"] == "scale_shift"
-    if of_middle != groups and (film or of_middle is not None):
-        raise _Lacking(f"attn_norm_num_groups: {of_middle}")
-    attends, resample = _blocks(arguments)
-    if resample == "conv" and len(widths) > 1 and arguments["downsample_padding"] != 0:
-        raise _Lacking(f"downsample_padding: {arguments['downsample_padding']}")
-    head_width = arguments["attention_head_dim"]
-    attending = [each for each, has in zip(widths, attends, strict=True) if has] + [widths[-1]]
-    if head_width is not None and any(each % head_width for each in attending):
-        raise _Lacking(f"attention_head_dim: {head_width}, which divides no width")
+    side = size if isinstance(size, int) else size[0]
     return {
-        "image_size": height,
+        "image_size": side,
         "in_channels": arguments["in_channels"],
         "out_channels": arguments["out_channels"],
         "channels": widths[0],
         "multipliers": [each // widths[0] for each in widths],
         "num_blocks": arguments["layers_per_block"],
-        "attention": [height >> level for level, has in enumerate(attends) if has],
-        "head_width": head_width,
+        "attention": [side >> level for level, has in enumerate(blocks.attends) if has],
+        "head_width": arguments["attention_head_dim"],
         "dropout": arguments["dropout"],
         "num_classes": arguments["num_class_embeds"],
-        "scale_shift": film,
-        "resample": resample,
-        "groups": groups,
+        "scale_shift": arguments["resnet_time_scale_shift"] == "scale_shift",
+        "resample": blocks.resample,
+        "groups": arguments["norm_num_groups"],
         "embedding_width": arguments["time_embedding_dim"],
     }
 
 
-def _blocks(arguments: dict[str, Any]) -> tuple[list[bool], str]:
-    """Whether each level attends, and how all resample: "conv" or "block"."""
+@dataclass(frozen=True)
+class _Blocks:
+    """What the types of blocks say.
+
+    Args:
+        attends: Whether each level attends.
+        resample: How all resample: "conv" or "block".
+        lacking: What `UNet` has not.
+    """
+
+    attends: list[bool]
+    resample: str
+    lacking: list[str]
+
+
+def _lacking(arguments: dict[str, Any], blocks: _Blocks) -> Iterator[str]:
+    """What `UNet` has not, but for types of blocks."""
+    for name, values in FIXED.items():
+        if arguments[name] not in values:
+            yield f"{name}: {arguments[name]}"
+    size, widths = arguments["sample_size"], arguments["block_out_channels"]
+    if not isinstance(size, int) and size[0] != size[1]:
+        yield f"sample_size: {size}"
+    if any(each % widths[0] for each in widths):
+        yield f"block_out_channels: {widths}, which are no multiples of the first"
+    of_middle = arguments["attn_norm_num_groups"]
+    film = arguments["resnet_time_scale_shift"] == "scale_shift"
+    if of_middle != arguments["norm_num_groups"] and (film or of_middle is not None):
+        yield f"attn_norm_num_groups: {of_middle}"
+    padding = arguments["downsample_padding"]
+    if blocks.resample == "conv" and len(widths) > 1 and padding != 0:
+        yield f"downsample_padding: {padding}"
+    head_width = arguments["attention_head_dim"]
+    attending = [each for each, has in zip(widths, blocks.attends, strict=True) if has]
+    if head_width is not None and any(each % head_width for each in [*attending, widths[-1]]):
+        yield f"attention_head_dim: {head_width}, which divides no width"
+
+
+def _read_blocks(arguments: dict[str, Any]) -> _Blocks:
+    """Read the types of blocks of each level, on the way down and on that up."""
     down, up = arguments["down_block_types"], [*reversed(arguments["up_block_types"])]
-    attends, kinds = [], set()
+    attends, kinds, lacking = list[bool](), set[str](), list[str]()
     for level, pair in enumerate(zip(down, up, strict=True)):
         has = [each.startswith("Attn") for each in pair]
         if has[0] != has[1]:
-            raise _Lacking(f"{pair[0]} on the way down and {pair[1]} on that up")
+            lacking.append(f"{pair[0]} on the way down and {pair[1]} on that up")
         attends.append(has[0])
         for way, name in zip(("Down", "Up"), pair, strict=True):
             kind = {
@@ -170,12 +184,12 @@ def _blocks(arguments: dict[str, Any]) -> tuple[list[bool], str]:
                 f"Attn{way}Block2D": arguments[f"{way.lower()}sample_type"],
             }.get(name)
             if kind not in ("conv", "resnet"):
-                raise _Lacking(f"{name} with {way.lower()}sampling by {kind}")
-            if level < len(down) - 1 if way == "Down" else level > 0:  # it resamples
+                lacking.append(f"{name} with {way.lower()}sampling by {kind}")
+            elif level < len(down) - 1 if way == "Down" else level > 0:  # it resamples
                 kinds.add(kind)
     if len(kinds) > 1:
-        raise _Lacking("levels that resample in two ways")
-    return attends, "block" if kinds == {"resnet"} else "conv"
+        lacking.append("levels that resample in two ways")
+    return _Blocks(attends, "block" if kinds == {"resnet"} else "conv", [*dict.fromkeys(lacking)])
 
 
 def _teacher(

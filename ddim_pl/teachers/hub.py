@@ -40,7 +40,8 @@ def download(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
     except Exception:
         raise ValueError(
-            f"source {name!r} is no folder here and cannot be downloaded ({reason}): on a machine "
+            f"source {name!r} is no folder here and cannot be downloaded ({reason}); "
+            "HF_HUB_OFFLINE=1 says so without a wait. On a machine "
             f"with a network put its {PIPELINE}, {CONFIG}, {SCHEDULER} and {WEIGHTS[0]} (or "
             f"{WEIGHTS[1]}) into a folder, laid out as in the repository, and give that "
             "folder as the source"

@@ -152,7 +152,7 @@ def test_classes_are_in_the_code_and_the_text():
     assert "sample(load(folder), z, torch.arange(16) % 3)" in text
     text = card(make_export(model, "safetensors"), model, name="me/weights")
     assert "`hf download me/weights --local-dir weights`" in text
-    assert 'sys.path.insert(0, "weights")' in text
+    assert 'folder = "weights"' in text
     text = card(make_export(model, "diffusers", 2), model, name="x")
     assert "Class 2 alone: a pipeline takes no labels." in text
 

@@ -116,6 +116,13 @@ def test_what_unet_lacks_is_named(name, value):
         native_arguments(arguments | {name: value})
 
 
+def test_all_that_unet_lacks_is_named():
+    with pytest.raises(ValueError, match="act_fn: gelu; add_attention: False; sample_size"):
+        native_arguments(
+            {**DEFAULTS, **TINY, "act_fn": "gelu", "add_attention": False, "sample_size": (8, 4)}
+        )
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {**TINY, "norm_eps": 1e-5}, {**OWN_DEFAULTS, "num_class_embeds": 3}],
