@@ -50,6 +50,7 @@ def import_teacher(
     teacher = read_source(source, scheduler, image_size)
     _check_finite(source, teacher.network)
     model = DDPM(teacher.network, **teacher.settings)
+    model.origin = ({"by": "import", "source": _name_of(source)},)
     checkpoint = averaged_checkpoint(model)
     hyper = checkpoint["hyper_parameters"]
     arguments = {name: value for name, value in hyper.items() if not name.startswith("_")}
@@ -68,6 +69,12 @@ def import_teacher(
         f"{output}: {count:,} parameters, {path.stat().st_size / 1e6:.1f} MB",
     ]
     print("\n".join(notes))
+
+
+def _name_of(source: str) -> str:
+    """A source's name on the Hub, or that of its file or folder alone."""
+    path = Path(source)
+    return path.resolve().name if path.exists() else source
 
 
 def _check_finite(source: str, network: nn.Module) -> None:

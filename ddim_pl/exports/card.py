@@ -1,6 +1,7 @@
 """The model card: what an export is, how it is used and what was measured."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ddim_pl.evaluation.manifest import LONG, WEIGHTS, sampling_of
 from ddim_pl.evaluation.tables import markdown
 from ddim_pl.exports.formats import Export
 from ddim_pl.runs import run_of
+from ddim_pl.teachers.reading import HUB_NAME
 from ddim_pl.training import DiffusionModule
 
 RESULTS = "test-results.json"
@@ -56,12 +58,15 @@ def card(
         "Data": _code("yaml", yaml.safe_dump(config["data"]))
         if "data" in config
         else "Not stated.",
+        "Origin": _code("yaml", yaml.safe_dump([*model.whole_origin()], sort_keys=False))
+        if model.whole_origin()
+        else "Not stated.",
         "Licence": license or "Not stated: ask whoever made it before you use it.",
         "Config": _code("yaml", yaml.safe_dump({"model": config.get("model")})),
     }
     return "\n".join(
         [
-            _metadata(export, license),
+            _metadata(export, model, license),
             f"# {name.rpartition('/')[2]}\n",
             f"{_kind(model, export.label)}, exported by ddim_pl {ddim_pl.__version__}.\n",
             *(f"## {title}\n\n{text.strip()}\n" for title, text in parts.items()),
@@ -131,10 +136,13 @@ def _without_folders(key: str, value: Any) -> Any:
     return Path(value).name if is_path else value
 
 
-def _metadata(export: Export, license: str | None) -> str:
+def _metadata(export: Export, model: DiffusionModule, license: str | None) -> str:
+    sources = [str(each.get("source")) for each in model.origin]
+    bases = [each for each in sources if re.fullmatch(HUB_NAME, each)]
     content = {
         "license": license or "unknown",
         **({"library_name": export.library} if export.library else {}),
+        **({"base_model": bases} if bases else {}),
         "pipeline_tag": "unconditional-image-generation",
         "tags": ["diffusion", "ddim", *export.tags],
     }

@@ -87,7 +87,8 @@ def _schedule(entries: dict[str, Any]) -> NoiseSchedule:
     if entries["trained_betas"] is not None:
         raise ValueError(
             "trained_betas must be None, got a list: our schedules are given by formulas, so give "
-            "one by --scheduler that has a beta_schedule"
+            "one by --scheduler that has a beta_schedule; a folder of main.py export that has "
+            "timesteps of its own is not read back: use the checkpoint that it was made from"
         )
     levels, name = entries["num_train_timesteps"], entries["beta_schedule"]
     ends = {"beta_start": entries["beta_start"], "beta_end": entries["beta_end"]}

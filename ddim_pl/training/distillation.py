@@ -1,6 +1,7 @@
 """What the distillation methods share: a teacher, what is inherited from it, and dropout."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ddim_pl.noise import Noise
 from ddim_pl.prediction import PredictionType
 from ddim_pl.rng import NoiseSource
 from ddim_pl.schedules import NoiseSchedule
-from ddim_pl.training.base import DiffusionModule
+from ddim_pl.training.base import DiffusionModule, Origin
 from ddim_pl.training.hyperparameters import filled
 from ddim_pl.training.loading import load
 
@@ -78,6 +79,7 @@ class Distillation(DiffusionModule):
         super().__init__(network, **filled(student, default), **kwargs)
         self.teacher_path, self.read_prediction = teacher, read and read.prediction
         if read is not None:
+            self.origin = read.whole_origin()
             self.record_arguments(network=network, **student)
             self.check_teacher(read)
             Distillation.load_weights_from(self, read)  # not an override
@@ -86,6 +88,17 @@ class Distillation(DiffusionModule):
     def prediction_from(teacher: PredictionType) -> PredictionType:
         """Default prediction type of a student whose teacher has this one."""
         return teacher
+
+    def whole_origin(self) -> Origin:
+        """The teacher's origin, and this distillation, without folders of this machine."""
+        teacher = None if self.teacher_path is None else Path(self.teacher_path).name
+        updates = max(self.global_step, self.checkpoint_step)
+        own = {"by": type(self).__name__, "teacher": teacher, "updates": updates}
+        return (*self.origin, own | self.settings_of_origin())
+
+    def settings_of_origin(self) -> dict[str, Any]:
+        """What else is to be known of this distillation, as plain data."""
+        return {}
 
     @property
     def teacher_steps(self) -> int:

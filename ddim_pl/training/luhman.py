@@ -188,6 +188,14 @@ class LuhmanDistillation(Distillation):
             progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
         )
 
+    def settings_of_origin(self) -> dict[str, Any]:
+        """How the teacher drew its pairs."""
+        return {
+            "teacher_sampler": str(self.teacher_sampler),
+            "teacher_num_steps": len(self.teacher_levels) - 1,
+            "teacher_timesteps": self.teacher_timesteps,
+        }
+
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log no loss: it needs pairs, and a test has real images."""
 

@@ -215,6 +215,11 @@ class ProgressiveDistillation(Distillation):
         steps = self.student_steps
         return averaged_checkpoint(self, num_steps=steps, distilled_steps=steps)
 
+    def settings_of_origin(self) -> dict[str, Any]:
+        """The rounds up to the present one."""
+        rounds = [[each.steps, each.updates] for each in self.rounds[: self.round_index + 1]]
+        return {"conversion_updates": self.conversion_updates, "rounds": rounds}
+
     def get_extra_state(self) -> dict[str, int]:
         """The round that a checkpoint's weights belong to."""
         return {"round": self.round_index}

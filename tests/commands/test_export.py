@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from foreign import random_unet, save_pipeline
 from safetensors.torch import load_file
 from tiny import tiny_config, write_config
@@ -270,6 +271,11 @@ def test_from_a_pipeline_to_a_pipeline_of_four_steps(tmp_path, monkeypatch):
     code += code_of(Path(folder, "README.md"))
     assert "| test/loss |" in Path(folder, "README.md").read_text()
     code += "assert len(images) == 16\n"
+    origin = Path(folder, "README.md").read_text().partition("## Origin")[2]
+    imported, distilled = yaml.safe_load(origin.split("```")[1].removeprefix("yaml"))
+    assert imported == {"by": "import", "source": "teacher"}
+    assert distilled["teacher"] == "teacher.ckpt"
+    assert [steps for steps, _ in distilled["rounds"]] == [8, 4]
     given = {folder: (z, {"num_inference_steps": 4, **call}, [])}
     theirs = run(code + PIPELINES, given)[folder]
     wanted = (model.sample([0, 1, 2]) / 2 + 0.5).clamp(0, 1)

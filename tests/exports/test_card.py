@@ -145,6 +145,21 @@ def test_the_results_of_a_run_are_those_of_this_file_and_sampling(tmp_path):
     assert metrics_of_run(checkpoint, model) is None
 
 
+def test_the_origin_is_shown_and_a_source_on_the_hub_is_the_base_model():
+    model = tiny_ddpm()
+    text = card(make_export(model, "safetensors"), model, name="x")
+    assert "## Origin\n\nNot stated." in text
+    assert "base_model" not in text
+    model.origin = (
+        {"by": "import", "source": "google/ddpm-cifar10-32"},
+        {"by": "ProgressiveDistillation", "teacher": "teacher.ckpt", "rounds": [[8, 20]]},
+    )
+    _, metadata, body = card(make_export(model, "safetensors"), model, name="x").split("---\n", 2)
+    assert yaml.safe_load(metadata)["base_model"] == ["google/ddpm-cifar10-32"]
+    code = body.partition("## Origin")[2].split("```")[1].removeprefix("yaml")
+    assert yaml.safe_load(code) == [*model.origin]
+
+
 def test_classes_are_in_the_code_and_the_text():
     model = tiny_ddpm(network=tiny_unet(num_classes=3))
     text = card(make_export(model, "safetensors"), model, name="x")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -190,6 +191,14 @@ def test_a_student_needs_no_teacher_once_it_is_trained(tmp_path, teacher_file):
     torch.save(state, tmp_path / "moved.ckpt")
     again = LuhmanDistillation.load_from_checkpoint(tmp_path / "moved.ckpt", weights_only=True)
     assert torch.equal(again.sample([1]), module.sample([1]))
+
+
+def test_the_origin_says_how_the_pairs_were_drawn(teacher_file):
+    module = student(teacher_file)
+    (own,) = module.whole_origin()
+    assert own["teacher"] == Path(module.teacher_path).name
+    assert own["teacher_num_steps"] == module.teacher_steps
+    assert own["teacher_sampler"] == "DDIM(eta=0.0)"
 
 
 def test_an_exact_student_of_an_exact_teacher_has_no_loss(teacher_file):
