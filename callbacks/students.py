@@ -18,8 +18,8 @@ from ddim_pl.files import write_tensors
 from ddim_pl.images import grid, to_uint8, write_png
 from ddim_pl.lightning_internals import add_callback_states, callbacks_of, datamodule_of
 from ddim_pl.loggers import log_image, run_folder
-from ddim_pl.training import ProgressiveDistillation
 from ddim_pl.training.hyperparameters import CONFIG_KEY
+from ddim_pl.training.ladder import Ladder
 
 
 class Students(L.Callback):
@@ -62,9 +62,9 @@ class Students(L.Callback):
         """Check that there will be students, and load what measures them."""
         if stage != "fit":
             return
-        if not isinstance(pl_module, ProgressiveDistillation):
+        if not isinstance(pl_module, Ladder):
             raise ValueError(
-                "the model of the callback Students must be ProgressiveDistillation, got "
+                "the model of the callback Students must be ProgressiveDistillation or TRACT, got "
                 f"{type(pl_module).__name__}: leave it out of the callbacks"
             )
         measure = _measure_of(trainer)
@@ -75,13 +75,13 @@ class Students(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Close the round before the module begins the next one."""
-        module = cast(ProgressiveDistillation, pl_module)
+        module = cast(Ladder, pl_module)
         if module.round_index < module.round_at(module.global_step):
             self._close(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the last round if it is complete."""
-        module = cast(ProgressiveDistillation, pl_module)
+        module = cast(Ladder, pl_module)
         if module.round_is_over:
             self._close(trainer, module)
 
@@ -90,13 +90,13 @@ class Students(L.Callback):
 
         Lightning has moved the module to the CPU by now.
         """
-        module = cast(ProgressiveDistillation, pl_module)
+        module = cast(Ladder, pl_module)
         if module.round_is_over and self._closed != module.round_index:
             module.to(trainer.strategy.root_device)
             self._close(trainer, module)
 
     @torch.no_grad()
-    def _close(self, trainer: L.Trainer, module: ProgressiveDistillation) -> None:
+    def _close(self, trainer: L.Trainer, module: Ladder) -> None:
         if module.round_index < 0:
             return  # a converted teacher is no student yet
         run = run_folder(trainer)  # on every rank: it broadcasts
@@ -129,7 +129,7 @@ def _measure_of(trainer: L.Trainer) -> FrechetDistance | None:
     return next((c for c in callbacks_of(trainer) if isinstance(c, FrechetDistance)), None)
 
 
-def _save(trainer: L.Trainer, module: ProgressiveDistillation, path: Path) -> None:
+def _save(trainer: L.Trainer, module: Ladder, path: Path) -> None:
     """Write the student's checkpoint, with the config of the run but for the model."""
     checkpoint = module.student_checkpoint()
     add_callback_states(trainer, checkpoint)

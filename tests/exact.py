@@ -151,7 +151,8 @@ def _generators(seeds: tuple[int, ...]) -> list[torch.Generator]:
 
 def two_steps(noise: Noise, teacher: Denoiser, z: Tensor, t: Tensor, step: float) -> Tensor:
     """The target of progressive distillation for steps of this length."""
-    return noise.two_step_target(teacher, z, t, t - step / 2, (t - step).clamp(min=0))
+    middle, s = t - step / 2, (t - step).clamp(min=0)
+    return noise.two_step_target(teacher(z, t), teacher, z, t, middle, s)
 
 
 class Distilled(Denoiser):

@@ -106,26 +106,33 @@ class Noise(ABC):
         return (z - expand_like(t.sigma, z) * eps) / expand_like(t.alpha, z)
 
     def two_step_target(
-        self, teacher: Denoiser, z: Tensor, t: Tensor, middle: Tensor, s: Tensor
+        self,
+        first: Prediction,
+        second: Denoiser,
+        z: Tensor,
+        t: Tensor,
+        middle: Tensor,
+        s: Tensor,
     ) -> Tensor:
-        """The x with which one `step` from `t` to `s` equals two of the teacher, `(B, ...)`.
+        """The x with which one `step` from `t` to `s` equals two over `middle`, `(B, ...)`.
 
-        It is the target of progressive distillation ([PD], appendix G). At `s = 0` it is the
-        teacher's second estimate, as in the authors' code, see `NoiseSchedule.step_end`.
+        It is the target of progressive distillation ([PD], appendix G) and of TRACT. At `s = 0` it
+        is the second estimate, as in the authors' code, see `NoiseSchedule.step_end`.
 
         Args:
-            teacher: Denoiser of the two steps.
+            first: The first step's estimates, at `t`.
+            second: Denoiser of the second step.
             z: States at levels `t`, `(B, ...)`.
             t: Noisiest levels, `(B,)`.
             middle: Levels between, `(B,)`.
             s: Cleanest levels, `(B,)`.
         """
-        start, mid = teacher.schedule(t), teacher.schedule(middle)
-        end = teacher.schedule.step_end(s)
+        start, mid = second.schedule(t), second.schedule(middle)
+        end = second.schedule.step_end(s)
         # In float64, since x follows from the difference of the states.
-        z_t, x_t = float64(z), float64(teacher(z, t).x)
+        z_t, x_t = float64(z), float64(first.x)
         z_mid = self.step(Prediction(x_t, eps_from_x(start, z_t, x_t)), start, mid)
-        x_mid = float64(teacher(z_mid.to(z), middle).x)
+        x_mid = float64(second(z_mid.to(z), middle).x)
         z_s = self.step(Prediction(x_mid, eps_from_x(mid, z_mid, x_mid)), mid, end)
         guess = two_step_target(x_t, x_mid, start, mid, end)
         return self.implied_x(guess, z_t, z_s, start, end).to(z)
@@ -152,14 +159,19 @@ class GaussianNoise(Noise):
         return eps
 
     def two_step_target(
-        self, teacher: Denoiser, z: Tensor, t: Tensor, middle: Tensor, s: Tensor
+        self,
+        first: Prediction,
+        second: Denoiser,
+        z: Tensor,
+        t: Tensor,
+        middle: Tensor,
+        s: Tensor,
     ) -> Tensor:
-        """A weighted mean of the teacher's two estimates, see `transitions.two_step_target`."""
-        start, mid = teacher.schedule(t), teacher.schedule(middle)
-        end = teacher.schedule.step_end(s)
-        first = teacher(z, t)
-        second = teacher(ddim_step(first, start, mid), middle)
-        return two_step_target(first.x, second.x, start, mid, end)
+        """A weighted mean of the two estimates, see `transitions.two_step_target`."""
+        start, mid = second.schedule(t), second.schedule(middle)
+        end = second.schedule.step_end(s)
+        x_mid = second(ddim_step(first, start, mid), middle).x
+        return two_step_target(first.x, x_mid, start, mid, end)
 
 
 def latents(

@@ -4,5 +4,6 @@ from ddim_pl.training.base import DiffusionModule
 from ddim_pl.training.ddpm import DDPM
 from ddim_pl.training.luhman import LuhmanDistillation
 from ddim_pl.training.progressive import ProgressiveDistillation
+from ddim_pl.training.tract import TRACT
 
-__all__ = ["DDPM", "DiffusionModule", "LuhmanDistillation", "ProgressiveDistillation"]
+__all__ = ["DDPM", "TRACT", "DiffusionModule", "LuhmanDistillation", "ProgressiveDistillation"]

@@ -224,7 +224,9 @@ def test_students_of_another_method_are_refused(tmp_path):
         max_steps=1,
         callbacks=[Students()],
     )
-    with pytest.raises(ValueError, match="Students must be ProgressiveDistillation, got DDPM"):
+    with pytest.raises(
+        ValueError, match="Students must be ProgressiveDistillation or TRACT, got DDPM"
+    ):
         t.fit(tiny_ddpm(), DigitsDataModule(batch_size=4))
 
 

@@ -139,6 +139,6 @@ def test_one_step_with_the_two_step_target_equals_two_of_the_teacher(
     z = law.draw((3, 50), high, torch.Generator().manual_seed(0), torch.empty(0).double())
     z_mid = law.step(teacher(z, t), high, mid)
     expected = law.step(teacher(z_mid, middle), mid, low)
-    x = law.two_step_target(teacher, z, t, middle, s)
+    x = law.two_step_target(teacher(z, t), teacher, z, t, middle, s)
     found = law.step(Prediction(x, eps_from_x(high, z, x)), high, low)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
