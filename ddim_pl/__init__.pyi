@@ -55,6 +55,7 @@ from ddim_pl.timesteps import quadratic as quadratic
 from ddim_pl.timesteps import trailing as trailing
 from ddim_pl.timesteps import uniform_log_snr as uniform_log_snr
 from ddim_pl.training import DDPM as DDPM
+from ddim_pl.training import TRACT as TRACT
 from ddim_pl.training import DiffusionModule as DiffusionModule
 from ddim_pl.training import LuhmanDistillation as LuhmanDistillation
 from ddim_pl.training import ProgressiveDistillation as ProgressiveDistillation

@@ -95,8 +95,7 @@ class Ladder(Distillation):
         _check_prediction(prediction, loss_weight)
         check_one_of(NetworkPrecision, teacher_precision=teacher_precision)
         check_at_least(0, conversion_updates=conversion_updates, warmup_steps=warmup_steps)
-        self.rounds = _read_rounds(rounds)
-        self.check_rounds()
+        self.rounds = self._read_rounds(rounds)
         # Updates before each round; the last number is the sum of all.
         self._starts = [*accumulate((r.updates for r in self.rounds), initial=conversion_updates)]
         self.given_teacher_prediction = teacher_prediction
@@ -172,12 +171,27 @@ class Ladder(Distillation):
         """Steps that the present student is trained for; None while it is converted."""
         return None if self.round_index < 0 else self.student_steps
 
-    def check_rounds(self) -> None:
+    @abstractmethod
+    def check_rounds(self, rounds: Sequence[Round]) -> None:
         """Check that each student can learn from the one before.
 
         Raises:
             ValueError: If one cannot.
         """
+
+    def _read_rounds(self, rounds: Sequence[Sequence[int]]) -> tuple[Round, ...]:
+        ladder = []
+        for each in rounds:
+            if len(each) != 2 or min(each) < 1:
+                raise ValueError(
+                    "rounds must hold pairs (student steps, updates) of at least 1, got "
+                    f"{list(each)}"
+                )
+            ladder.append(Round(*each))
+        if not ladder:
+            raise ValueError("rounds must hold at least one pair (student steps, updates)")
+        self.check_rounds(ladder)
+        return tuple(ladder)
 
     @property
     def first_prediction(self) -> PredictionType:
@@ -344,17 +358,3 @@ def _check_prediction(prediction: PredictionType, loss_weight: LossWeight) -> No
             "the last level eps says nothing of the image, and a student of one step sees no other"
         )
     check_loss_weight(prediction, loss_weight)
-
-
-def _read_rounds(rounds: Sequence[Sequence[int]]) -> tuple[Round, ...]:
-    """The rounds, after checking that they are some."""
-    ladder = []
-    for each in rounds:
-        if len(each) != 2 or min(each) < 1:
-            raise ValueError(
-                f"rounds must hold pairs (student steps, updates) of at least 1, got {list(each)}"
-            )
-        ladder.append(Round(*each))
-    if not ladder:
-        raise ValueError("rounds must hold at least one pair (student steps, updates)")
-    return tuple(ladder)

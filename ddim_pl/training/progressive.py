@@ -6,6 +6,7 @@ is the x for which one step leads to the same state: `ddim_pl.transitions.two_st
 the student, by its averaged weights, becomes the teacher of a student with N / 2 steps.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.training.distillation import copy_weights
-from ddim_pl.training.ladder import Ladder
+from ddim_pl.training.ladder import Ladder, Round
 
 
 class ProgressiveDistillation(Ladder):
@@ -36,9 +37,9 @@ class ProgressiveDistillation(Ladder):
         """Steps of the first teacher."""
         return 2 * self.rounds[0].steps
 
-    def check_rounds(self) -> None:
+    def check_rounds(self, rounds: Sequence[Round]) -> None:
         """Check that each student has half the steps of the one before."""
-        for before, after in pairwise(self.rounds):
+        for before, after in pairwise(rounds):
             if before.steps != 2 * after.steps:
                 raise ValueError(
                     f"rounds must halve the steps: after {before.steps} comes "

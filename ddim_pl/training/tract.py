@@ -8,6 +8,7 @@ to the levels above, in one phase from 1024 steps to 32. The target is the x for
 from t leads where these two do, and where `t' = s` the teacher's own.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,7 @@ from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.training.base import DiffusionModule
 from ddim_pl.training.distillation import copy_weights
 from ddim_pl.training.ema import ExponentialAverage
-from ddim_pl.training.ladder import Ladder
+from ddim_pl.training.ladder import Ladder, Round
 
 KEPT = 1e-3
 """What the average still holds, at a phase's end, of the weights at its beginning."""
@@ -96,9 +97,9 @@ class TRACT(Ladder):
         index = self.round_index
         return self.teacher_steps if index < 1 else self.rounds[index - 1].steps
 
-    def check_rounds(self) -> None:
+    def check_rounds(self, rounds: Sequence[Round]) -> None:
         """Check that the steps of each student divide those of its teacher."""
-        steps = [self.teacher_num_steps, *(each.steps for each in self.rounds)]
+        steps = [self.teacher_num_steps, *(each.steps for each in rounds)]
         for before, after in pairwise(steps):
             if before % after or before == after:
                 raise ValueError(

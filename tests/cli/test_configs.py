@@ -143,11 +143,13 @@ def test_a_student_learns_from_a_run_of_the_same_folder(config: Path) -> None:
     }
     run = teacher.removesuffix("/version_0/checkpoints/last.ckpt")
     assert run in runs
-    # A ladder begins with half the steps that the teacher was made for.
+    # A ladder begins with half the steps that the teacher was made for, or says how many.
     rounds = arguments_of(config).get("rounds")
+    steps = arguments_of(config).get("teacher_num_steps")
     schedule = arguments_of(runs[run]).get("schedule", {}).get("init_args", {})
     if rounds is not None and "num_levels" in schedule:
-        assert rounds[0][0] * 2 == schedule["num_levels"]
+        assert schedule["num_levels"] % (steps or rounds[0][0] * 2) == 0
+        assert steps or rounds[0][0] * 2 == schedule["num_levels"]
 
 
 PAGE = (FOLDER.parent / "docs" / "settings.md").read_text()
