@@ -59,6 +59,7 @@ from ddim_pl.training import TRACT as TRACT
 from ddim_pl.training import DiffusionModule as DiffusionModule
 from ddim_pl.training import LuhmanDistillation as LuhmanDistillation
 from ddim_pl.training import ProgressiveDistillation as ProgressiveDistillation
+from ddim_pl.training import RectifiedFlow as RectifiedFlow
 from ddim_pl.training.loading import load as load
 
 __version__: str

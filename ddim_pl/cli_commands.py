@@ -21,7 +21,7 @@ DESCRIPTIONS = {
     "forward": "Draw the noisy states of images along DDIM's forward processes, one for each eta.",
     "levels": "Search the levels at which a checkpoint's DDIM errs least, and write them as a "
     "small JSON.",
-    "pairs": "Draw pairs (latent, image) with a teacher, for LuhmanDistillation to train on.",
+    "pairs": "Draw pairs (latent, image) with a teacher, for students that train on them.",
     "sweep": "Measure every combination of samplers, etas, strategies of levels and numbers of "
     "steps.",
     "compare": "Measure students with their own steps, and their teacher with DDIM at as many and "

@@ -22,7 +22,7 @@ def pairs(
     pair_seed: int = PAIR_SEED,
     batch_size: int = 500,
 ) -> None:
-    """Draw pairs (latent, image) with a teacher, for LuhmanDistillation to train on.
+    """Draw pairs (latent, image) with a teacher, for students that train on them.
 
     `fit` makes the pairs itself when they are missing; this makes them alone, with the sampler,
     timesteps and number of steps of `--model`, which must be those of the distillation. What is

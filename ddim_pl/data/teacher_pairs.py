@@ -34,8 +34,7 @@ PAIR_SEED = 1_001_301
 
 ORIGINS = {
     "sampling_precision": (
-        " (of the teacher: LuhmanDistillation's teacher_precision, or by default the teacher's "
-        "own)"
+        " (of the teacher: the student's teacher_precision, or by default the teacher's own)"
     )
 }
 """Where entries of a recipe come from that a user gives by another name."""
@@ -220,7 +219,7 @@ class IndexedPairs(Dataset[PairBatch | PairsWithoutLatents]):
 class TeacherPairsDataModule(ImageDataModule):
     """Training and validation batches of teacher pairs, with the real images of another module.
 
-    `LuhmanDistillation` generates the pairs when a fit begins. The real images serve Fréchet
+    The student's module generates the pairs when a fit begins. The real images serve Fréchet
     distances and `test`.
 
     Args:

@@ -4,6 +4,14 @@ from ddim_pl.training.base import DiffusionModule
 from ddim_pl.training.ddpm import DDPM
 from ddim_pl.training.luhman import LuhmanDistillation
 from ddim_pl.training.progressive import ProgressiveDistillation
+from ddim_pl.training.reflow import RectifiedFlow
 from ddim_pl.training.tract import TRACT
 
-__all__ = ["DDPM", "TRACT", "DiffusionModule", "LuhmanDistillation", "ProgressiveDistillation"]
+__all__ = [
+    "DDPM",
+    "TRACT",
+    "DiffusionModule",
+    "LuhmanDistillation",
+    "ProgressiveDistillation",
+    "RectifiedFlow",
+]

@@ -30,7 +30,7 @@ from ddim_pl.prediction import decode, target
 from ddim_pl.rng import share_generators, step_generators
 from ddim_pl.samplers import DDIM, Ancestral
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
-from ddim_pl.training import LuhmanDistillation, luhman
+from ddim_pl.training import LuhmanDistillation, pair_distillation
 from ddim_pl.training.pairs import recipe_of
 
 
@@ -166,13 +166,13 @@ def test_the_teacher_that_draws_the_pairs_is_compiled_too(
 ):
     compiled, drawing = [], []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
-    original = luhman.make_pairs_on_all
+    original = pair_distillation.make_pairs_on_all
 
     def make(trainer, store, teacher, *arguments, **more):
         drawing.append(teacher.average.module)
         return original(trainer, store, teacher, *arguments, **more)
 
-    monkeypatch.setattr(luhman, "make_pairs_on_all", make)
+    monkeypatch.setattr(pair_distillation, "make_pairs_on_all", make)
     module = student(teacher_file, compile=compiles)
     trainer(tmp_path, max_steps=1).fit(module, pairs(tmp_path))
     assert [id(network) for network in compiled] == [

@@ -223,7 +223,7 @@ def test_pairs_of_another_precision_of_the_network_are_refused_by_its_name(tmp_p
     manifest = json.loads((tmp_path / "pairs/manifest.json").read_text())
     assert manifest["sampling_precision"] == "bf16"
     message = (
-        r"must be made with sampling_precision=32 \(of the teacher: LuhmanDistillation's "
+        r"must be made with sampling_precision=32 \(of the teacher: the student's "
         r"teacher_precision, or by default the teacher's own\), got 'bf16'"
     )
     with pytest.raises(ValueError, match=message):
@@ -233,7 +233,7 @@ def test_pairs_of_another_precision_of_the_network_are_refused_by_its_name(tmp_p
     trainer(tmp_path, max_steps=1).fit(same, pairs(tmp_path))
     assert {f.name: f.stat().st_mtime_ns for f in (tmp_path / "pairs").glob("0*")} == before
     message = (
-        r"must be made with sampling_precision=32 \(of the teacher: LuhmanDistillation's "
+        r"must be made with sampling_precision=32 \(of the teacher: the student's "
         r"teacher_precision, or by default the teacher's own\), got 'bf16'"
     )
     with pytest.raises(ValueError, match=message):
