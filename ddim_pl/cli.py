@@ -330,7 +330,7 @@ class DiffusionCLI(LightningCLI):
         before = None if checkpoint is None else tell_of_resuming(checkpoint, self._settings())
         self._fit_alone(**kwargs)
         if before is not None:
-            tell_of_idleness(self.trainer, before)
+            tell_of_idleness(self.trainer, before, vars(self.config["fit"].trainer))
 
     def _fit_alone(self, **kwargs: Any) -> None:
         """Train, in a run that no other process trains in."""
