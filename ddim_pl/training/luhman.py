@@ -5,6 +5,7 @@ T)`, by regression on pairs that were made beforehand.
 """
 
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -193,7 +194,7 @@ class LuhmanDistillation(Distillation):
         return {
             "teacher_sampler": str(self.teacher_sampler),
             "teacher_num_steps": len(self.teacher_levels) - 1,
-            "teacher_timesteps": self.teacher_timesteps,
+            "teacher_timesteps": Path(self.teacher_timesteps).name,
         }
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
