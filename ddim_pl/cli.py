@@ -3,7 +3,6 @@
 A checkpoint alone is enough to run it, and an error is one line.
 """
 
-import argparse
 import atexit
 import glob
 import importlib
@@ -35,11 +34,11 @@ import ddim_pl.metrics
 import ddim_pl.networks
 from ddim_pl import signals
 from ddim_pl.cli_checks import (
-    OF_COMMANDS,
     check_config,
     check_effects,
     check_module,
     check_sampling_precision,
+    has_effect,
     naming_trainer,
 )
 from ddim_pl.cli_commands import DESCRIPTIONS, exit_without_command
@@ -203,7 +202,7 @@ class DiffusionCLI(LightningCLI):
         self.config[command] = config = with_homes(self.config[command])
         check_config(config)
         if command in COMMANDS:
-            check_effects(command, config, given.named)
+            check_effects(command, given.named, takes_data=_takes_data(command))
         self._prepare_loggers(config)
         check_sampling_precision(command, config, given="sampling_precision" in given.of_model)
         self._resolve_checkpoint(config)
@@ -260,10 +259,12 @@ class DiffusionCLI(LightningCLI):
         # internal: Lightning 2.6 has no public place for a command's parser.
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in COMMANDS:
-            for action in parser._actions:
-                owner, _, name = action.dest.partition(".")
-                if owner == "trainer" and name and name.partition(".")[0] not in OF_COMMANDS:
-                    action.help = argparse.SUPPRESS
+            takes_data = _takes_data(subcommand)
+            cast(CommandParser, parser).not_in_help = [
+                action
+                for action in parser._actions
+                if not has_effect(subcommand, action.dest, takes_data=takes_data)
+            ]
         return parser
 
     def _parse_ckpt_path(self) -> None:
@@ -330,7 +331,7 @@ class DiffusionCLI(LightningCLI):
         before = None if checkpoint is None else tell_of_resuming(checkpoint, self._settings())
         self._fit_alone(**kwargs)
         if before is not None:
-            tell_of_idleness(self.trainer, before)
+            tell_of_idleness(self.trainer, before, vars(self.config["fit"].trainer))
 
     def _fit_alone(self, **kwargs: Any) -> None:
         """Train, in a run that no other process trains in."""
@@ -436,6 +437,11 @@ def _check_fit(module: DiffusionModule, data: ImageDataModule, *, trains: bool) 
             f"{module.num_classes}, of which it would learn the first alone: set it to null, or "
             "give the data labels (a subfolder for each class, or a file of labels)"
         )
+
+
+def _takes_data(command: str) -> bool:
+    """Whether a command of ours gets the data module."""
+    return "datamodule" in inspect.signature(getattr(TrainerWithCommands, command)).parameters
 
 
 def _parser_settings(command: str) -> dict[str, Any]:

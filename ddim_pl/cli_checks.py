@@ -2,8 +2,9 @@
 
 import contextlib
 import math
+import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ddim_pl.checks import check_at_least
+from ddim_pl.cli_environment import variable_of
 from ddim_pl.cli_errors import one_line
 from ddim_pl.evaluation.worker import check_noise, warn_of_student
 from ddim_pl.training import DiffusionModule
@@ -29,18 +31,27 @@ LEAST = {"check_val_every_n_epoch": 1, "accumulate_grad_batches": 1, "log_every_
 IN_FULL_PRECISION = ("reconstruct", "invert", "forward")
 """Commands on which `sampling_precision` has no effect: they encode, or use no network."""
 
-OF_COMMANDS = (
-    *("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins", "deterministic"),
-    *("benchmark", "enable_progress_bar"),
-)
-"""The trainer's arguments that have an effect on the commands of `ddim_pl.commands`."""
+IDLE = {
+    "trainer": (
+        *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "overfit_batches"),
+        *(f"limit_{name}_batches" for name in ("train", "val", "test", "predict")),
+        *("val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"),
+        *("log_every_n_steps", "enable_checkpointing", "enable_model_summary", "logger"),
+        *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
+        *("use_distributed_sampler", "reload_dataloaders_every_n_epochs", "fast_dev_run"),
+        *("enable_autolog_hparams", "model_registry", "callbacks"),
+    ),
+    "model": (
+        *("optimizer", "lr_scheduler", "warmup_steps", "ema_decay", "skip_bad_batches"),
+        *("loss", "loss_weight", "min_snr_gamma", "level_sampling", "conversion_updates"),
+        *("clip_teacher", "dropout", "teacher", "pair_batch_size"),
+        *(f"teacher_{name}" for name in ("sampler", "timesteps", "num_steps", "precision")),
+    ),
+}
+"""Arguments that have no effect on the commands of `ddim_pl.commands`, which do not train."""
 
-OF_TRAINING = (
-    *("optimizer", "lr_scheduler", "warmup_steps", "ema_decay", "skip_bad_batches"),
-    *("loss", "loss_weight", "min_snr_gamma", "level_sampling", "rounds", "conversion_updates"),
-    *("clip_teacher", "teacher_precision"),
-)
-"""The model's arguments that have none on them, but stand in a checkpoint that is exported."""
+MEASURING = ("sweep", "compare")
+"""Commands that take what they measure from a callback of the config."""
 
 HARDWARE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins")
 
@@ -109,33 +120,45 @@ def check_sampling_precision(command: str, config: Namespace, *, given: bool) ->
     )
 
 
-def check_effects(command: str, config: Namespace, named: Collection[str]) -> None:
+def has_effect(command: str, name: str, *, takes_data: bool) -> bool:
+    """Whether an option has an effect on a command of ours.
+
+    Args:
+        command: The command.
+        name: Of the option, such as "trainer.max_steps".
+        takes_data: Whether the command reads real images.
+    """
+    owner, _, option = name.partition(".")
+    option = option.partition(".")[0].removesuffix("+")
+    if owner.removesuffix("+") == "data":
+        return takes_data
+    if command == "export" and name in ("trainer.precision", "model.compile"):
+        return False
+    if option == "callbacks" and command in MEASURING:
+        return True
+    # A student's file says how it was distilled; the loss of others is part of a checkpoint.
+    return option not in IDLE.get(owner, ()) or (command, option) == ("export", "loss_weight")
+
+
+def check_effects(command: str, named: Iterable[str], *, takes_data: bool) -> None:
     """Check that the options that a command of ours is given have an effect on it.
 
     What stands in a config may be meant for other commands, and is let be.
 
     Args:
         command: The command.
-        config: Its arguments.
         named: Names of the options on the command line, such as "trainer.precision".
+        takes_data: Whether the command reads real images.
 
     Raises:
         ValueError: If one has none.
     """
-    export = command == "export"
     for name in named:
-        owner, _, option = name.partition(".")
-        option = option.partition(".")[0]
-        idle = {
-            "trainer": option not in OF_COMMANDS or (export and option == "precision"),
-            "model": option in OF_TRAINING and not (export and config.format == "checkpoint"),
-        }
-        if option and idle.get(owner, False):
-            what = f"{command} to {config.format}" if export else command
-            reason = "writes float32" if option == "precision" else "trains and logs nothing"
+        if not has_effect(command, name, takes_data=takes_data):
+            variable = variable_of(name, command)
+            source = f" (set by {variable})" if variable in os.environ else ""
             raise ValueError(
-                f"{owner}.{option} must be left out for {what}, on which it has no effect: it "
-                f"{reason}"
+                f"{name} must be left out for {command}, on which it has no effect{source}"
             )
 
 

@@ -4,6 +4,7 @@ Later ones win over earlier ones. jsonargparse merges them. This module adds wha
 merge callbacks of one class, and find the checkpoint whose config is the base.
 """
 
+import argparse
 import importlib
 import re
 from collections.abc import Collection, Sequence
@@ -33,6 +34,20 @@ class CommandParser(LightningArgumentParser):
 
     variables: Sequence[str] = ()
     """Environment variables that set options of this command, for the errors."""
+
+    not_in_help: Sequence[argparse.Action] = ()
+    """Arguments that the help leaves out, though the parser knows them."""
+
+    def format_help(self, *args: Any) -> str:
+        """The help, without what it leaves out."""
+        texts = [action.help for action in self.not_in_help]
+        for action in self.not_in_help:
+            action.help = argparse.SUPPRESS
+        try:
+            return super().format_help(*args)
+        finally:
+            for action, text in zip(self.not_in_help, texts, strict=True):
+                action.help = text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit with status 2; a nested parser raises, as in jsonargparse."""

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ SEAL = "sha256"
 """Where a file holds the digest of the rest."""
 
 KNOWN = {
+    r"TorchScript archives": "it is a program of TorchScript, not a file of weights",
     r"GLOBAL ([\w.]+)": "it names {}, which a file of weights may not",
     r"Weights only load failed": "torch.save has not written it",
     r"PytorchStreamReader failed": "a part of it is missing or damaged",
@@ -175,16 +177,23 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a program of TorchScript
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the bytes may say anything
         raise DamagedError(f"{path} cannot be read ({reason_of(error)})") from error
-    weights = content.values() if isinstance(content, dict) else [content]
-    wrong = next((each for each in weights if not isinstance(each, Tensor)), None)
-    if wrong is not None:
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise DamagedError(
-            f"{path} cannot be read (it holds a {type(wrong).__name__} in place of a tensor)"
+            f"{path} cannot be read (it holds a {type(content).__name__} in place of tensors by "
+            "name)"
         )
-    return dict(content)
+    for name, each in content.items():
+        if not isinstance(each, Tensor):
+            raise DamagedError(
+                f"{path} cannot be read (its {name[:60]!r} is a {type(each).__name__} in place of "
+                "a tensor)"
+            )
+    return content
 
 
 def reason_of(error: Exception) -> str:

@@ -51,10 +51,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists():
         raise FileExistsError(f"{path} exists")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob("*.part"):
-        if _is_left(left, path.name):
-            shutil.rmtree(left)
     part = _part_of(path)
+    for left in path.parent.glob("*.part"):
+        # In containers a process may have the number of one that was killed.
+        if left == part or _is_left(left, path.name):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     part.mkdir()
     try:
         yield part

@@ -1,19 +1,15 @@
 """Wrong arguments of every command: one line that names the argument, and nothing is written."""
 
 import shlex
-from inspect import signature
 
 import pytest
 import torch
-from jsonargparse import Namespace
-from lightning import Trainer
 from tiny import tiny_config, write_config
 
-from ddim_pl.cli import main
-from ddim_pl.cli_checks import OF_COMMANDS, OF_TRAINING, check_effects
+from ddim_pl.cli import _takes_data, main
+from ddim_pl.cli_checks import has_effect
 from ddim_pl.cli_errors import run_message
 from ddim_pl.commands import COMMANDS
-from ddim_pl.training import DDPM, DiffusionModule, ProgressiveDistillation
 
 HUGE = 10**23
 
@@ -178,40 +174,73 @@ def error_of(arguments, capsys):
     return capsys.readouterr().err + (f"{code}\n" if isinstance(code, str) else "")
 
 
+READ_DATA = {"interpolate", "invert", "inpaint", "forward", "reconstruct", "sweep", "compare"}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_option_without_effect_on_a_command_is_an_error(command):
-    config = Namespace(format="onnx")
-    names = [*signature(Trainer).parameters, "model_registry"]
-    for name in names:
-        named = [f"trainer.{name}"]
-        if name in OF_COMMANDS and not (command == "export" and name == "precision"):
-            check_effects(command, config, named)
-            continue
-        with pytest.raises(ValueError, match=rf"trainer.{name} must be left out for {command}"):
-            check_effects(command, config, named)
-    idle = {name for kind in (DDPM, ProgressiveDistillation) for name in arguments_of(kind)}
-    for name in (*OF_TRAINING, "optimizer.lr"):
-        with pytest.raises(ValueError, match="it trains and logs nothing"):
-            check_effects(command, config, [f"model.{name}"])
-        assert name.partition(".")[0] in idle
-    check_effects(command, config, ["model", "model.num_steps", "data.batch_size", "trainer"])
+@pytest.mark.parametrize(
+    ("name", "but"),
+    [
+        ("trainer.max_steps", ()),
+        ("trainer.logger.save_dir", ()),
+        ("trainer.limit_test_batches", ()),
+        ("trainer.callbacks+", ("sweep", "compare")),
+        ("trainer.callbacks.num_samples", ("sweep", "compare")),
+        ("trainer.precision", {*COMMANDS} - {"export"}),
+        ("model.optimizer.lr", ()),
+        ("model.ema_decay", ()),
+        ("model.loss_weight", ("export",)),
+        ("model.dropout", ()),
+        ("model.teacher", ()),
+        ("model.teacher_num_steps", ()),
+        ("model.compile", {*COMMANDS} - {"export"}),
+        ("data.batch_size", READ_DATA),
+        ("data", READ_DATA),
+    ],
+)
+def test_an_option_has_an_effect_on_these_commands_alone(command, name, but):
+    assert has_effect(command, name, takes_data=_takes_data(command)) == (command in but)
 
 
-def arguments_of(kind):
-    return {*signature(kind).parameters, *signature(DiffusionModule).parameters}
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_of_devices_and_sampling_have_one(command):
+    names = ["model", "model.num_steps", "model.sampler.eta", "model.rounds", "trainer"]
+    names += ["trainer.devices", "trainer.inference_mode", "trainer.profiler", "ckpt_path"]
+    for name in [*names, "seed_everything", "output", "batch_size"]:
+        assert has_effect(command, name, takes_data=False)
 
 
-def test_a_checkpoint_that_is_exported_holds_settings_of_training():
-    check_effects("export", Namespace(format="checkpoint"), ["model.ema_decay"])
+def test_an_option_without_effect_is_one_line_that_names_its_variable_too(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    given = ["--ckpt_path", str(checkpoint)]
+    message = error_of(["sample", *given, "--trainer.max_steps=3"], capsys)
+    assert "trainer.max_steps must be left out for sample, on which it has no effect" in message
+    message = error_of(["export", *given, "--output=x", "--data.batch_size", "7"], capsys)
+    assert "data.batch_size must be left out for export" in message
+    monkeypatch.setenv("DDIM_PL_SAMPLE__TRAINER__MAX_STEPS", "3")
+    message = error_of(["sample", *given], capsys)
+    assert "has no effect (set by DDIM_PL_SAMPLE__TRAINER__MAX_STEPS)" in message
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_config_may_hold_what_other_commands_use(checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_sweep_measures_by_the_callback_that_it_is_given(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    features = "ddim_pl.metrics.digits.DigitsFeatures"
+    given = ["--trainer.callbacks+=callbacks.FrechetDistance"]
+    given += ["--trainer.callbacks.features", features, "--trainer.callbacks.num_samples", "50"]
+    more = ["--num_steps=[1]", "--num_shown", "2", "--output", "swept"]
+    main(["sweep", "--ckpt_path", str(checkpoint), *given, *more])
+    (table,) = (tmp_path / "swept").glob("*.md")
+    assert "50" in table.read_text()
+
+
+def test_a_config_may_hold_what_other_commands_use(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = {"model": {"init_args": {"ema_decay": 0.5}}, "trainer": {"max_steps": 3}}
     given = ["--config", write_config(config, tmp_path / "mine.yaml"), "--num_images", "1"]
     main(["sample", "--ckpt_path", str(checkpoint), *given, "--output", "drawn"])
-    message = error_of(["sample", "--ckpt_path", str(checkpoint), "--trainer.max_steps=3"], capsys)
-    assert "trainer.max_steps must be left out for sample" in message
 
 
 CASES = [

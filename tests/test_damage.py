@@ -262,6 +262,11 @@ def test_a_wrong_file_of_weights_is_a_short_error_that_names_it(tmp_path, make):
     torch.save(other, tmp_path / "other.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"state_dict": other}, tmp_path / "nested.pth")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    torch.save({0: torch.zeros(3)}, tmp_path / "numbers.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is an old form
+        torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "program.pt")
     torch.save({"weight": Evil()}, tmp_path / "evil.pth")
     whole = (tmp_path / "other.pth").read_bytes()
     (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
@@ -277,10 +282,12 @@ def test_a_wrong_file_of_weights_is_a_short_error_that_names_it(tmp_path, make):
         assert "weights_only" not in message
         assert "\n" not in message
         reasons[name] = message
-    assert len(names) == 11
+    assert len(names) == 14
     assert "it has no weight" in reasons["other.pth"]
     assert "io.open" in reasons["evil.pth"]
-    assert "it holds a dict in place of a tensor" in reasons["nested.pth"]
+    assert "its 'state_dict' is a dict in place of a tensor" in reasons["nested.pth"]
+    assert "it holds a Tensor in place of tensors by name" in reasons["tensor.pth"]
+    assert "a program of TorchScript" in reasons["program.pt"]
 
 
 def test_files_of_before_have_no_digest_and_are_read(tmp_path):

@@ -108,14 +108,14 @@ def test_a_user_without_a_home_has_no_cache_and_no_error(monkeypatch):
 
 
 def test_a_new_folder_removes_what_a_killed_process_left_of_it_alone(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
-    )
-    ended, node = int(done.stdout), platform.node()
+    command, node = [sys.executable, "-c", "import os; print(os.getpid())"], platform.node()
+    ended, other = (int(subprocess.run(command, capture_output=True).stdout) for _ in range(2))
     names = [f"x.{node}.{ended}.part", f"x.{node}.{os.getppid()}.part", f"y.{node}.{ended}.part"]
     names += ["x.mine.part", f"x.other.{ended}.part"]
     for name in names:
         (tmp_path / name / "new").mkdir(parents=True)
+    (tmp_path / f"x.{node}.{os.getpid()}.part").mkdir()
+    (tmp_path / f"x.{node}.{other}.part").touch()
     with new_folder(tmp_path / "x") as part:
         (part / "file").touch()
     assert {each.name for each in tmp_path.iterdir()} == {"x", *names[1:]}

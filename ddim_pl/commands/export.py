@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -73,6 +73,10 @@ def export(
     if format == "checkpoint":
         _check_unused(extras)
 
+    if push_to_hub is not None:
+        make_export(model, cast(Any, format), label)  # says what it cannot hold, before a wait
+        check_hub(push_to_hub)
+
     def work(worker: Worker) -> None:
         if format == "checkpoint":
             if worker.is_first:
@@ -83,8 +87,6 @@ def export(
         # A run's results are of all classes.
         numbers = _numbers(metrics, ckpt_path if label is None else None, model)
         if worker.is_first:
-            if push_to_hub is not None:
-                check_hub(push_to_hub)
             name = push_to_hub or path.name  # no path of this machine
             config = _exported_config(model, ckpt_path)
             text = card(made, model, name=name, metrics=numbers, config=config, license=license)

@@ -50,7 +50,7 @@ def import_teacher(
     teacher = read_source(source, scheduler, image_size)
     _check_finite(source, teacher.network)
     model = DDPM(teacher.network, **teacher.settings)
-    model.origin = ({"by": "import", "source": _name_of(source)},)
+    model.origin = (_origin_of(source),)
     checkpoint = averaged_checkpoint(model)
     hyper = checkpoint["hyper_parameters"]
     arguments = {name: value for name, value in hyper.items() if not name.startswith("_")}
@@ -71,10 +71,12 @@ def import_teacher(
     print("\n".join(notes))
 
 
-def _name_of(source: str) -> str:
+def _origin_of(source: str) -> dict[str, Any]:
     """A source's name on the Hub, or that of its file or folder alone."""
     path = Path(source)
-    return path.resolve().name if path.exists() else source
+    if path.exists():
+        return {"by": "import", "source": path.resolve().name}
+    return {"by": "import", "source": source, "on_hub": True}
 
 
 def _check_finite(source: str, network: nn.Module) -> None:

@@ -58,8 +58,8 @@ def card(
         "Data": _code("yaml", yaml.safe_dump(config["data"]))
         if "data" in config
         else "Not stated.",
-        "Origin": _code("yaml", yaml.safe_dump([*model.whole_origin()], sort_keys=False))
-        if model.whole_origin()
+        "Origin": _code("yaml", yaml.safe_dump([*model.origin], sort_keys=False))
+        if model.origin
         else "Not stated.",
         "Licence": license or "Not stated: ask whoever made it before you use it.",
         "Config": _code("yaml", yaml.safe_dump({"model": config.get("model")})),
@@ -137,8 +137,8 @@ def _without_folders(key: str, value: Any) -> Any:
 
 
 def _metadata(export: Export, model: DiffusionModule, license: str | None) -> str:
-    sources = [str(each.get("source")) for each in model.origin]
-    bases = [each for each in sources if re.fullmatch(HUB_NAME, each)]
+    imports = [each for each in model.origin if each["by"] == "import" and each.get("on_hub")]
+    bases = [each["source"] for each in imports if re.fullmatch(HUB_NAME, str(each["source"]))]
     content = {
         "license": license or "unknown",
         **({"library_name": export.library} if export.library else {}),

@@ -1,6 +1,9 @@
 """Inception-v3 with the weights that published FIDs use, and the three ways to resize for it."""
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -58,15 +61,13 @@ class InceptionFeatures(nn.Module):
         self.resize = resize
         self.preparation = RESIZES[resize]
         try:
-            if weights_path is not None:
-                # torch-fidelity would read a pickle, which may run code.
-                read_weights(weights_path)
-            self.network = NoTrainInceptionV3(
-                name="inception-v3-compat",
-                features_list=[str(self.num_features)],
-                feature_extractor_weights_path=weights_path,
-                antialias=False,
-            )
+            with _safe(weights_path) as path:
+                self.network = NoTrainInceptionV3(
+                    name="inception-v3-compat",
+                    features_list=[str(self.num_features)],
+                    feature_extractor_weights_path=path,
+                    antialias=False,
+                )
         except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError
             raise ValueError(_no_weights(weights_path, error)) from error
         fold(self.network)
@@ -113,6 +114,18 @@ class InceptionFeatures(nn.Module):
         """
         features = self(images)
         return features, features @ self.network.fc.weight.T
+
+
+@contextmanager
+def _safe(path: str | None) -> Iterator[str | None]:
+    """A file of the tensors of a given one alone: torch-fidelity's reading may run its code."""
+    if path is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "weights.pth")
+        torch.save(read_weights(path), copy)
+        yield str(copy)
 
 
 def _no_weights(given: str | None, error: Exception) -> str:

@@ -49,6 +49,7 @@ from ddim_pl.training.hyperparameters import (
     describe,
     import_path,
 )
+from ddim_pl.training.origin import KEY, Origin, read_origin
 from ddim_pl.training.reduced import NetworkPrecision, ReducedCopy
 from ddim_pl.training.resuming import apply_settings
 from ddim_pl.training.warmup import Warmup
@@ -57,10 +58,6 @@ OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 Batch = tuple[Tensor, ...]
 LossKind = Literal["l2", "l1"]
-Origin = tuple[dict[str, Any], ...]
-
-ORIGIN_KEY = "ddim_pl_origin"
-"""Where a checkpoint holds `DiffusionModule.origin`."""
 
 
 class DiffusionModule(L.LightningModule, ABC):
@@ -177,11 +174,7 @@ class DiffusionModule(L.LightningModule, ABC):
             )
 
     origin: Origin = ()
-    """Where the weights come from, the oldest first: an import, and each distillation."""
-
-    def whole_origin(self) -> Origin:
-        """The origin with what this module has done since."""
-        return self.origin
+    """Where the weights come from; of a distillation, with what it has done itself."""
 
     distilled_steps: int | None = None
     """Steps that the averaged network was distilled to; None if it was trained at all levels."""
@@ -384,14 +377,15 @@ class DiffusionModule(L.LightningModule, ABC):
         """Read the number of updates, unless the weights are spoiled; keep the settings given."""
         check_finite_weights(checkpoint["state_dict"], "give an earlier checkpoint")
         self.checkpoint_step = checkpoint.get("global_step", 0)
-        self.origin = tuple(checkpoint.get(ORIGIN_KEY) or ())
+        if KEY in checkpoint:
+            self.origin = read_origin(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             apply_settings(self, checkpoint)
             forget_foreign_files(self.trainer, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the files before, if the weights are spoiled or the last update was not made."""
-        checkpoint[ORIGIN_KEY] = [*self.origin]
+        checkpoint[KEY] = [*self.origin]
         self._update_check.finish(self)
         check_finite_weights(checkpoint["state_dict"], "lower the rate or clip the gradients")
 

@@ -24,9 +24,10 @@ from ddim_pl.prediction import (
 from ddim_pl.rng import StepGenerators
 from ddim_pl.scales import expand_like
 from ddim_pl.schedules import DiscreteSchedule, NoiseSchedule
-from ddim_pl.training.base import ORIGIN_KEY, Batch, DiffusionModule, LossKind
+from ddim_pl.training.base import Batch, DiffusionModule, LossKind
 from ddim_pl.training.finite import check_finite_weights
 from ddim_pl.training.hyperparameters import INSTANTIATOR, describe, import_path
+from ddim_pl.training.origin import KEY
 from ddim_pl.transitions import q_sample
 
 LevelSampling = Literal["uniform", "antithetic"]
@@ -177,7 +178,7 @@ def averaged_checkpoint(module: DiffusionModule, **changes: Any) -> dict[str, An
         "pytorch-lightning_version": L.__version__,
         "epoch": module.current_epoch,
         "global_step": module.global_step,
-        ORIGIN_KEY: [*module.whole_origin()],
+        KEY: [*module.origin],
         "state_dict": state | {"average.n_averaged": module.average.n_averaged},
         "hyper_parameters": {
             **arguments,

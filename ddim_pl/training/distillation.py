@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from ddim_pl.clipping import Clipping
@@ -13,9 +14,10 @@ from ddim_pl.noise import Noise
 from ddim_pl.prediction import PredictionType
 from ddim_pl.rng import NoiseSource
 from ddim_pl.schedules import NoiseSchedule
-from ddim_pl.training.base import DiffusionModule, Origin
+from ddim_pl.training.base import DiffusionModule
 from ddim_pl.training.hyperparameters import filled
 from ddim_pl.training.loading import load
+from ddim_pl.training.origin import KEY, Origin
 
 DEFAULTS = {
     "time_input": "index",
@@ -79,7 +81,7 @@ class Distillation(DiffusionModule):
         super().__init__(network, **filled(student, default), **kwargs)
         self.teacher_path, self.read_prediction = teacher, read and read.prediction
         if read is not None:
-            self.origin = read.whole_origin()
+            self.origin = read.origin
             self.record_arguments(network=network, **student)
             self.check_teacher(read)
             Distillation.load_weights_from(self, read)  # not an override
@@ -89,12 +91,28 @@ class Distillation(DiffusionModule):
         """Default prediction type of a student whose teacher has this one."""
         return teacher
 
-    def whole_origin(self) -> Origin:
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record this distillation, behind the teacher's origin."""
+        self.origin = self.origin_now()
+        super().on_save_checkpoint(checkpoint)
+
+    def origin_now(self) -> Origin:
         """The teacher's origin, and this distillation, without folders of this machine."""
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return self.origin  # as the checkpoint has it, whatever is given now
         teacher = None if self.teacher_path is None else Path(self.teacher_path).name
-        updates = max(self.global_step, self.checkpoint_step)
-        own = {"by": type(self).__name__, "teacher": teacher, "updates": updates}
-        return (*self.origin, own | self.settings_of_origin())
+        own = {"by": type(self).__name__, "teacher": teacher, "updates": self.global_step}
+        before = self.origin[:-1] if self._is_recorded else self.origin
+        self._is_recorded = True
+        return (*before, own | self.settings_of_origin())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Know whether the origin has this distillation already."""
+        super().on_load_checkpoint(checkpoint)
+        if KEY in checkpoint:
+            self._is_recorded = bool(self.origin) and self.origin[-1]["by"] == type(self).__name__
+
+    _is_recorded = False
 
     def settings_of_origin(self) -> dict[str, Any]:
         """What else is to be known of this distillation, as plain data."""

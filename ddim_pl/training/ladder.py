@@ -243,6 +243,7 @@ class Ladder(Distillation):
         It knows its levels, and needs neither this class nor the teacher.
         """
         steps = self.student_steps
+        self.origin = self.origin_now()
         return averaged_checkpoint(self, num_steps=steps, distilled_steps=steps)
 
     def settings_of_origin(self) -> dict[str, Any]:

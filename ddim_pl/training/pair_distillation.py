@@ -1,6 +1,7 @@
 """What distillations on pairs share: a teacher's images and their latents, made beforehand."""
 
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -150,7 +151,7 @@ class PairDistillation(Distillation):
         return {
             "teacher_sampler": str(self.teacher_sampler),
             "teacher_num_steps": len(self.teacher_levels) - 1,
-            "teacher_timesteps": self.teacher_timesteps,
+            "teacher_timesteps": Path(self.teacher_timesteps).name,
         }
 
     def test_step(self, batch: Any, batch_idx: int) -> None:

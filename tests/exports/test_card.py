@@ -151,7 +151,7 @@ def test_the_origin_is_shown_and_a_source_on_the_hub_is_the_base_model():
     assert "## Origin\n\nNot stated." in text
     assert "base_model" not in text
     model.origin = (
-        {"by": "import", "source": "google/ddpm-cifar10-32"},
+        {"by": "import", "source": "google/ddpm-cifar10-32", "on_hub": True},
         {"by": "ProgressiveDistillation", "teacher": "teacher.ckpt", "rounds": [[8, 20]]},
     )
     _, metadata, body = card(make_export(model, "safetensors"), model, name="x").split("---\n", 2)

@@ -31,6 +31,7 @@ from ddim_pl.rng import share_generators, step_generators
 from ddim_pl.samplers import DDIM, Ancestral
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
 from ddim_pl.training import LuhmanDistillation, pair_distillation
+from ddim_pl.training.ddpm import averaged_checkpoint
 from ddim_pl.training.pairs import recipe_of
 
 
@@ -193,12 +194,27 @@ def test_a_student_needs_no_teacher_once_it_is_trained(tmp_path, teacher_file):
     assert torch.equal(again.sample([1]), module.sample([1]))
 
 
-def test_the_origin_says_how_the_pairs_were_drawn(teacher_file):
+def test_the_origin_says_how_the_pairs_were_drawn(tmp_path, teacher_file):
     module = student(teacher_file)
-    (own,) = module.whole_origin()
-    assert own["teacher"] == Path(module.teacher_path).name
-    assert own["teacher_num_steps"] == module.teacher_steps
-    assert own["teacher_sampler"] == "DDIM(eta=0.0)"
+    assert module.origin == ()
+    t = trainer(tmp_path, max_steps=1)
+    t.fit(module, pairs(tmp_path))
+    for _ in range(2):
+        t.save_checkpoint(tmp_path / "student.ckpt")
+    other = {"teacher": "/secret/other.ckpt", "teacher_num_steps": 7}
+    again = LuhmanDistillation.load_from_checkpoint(
+        tmp_path / "student.ckpt", weights_only=True, **other
+    )
+    (own,) = again.origin  # as it was, whatever is given now
+    assert own == {
+        "by": "LuhmanDistillation",
+        "teacher": Path(teacher_file[0]).name,
+        "updates": 1,
+        "teacher_sampler": "DDIM(eta=0.0)",
+        "teacher_num_steps": 4,
+        "teacher_timesteps": "linear",
+    }
+    assert averaged_checkpoint(again)["ddim_pl_origin"] == [own]
 
 
 def test_an_exact_student_of_an_exact_teacher_has_no_loss(teacher_file):

@@ -457,7 +457,7 @@ def test_a_round_can_be_run_alone_from_a_student(whole, tmp_path):
     assert same(clone(alone.teacher), clone(two.average.module))
     first = {"by": "ProgressiveDistillation", "teacher": Path(two.teacher_path).name}
     first |= {"updates": 13, "conversion_updates": 2, "rounds": [[4, 6], [2, 5]]}
-    assert student.origin == alone.origin == (first,)
+    assert student.origin == two.origin == alone.origin == (first,)
     assert fit(alone, tmp_path).global_step == 3
     last = alone.student_checkpoint()["ddim_pl_origin"]
     second = {"teacher": "student.ckpt", "updates": 3, "conversion_updates": 0, "rounds": [[1, 3]]}

@@ -90,7 +90,7 @@ def test_a_fit_trains_on_the_pairs_and_its_student_takes_any_number_of_steps(
     assert (module.distilled_steps, len(module.levels)) == (None, 4)
     again = load(tmp_path / "last.ckpt")
     torch.testing.assert_close(again.sample([1]), module.sample([1]), rtol=0, atol=0)
-    (origin,) = again.whole_origin()
+    (origin,) = again.origin
     assert (origin["by"], origin["teacher_timesteps"]) == ("RectifiedFlow", "linear")
     # It may be straightened again.
     assert straightened((str(tmp_path / "last.ckpt"), None)).schedule == module.schedule
