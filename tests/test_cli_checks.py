@@ -13,7 +13,7 @@ from ddim_pl.cli import main
 from ddim_pl.cli_checks import OF_COMMANDS, OF_TRAINING, check_effects
 from ddim_pl.cli_errors import run_message
 from ddim_pl.commands import COMMANDS
-from ddim_pl.training import DDPM, DiffusionModule, ProgressiveDistillation
+from ddim_pl.training import DDPM, ConsistencyModel, DiffusionModule, ProgressiveDistillation
 
 HUGE = 10**23
 
@@ -189,7 +189,8 @@ def test_an_option_without_effect_on_a_command_is_an_error(command):
             continue
         with pytest.raises(ValueError, match=rf"trainer.{name} must be left out for {command}"):
             check_effects(command, config, named)
-    idle = {name for kind in (DDPM, ProgressiveDistillation) for name in arguments_of(kind)}
+    kinds = (DDPM, ProgressiveDistillation, ConsistencyModel)
+    idle = {name for kind in kinds for name in arguments_of(kind)}
     for name in (*OF_TRAINING, "optimizer.lr"):
         with pytest.raises(ValueError, match="it trains and logs nothing"):
             check_effects(command, config, [f"model.{name}"])
