@@ -25,6 +25,7 @@ from ddim_pl.samplers import DDIM as DDIM
 from ddim_pl.samplers import DEQ as DEQ
 from ddim_pl.samplers import PNDM as PNDM
 from ddim_pl.samplers import Ancestral as Ancestral
+from ddim_pl.samplers import Consistency as Consistency
 from ddim_pl.samplers import DPMSolverPP as DPMSolverPP
 from ddim_pl.samplers import GammaExact as GammaExact
 from ddim_pl.samplers import GammaMoment as GammaMoment
@@ -56,6 +57,7 @@ from ddim_pl.timesteps import trailing as trailing
 from ddim_pl.timesteps import uniform_log_snr as uniform_log_snr
 from ddim_pl.training import DDPM as DDPM
 from ddim_pl.training import TRACT as TRACT
+from ddim_pl.training import ConsistencyModel as ConsistencyModel
 from ddim_pl.training import DiffusionModule as DiffusionModule
 from ddim_pl.training import LuhmanDistillation as LuhmanDistillation
 from ddim_pl.training import ProgressiveDistillation as ProgressiveDistillation

@@ -44,7 +44,8 @@ IDLE = {
     "model": (
         *("optimizer", "lr_scheduler", "warmup_steps", "ema_decay", "skip_bad_batches"),
         *("loss", "loss_weight", "min_snr_gamma", "level_sampling", "conversion_updates"),
-        *("clip_teacher", "dropout", "teacher", "pair_batch_size"),
+        *("clip_teacher", "dropout", "teacher", "pair_batch_size", "self_decay", "method", "q"),
+        *("num_stages", "stage_updates", "mean_log_sigma", "std_log_sigma"),
         *(f"teacher_{name}" for name in ("sampler", "timesteps", "num_steps", "precision")),
     ),
 }

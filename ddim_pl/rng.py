@@ -5,8 +5,9 @@ depend on its batch or on the number of devices. Every training step has generat
 (seed, step, rank), so that a resumed run draws the same numbers as an uninterrupted one.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -70,6 +71,18 @@ def seed_default_generators(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[index].manual_seed(seed)
     else:
         torch.manual_seed(seed)
+
+
+@contextmanager
+def replayed(device: torch.device) -> Iterator[None]:
+    """Draw in here what will be drawn once more afterwards, from the global generator of a device.
+
+    Two passes of a network so have the same dropout.
+    """
+    home: Any = torch if device.type == "cpu" else getattr(torch, device.type)
+    state = home.get_rng_state()
+    yield
+    home.set_rng_state(state)
 
 
 def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:

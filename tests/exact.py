@@ -70,6 +70,20 @@ class ExactGaussian(Denoiser):
 
 
 @dataclass(frozen=True)
+class ExactConsistency(ExactGaussian):
+    """The consistency function of the Gaussian: the end, without noise, of a state's trajectory.
+
+    It is `mean + std (y - mean) / sqrt(std^2 + s^2)` with `y = z / alpha` and `s = sigma / alpha`,
+    also where level 0 of the schedule has noise.
+    """
+
+    def __call__(self, z: Tensor, t: Tensor) -> Prediction:
+        mean, deviation = self.marginal(t, z)
+        x = _like(self.mean, z) + _like(self.std, z) * ((z - mean) / deviation)
+        return Prediction(x, eps_from_x(self.schedule(t), z, x))
+
+
+@dataclass(frozen=True)
 class ExactMixture(Denoiser):
     """Every entry of z is its own sample of a one-dimensional mixture of Gaussians.
 

@@ -124,6 +124,8 @@ def smaller(words):
     """The same command with few images, steps and updates."""
     if words[0] != "fit":
         more = SMALL[words[0]] | ({"--label": "1"} if "diffusers" in words else {})
+        if "digits-consistency" in str(words):  # its sampler is its own
+            more = {name: value for name, value in more.items() if name != "--model.sampler"}
     else:
         method = next((name for name in ("progressive", "luhman") if name in str(words)), None)
         more = SMALL_FIT | (SMALL[method] if method else TWO_UPDATES)

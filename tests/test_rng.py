@@ -9,6 +9,7 @@ from ddim_pl.rng import (
     image_generators,
     image_noise,
     randn,
+    replayed,
     share_generators,
     share_noise,
     standard_gamma,
@@ -18,6 +19,16 @@ from ddim_pl.rng import (
 
 SHAPE = (3, 4, 4)
 SOURCES = ["generators", "philox"]
+
+
+def test_what_is_drawn_in_a_replay_is_drawn_once_more() -> None:
+    torch.manual_seed(3)
+    before = torch.rand(2)
+    with replayed(torch.device("cpu")):
+        first = torch.rand(4)
+    assert torch.equal(torch.rand(4), first)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(6), torch.cat([before, first]))
 
 
 def test_a_derived_seed_depends_on_every_word_and_on_their_order() -> None:

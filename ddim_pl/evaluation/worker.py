@@ -16,7 +16,7 @@ from ddim_pl.data.base import ImageDataModule, IndexBatches
 from ddim_pl.lightning_internals import without_callbacks_and_loggers
 from ddim_pl.locks import alone_in
 from ddim_pl.runs import read_checkpoint, run_of
-from ddim_pl.samplers import Sampler
+from ddim_pl.samplers import Consistency, Sampler
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.training import DiffusionModule
 from ddim_pl.trust import stays_inside
@@ -318,13 +318,23 @@ def precision_of(trainer: L.Trainer, model: DiffusionModule) -> str:
 
 def warn_of_student(model: DiffusionModule, sampler: Sampler, levels: Tensor) -> None:
     """Warn of steps that a distilled model was not made for."""
-    wanted, own = model.distilled_steps, default_sampler(model.noise)
-    if wanted is None or (len(levels) - 1 == wanted and replace(sampler, clip=None) == own):
+    wanted, own = model.distilled_steps, model.distilled_sampler or default_sampler(model.noise)
+    steps = len(levels) - 1
+    if wanted is None or (knows_steps(model, steps) and replace(sampler, clip=None) == own):
         return
+    most = "at most " if isinstance(own, Consistency) else ""
     rank_zero_warn(
-        f"the model was distilled to {wanted} steps of {own}, and knows no others: "
-        f"{len(levels) - 1} steps of {sampler} give other images than it learned"
+        f"the model was distilled to {most}{wanted} steps of {own}, and knows no others: "
+        f"{steps} steps of {sampler} give other images than it learned"
     )
+
+
+def knows_steps(model: DiffusionModule, num_steps: int) -> bool:
+    """Whether a model was trained for this many steps; a consistency model, also for fewer."""
+    most = model.distilled_steps
+    if most is None or num_steps == most:
+        return True
+    return isinstance(model.distilled_sampler, Consistency) and num_steps < most
 
 
 def check_label(model: DiffusionModule, label: int | None) -> None:

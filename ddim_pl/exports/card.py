@@ -13,6 +13,7 @@ import ddim_pl
 from ddim_pl.damage import SEAL, reason_of
 from ddim_pl.evaluation.manifest import LONG, WEIGHTS, sampling_of
 from ddim_pl.evaluation.tables import markdown
+from ddim_pl.evaluation.worker import knows_steps
 from ddim_pl.exports.formats import Export
 from ddim_pl.runs import run_of
 from ddim_pl.teachers.reading import HUB_NAME
@@ -190,7 +191,7 @@ def _sampling(model: DiffusionModule) -> dict[str, Any]:
 
 def _steps(model: DiffusionModule) -> str:
     steps, own = len(model.levels) - 1, model.distilled_steps
-    return str(steps) if own in (None, steps) else f"{steps}, but it was distilled to {own}"
+    return str(steps) if knows_steps(model, steps) else f"{steps}, but it was distilled to {own}"
 
 
 def _metrics(metrics: Mapping[str, Any] | None, label: int | None) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ddim_pl.clipping import ClipRange, DynamicThreshold
-from ddim_pl.samplers import DDIM, Ancestral, Sampler
+from ddim_pl.samplers import DDIM, Ancestral, Consistency
 from ddim_pl.schedules import (
     DiscreteSchedule,
     ImprovedCosineSchedule,
@@ -75,13 +75,12 @@ def ddim_settings(model: DiffusionModule) -> DDIMSettings:
     Raises:
         ValueError: If `DDIMPipeline` cannot do what the model's sampler does; says why.
     """
-    sampler = model.sampler
     config = {
         "_class_name": "DDIMScheduler",
         "prediction_type": _prediction(model),
         **_clip(model),
     }
-    eta, clips = _eta(sampler), bool(config["clip_sample"] or config["thresholding"])
+    eta, clips = _eta(model), bool(config["clip_sample"] or config["thresholding"])
     levels = model.levels
     trained = _trained(model, levels)
     if trained is not None:
@@ -109,10 +108,19 @@ def _prediction(model: DiffusionModule) -> str:
     return KINDS[model.prediction]
 
 
-def _eta(sampler: Sampler) -> float:
+def _eta(model: DiffusionModule) -> float:
     """The eta of DDIM that has the sampler's law."""
+    sampler, levels = model.sampler, model.levels.tolist()
     if isinstance(sampler, DDIM):
         return sampler.eta
+    if isinstance(sampler, Consistency):
+        if len(levels) == 2 and levels[1] == 0:
+            return 0.0
+        raise ValueError(
+            f"levels of Consistency must be one and 0 for format diffusers, got {levels}: in a "
+            "step to a level between, DDIMPipeline keeps some of the noise, and a consistency "
+            "model none; use format safetensors"
+        )
     if isinstance(sampler, Ancestral) and sampler.variance == "small":
         return 1.0
     raise ValueError(
@@ -265,7 +273,7 @@ def _check_noise(model: DiffusionModule, abar: Tensor) -> None:
         model: The model.
         abar: Of its levels, as diffusers finds it.
     """
-    eta, levels = _eta(model.sampler), model.levels
+    eta, levels = _eta(model), model.levels
     if eta == 0:
         return
     now, after = abar[:-1], abar[1:]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ddim_pl.prediction import Prediction, decode_x, merge_both, state_std
-from ddim_pl.samplers import DDIM, Ancestral
+from ddim_pl.samplers import DDIM, Ancestral, Consistency
 from ddim_pl.scales import Scales
 from ddim_pl.training import DiffusionModule
-from ddim_pl.transitions import ddim_step, posterior
+from ddim_pl.transitions import ddim_step, posterior, q_sample
 
 ONE = torch.tensor(1.0, dtype=torch.float64)
 ZERO = torch.zeros_like(ONE)
@@ -34,17 +34,19 @@ def step_numbers(model: DiffusionModule) -> list[dict[str, Any]]:
         `noise_weight`.
 
     Raises:
-        ValueError: If the sampler is another than DDIM and Ancestral, or the noise not Gaussian.
+        ValueError: If the sampler is another than DDIM, Ancestral and Consistency, or the noise
+            is not Gaussian.
     """
     if not model.noise.is_gaussian:
         raise ValueError(
             f"noise must be Gaussian for this format, got {model.noise}: its steps divide by "
             "other scales; use format checkpoint"
         )
-    if not isinstance(model.sampler, DDIM | Ancestral):
+    if not isinstance(model.sampler, DDIM | Ancestral | Consistency):
         raise ValueError(
-            f"sampler must be DDIM or Ancestral for this format, got {model.sampler}, whose steps "
-            "are not one function of the state: give --model.sampler DDIM"
+            f"sampler must be DDIM, Ancestral or Consistency for this format, got "
+            f"{model.sampler}, whose steps are not one function of the state: give "
+            "--model.sampler DDIM"
         )
     levels = model.levels
     return [_numbers(model, t, s) for t, s in pairwise(levels)]
@@ -83,6 +85,8 @@ def _stepped(
     sampler = model.sampler
     if isinstance(sampler, DDIM):
         return ddim_step(Prediction(x, eps), t, s, eta=sampler.eta, noise=noise)
+    if isinstance(sampler, Consistency):
+        return q_sample(x, noise, s)
     assert isinstance(sampler, Ancestral)
     mean, std = posterior(t.alpha * x + t.sigma * eps, x, t, s, variance=sampler.variance)
     return mean + std * noise

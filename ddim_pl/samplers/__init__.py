@@ -5,6 +5,7 @@ from typing import Any
 from ddim_pl.renamed import successor
 from ddim_pl.samplers.ancestral import Ancestral
 from ddim_pl.samplers.base import Sampler, State
+from ddim_pl.samplers.consistency import Consistency
 from ddim_pl.samplers.ddim import DDIM
 from ddim_pl.samplers.deq import DEQ
 from ddim_pl.samplers.dpm_solver import DPMSolverPP
@@ -19,6 +20,7 @@ __all__ = [
     "DEQ",
     "PNDM",
     "Ancestral",
+    "Consistency",
     "DPMSolverPP",
     "GammaExact",
     "GammaMoment",

@@ -1,6 +1,7 @@
 """LightningModules, one training method per file."""
 
 from ddim_pl.training.base import DiffusionModule
+from ddim_pl.training.consistency import ConsistencyModel
 from ddim_pl.training.ddpm import DDPM
 from ddim_pl.training.luhman import LuhmanDistillation
 from ddim_pl.training.progressive import ProgressiveDistillation
@@ -10,6 +11,7 @@ from ddim_pl.training.tract import TRACT
 __all__ = [
     "DDPM",
     "TRACT",
+    "ConsistencyModel",
     "DiffusionModule",
     "LuhmanDistillation",
     "ProgressiveDistillation",

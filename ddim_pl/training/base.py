@@ -179,6 +179,9 @@ class DiffusionModule(L.LightningModule, ABC):
     distilled_steps: int | None = None
     """Steps that the averaged network was distilled to; None if it was trained at all levels."""
 
+    distilled_sampler: Sampler | None = None
+    """Sampler whose steps they are; None is the deterministic one of the noise."""
+
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: Any, map_location: Any = None, **changes: Any

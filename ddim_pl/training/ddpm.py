@@ -22,6 +22,7 @@ from ddim_pl.prediction import (
     target,
 )
 from ddim_pl.rng import StepGenerators
+from ddim_pl.samplers import Sampler
 from ddim_pl.scales import expand_like
 from ddim_pl.schedules import DiscreteSchedule, NoiseSchedule
 from ddim_pl.training.base import Batch, DiffusionModule, LossKind
@@ -108,6 +109,8 @@ class DDPM(DiffusionModule):
         level_sampling: "uniform" or "antithetic", see `draw_levels`.
         distilled_steps: Steps that the network was distilled for, in the checkpoint of a student;
             None for a model that knows all levels.
+        distilled_sampler: Sampler whose steps they are; by default the deterministic one of the
+            noise.
         **kwargs: Arguments of `DiffusionModule`.
 
     Raises:
@@ -124,6 +127,7 @@ class DDPM(DiffusionModule):
         loss: LossKind = "l2",
         level_sampling: LevelSampling = "uniform",
         distilled_steps: int | None = None,
+        distilled_sampler: Sampler | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(network, schedule, **kwargs)
@@ -136,7 +140,12 @@ class DDPM(DiffusionModule):
         self.min_snr_gamma = min_snr_gamma
         self.loss_kind: LossKind = loss
         self.level_sampling = level_sampling
-        self.distilled_steps = distilled_steps
+        if distilled_sampler is not None and distilled_steps is None:
+            raise ValueError(
+                f"distilled_sampler must be left out without distilled_steps, got "
+                f"{distilled_sampler}: it is the sampler of those steps"
+            )
+        self.distilled_steps, self.distilled_sampler = distilled_steps, distilled_sampler
 
     def loss(self, denoiser: NetworkDenoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Denoising loss of each image at a random level, `(B,)`."""
@@ -171,7 +180,7 @@ def averaged_checkpoint(module: DiffusionModule, **changes: Any) -> dict[str, An
     state |= {f"average.module.{name}": value for name, value in weights.items()}
     names = ["network", "schedule", "noise", "prediction", "time_input", "sigma_data"]
     names += ["image_shape", "clip", "sampler", "timesteps", "num_steps", "last_level", "seed"]
-    names += ["noise_source", "distilled_steps", "sampling_precision"]
+    names += ["noise_source", "distilled_steps", "distilled_sampler", "sampling_precision"]
     names += [name for name in ("loss_weight",) if hasattr(module, name)]
     arguments = {name: describe(getattr(module, name)) for name in names} | changes
     return {

@@ -159,9 +159,19 @@ class Distillation(DiffusionModule):
                 f"teacher {path!r} has another network than the student ({different} differs): "
                 "leave network out to take the teacher's"
             )
-        if teacher.distilled_steps not in (None, self.teacher_steps):
+        self.check_steps(teacher)
+
+    def check_steps(self, teacher: DiffusionModule) -> None:
+        """Check that a teacher knows the steps that it is to take.
+
+        Raises:
+            ValueError: If it was distilled to others.
+        """
+        known, sampler = teacher.distilled_steps, teacher.distilled_sampler
+        if known is not None and (known != self.teacher_steps or sampler is not None):
+            of = "" if sampler is None else f"of {sampler} "
             raise ValueError(
-                f"teacher {path!r} was distilled to {teacher.distilled_steps} steps "
+                f"teacher {self.teacher_path!r} was distilled to {known} steps {of}"
                 f"and not trained at other levels, but its student needs {self.teacher_steps}"
             )
 

@@ -11,7 +11,8 @@ from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.images import read_png
 from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.metrics.quality import SampleQuality
-from ddim_pl.training import DiffusionModule, ProgressiveDistillation
+from ddim_pl.training import ConsistencyModel, DiffusionModule, ProgressiveDistillation
+from ddim_pl.training.ddpm import averaged_checkpoint
 
 
 def trainer(folder):
@@ -70,6 +71,19 @@ def test_every_student_has_its_own_steps_and_the_teacher_as_many(tmp_path, run):
     for name in ("distillation.png", "grids.png"):
         assert read_png(tmp_path / "out" / name).shape[1] > 100
     assert (tmp_path / "out" / "distillation.md").read_text().count("\n| ") == 6
+
+
+def test_a_consistency_model_has_a_step_for_each_of_its_noises(tmp_path, run):
+    teacher, _ = run
+    path, files = str(tmp_path / "teacher.ckpt"), []
+    for sigmas in ([80.0], [80.0, 0.821]):
+        model = ConsistencyModel(teacher=path, sampling_sigmas=sigmas)
+        files.append(str(tmp_path / f"noises-{len(sigmas)}.ckpt"))
+        torch.save(averaged_checkpoint(model), files[-1])
+    rows = compare(tmp_path / "out", teacher, files, num_steps=[2])
+    assert [(row["model"], row["network evaluations"]) for row in rows] == [
+        *(("teacher, DDIM", "2"), ("noises-1", "1"), ("noises-2", "2"))
+    ]
 
 
 def test_a_column_is_one_latent_whatever_the_students_draw_from(tmp_path, run, monkeypatch):

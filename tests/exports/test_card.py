@@ -10,6 +10,7 @@ from tiny import tiny_ddpm, tiny_unet
 from ddim_pl.evaluation.manifest import sampling_of
 from ddim_pl.exports.card import _flat, card, metrics_of_run, read_metrics
 from ddim_pl.exports.formats import make_export
+from ddim_pl.samplers import Consistency
 
 MEASURED = {
     "fid": 3.25,
@@ -188,6 +189,9 @@ def test_steps_that_a_student_does_not_know_are_said():
     assert "| steps | 8, but it was distilled to 4 |" in text
     text = card(make_export(model, "diffusers"), model, name="x")
     assert "It was distilled to 4 steps; others are worse." in text
+    model = tiny_ddpm(num_steps=1, distilled_steps=2, distilled_sampler=Consistency())
+    text = card(make_export(model, "safetensors"), model, name="x")
+    assert "| steps | 1 |" in text  # a consistency model also takes fewer
 
 
 def test_what_a_file_says_cannot_break_the_table():

@@ -8,7 +8,7 @@ from tiny import tiny_ddpm, tiny_unet
 from ddim_pl.clipping import ClipRange
 from ddim_pl.exports.scheduler import ddim_settings
 from ddim_pl.noise import GammaNoise
-from ddim_pl.samplers import DDIM, Ancestral, DPMSolverPP
+from ddim_pl.samplers import DDIM, Ancestral, Consistency, DPMSolverPP
 from ddim_pl.schedules import (
     CosineLogSNRSchedule,
     ImprovedCosineSchedule,
@@ -84,6 +84,15 @@ def test_float32_keeps_the_alpha_of_a_student_of_one_step():
 def test_ddpms_sampler_is_ddim_with_eta_1():
     assert ddim_settings(tiny_ddpm(sampler=Ancestral())).eta == 1
     assert ddim_settings(tiny_ddpm(sampler=DDIM(0.3))).eta == 0.3
+
+
+def test_a_single_step_of_a_consistency_model_is_that_of_ddim():
+    student = {"distilled_steps": 2, "distilled_sampler": Consistency(), "sampler": Consistency()}
+    settings = ddim_settings(tiny_ddpm(timesteps=[950.0], prediction="v", **student))
+    assert (settings.eta, settings.num_steps) == (0.0, 1)
+    for several in ({"timesteps": [950.0, 300.0]}, {"num_steps": 1, "last_level": 1.0}):
+        with pytest.raises(ValueError, match="levels of Consistency must be one and 0 for format"):
+            ddim_settings(tiny_ddpm(prediction="v", **{**student, **several}))
 
 
 @pytest.mark.parametrize(

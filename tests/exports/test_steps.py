@@ -8,14 +8,17 @@ from tiny import tiny_ddpm, tiny_unet
 from ddim_pl.exports.steps import step_numbers
 from ddim_pl.noise import GammaNoise
 from ddim_pl.rng import randn
-from ddim_pl.samplers import DDIM, Ancestral, Heun
+from ddim_pl.samplers import DDIM, Ancestral, Consistency, Heun
 from ddim_pl.schedules import CosineLogSNRSchedule
 
 SCALED = {"loss_weight": "uniform", "sigma_data": 0.5}
 COSINE = {"schedule": CosineLogSNRSchedule(), "time_input": "log_snr", "timesteps": "linear"}
 
 
-@pytest.mark.parametrize("sampler", [DDIM(), DDIM(0.4), Ancestral(), Ancestral("large")], ids=str)
+SAMPLERS = [DDIM(), DDIM(0.4), Ancestral(), Ancestral("large"), Consistency()]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -61,7 +64,7 @@ def test_both_x_and_eps_are_two_parts():
 
 
 def test_other_samplers_and_noise_are_refused():
-    with pytest.raises(ValueError, match="sampler must be DDIM or Ancestral"):
+    with pytest.raises(ValueError, match="sampler must be DDIM, Ancestral or Consistency"):
         step_numbers(tiny_ddpm(sampler=Heun()))
     with pytest.raises(ValueError, match="noise must be Gaussian"):
         step_numbers(tiny_ddpm(sampler=None, noise=GammaNoise()))
