@@ -74,6 +74,11 @@ class Distillation(DiffusionModule):
             student = filled(student, found)
         if network is None:
             raise ValueError("teacher must be given: a checkpoint to distil")
+        if kwargs.get("guidance") is not None:
+            raise ValueError(
+                f"guidance must be left out for a student, got {kwargs['guidance']}: it has not "
+                "learned the steps of images without a class"
+            )
         set_dropout(network, dropout)
         default = DEFAULTS | {"prediction": self.prediction_from("eps")}
         super().__init__(network, **filled(student, default), **kwargs)
@@ -83,6 +88,9 @@ class Distillation(DiffusionModule):
             self.record_arguments(network=network, **student)
             self.check_teacher(read)
             Distillation.load_weights_from(self, read)  # not an override
+
+    draws_from_teacher = False
+    """Whether the student learns from images that its teacher draws."""
 
     @staticmethod
     def prediction_from(teacher: PredictionType) -> PredictionType:
@@ -125,6 +133,12 @@ class Distillation(DiffusionModule):
                 was distilled to another number of steps.
         """
         path = self.teacher_path
+        if teacher.sampling_guidance is not None and not self.draws_from_teacher:
+            raise ValueError(
+                f"teacher {path!r} has guidance {teacher.sampling_guidance}, which is for drawing "
+                "images and not distilled: give what main.py export --model.guidance null "
+                "--model.guidance_interval null writes"
+            )
         for name in ("image_shape", "schedule", "noise", "time_input", "sigma_data"):
             theirs, ours = getattr(teacher, name), getattr(self, name)
             if theirs != ours:

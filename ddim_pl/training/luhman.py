@@ -62,6 +62,7 @@ class LuhmanDistillation(Distillation):
     """
 
     distilled_steps = 1
+    draws_from_teacher = True
 
     def __init__(
         self,
