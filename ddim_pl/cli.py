@@ -38,6 +38,7 @@ from ddim_pl.cli_checks import (
     OF_COMMANDS,
     check_config,
     check_effects,
+    check_guidance,
     check_module,
     check_sampling_precision,
     naming_trainer,
@@ -206,6 +207,7 @@ class DiffusionCLI(LightningCLI):
             check_effects(command, config, given.named)
         self._prepare_loggers(config)
         check_sampling_precision(command, config, given="sampling_precision" in given.of_model)
+        check_guidance(command, config, given="guidance" in given.of_model)
         self._resolve_checkpoint(config)
 
     def _command_parser(self, command: str) -> CommandParser:

@@ -64,9 +64,9 @@ class Guidance:
     def __str__(self) -> str:
         """Short words for tables and files, which name all that it is."""
         if self.interval is None or self.is_plain:
-            return f"{self.weight:g}"
+            return _exact(self.weight)
         low, high = self.interval
-        return f"{self.weight:g} in ({low:g}, {high:g}]"
+        return f"{_exact(self.weight)} in ({_exact(low)}, {_exact(high)}]"
 
     @property
     def is_plain(self) -> bool:
@@ -84,6 +84,11 @@ class Guidance:
             return torch.ones_like(scales.alpha, dtype=torch.bool)
         ratio = scales.sigma / scales.alpha
         return (ratio > self.interval[0]) & (ratio <= self.interval[1])
+
+
+def _exact(number: float) -> str:
+    """All digits of a number, but no ".0"."""
+    return str(float(number)).removesuffix(".0")
 
 
 def guidance_of(

@@ -273,7 +273,7 @@ def test_the_guided_noise_is_the_score_of_the_tilted_density(weight):
 
 @pytest.mark.parametrize("kind", [*concrete_classes(Sampler)])
 def test_every_sampler_draws_with_guidance(kind):
-    """From two denoisers that are affine, guidance is a third that no call can tell from it."""
+    """As with a denoiser that makes the two estimates by two calls."""
     sampler = kind()
     model = guided_ddpm(noise=sampler.noise, sampler=sampler, schedule=LinearSchedule())
     levels = linear(1000, 4)

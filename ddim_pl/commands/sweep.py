@@ -25,12 +25,13 @@ from ddim_pl.evaluation.worker import (
     on_every_worker,
     warn_of_student,
 )
+from ddim_pl.guidance import Guidance, guidance_of
 from ddim_pl.level_search import candidate_levels
 from ddim_pl.samplers import Sampler
 from ddim_pl.timesteps import has_own_length, load_levels, make_levels, save_levels
 from ddim_pl.timesteps import strategies as known_strategies
 from ddim_pl.training import DiffusionModule
-from ddim_pl.training.fingerprint import fingerprint_of_file
+from ddim_pl.training.fingerprint import digest_of, fingerprint_of_file
 
 ADAPTIVE = "adaptive"
 SEARCH_IMAGES = 256
@@ -47,6 +48,7 @@ def sweep(
     etas: Sequence[float] | None = None,
     timesteps: Sequence[str] | None = None,
     num_steps: Sequence[int] = (10, 20, 50),
+    guidances: Sequence[float] | None = None,
     features: Callable[[], nn.Module] | None = None,
     metrics: Sequence[str] | None = None,
     num_samples: int | None = None,
@@ -58,7 +60,7 @@ def sweep(
     name: str = "sweep",
     output: str | None = None,
 ) -> None:
-    """Measure every combination of samplers, etas, strategies of levels and numbers of steps.
+    """Measure every combination of samplers, etas, levels, numbers of steps and guidance.
 
     Writes `sweep.csv`, `sweep.md`, a plot `sweep.png` of the first metric against steps and
     network evaluations, and `grids.png`, in which each row is a cell and each column a latent.
@@ -74,6 +76,8 @@ def sweep(
         timesteps: Strategies of levels, files of `main.py levels`, or "adaptive", which searches
             such levels for this checkpoint; by default the checkpoint's own.
         num_steps: Numbers of steps; a strategy with a length of its own is taken once.
+        guidances: Weights of guidance, 1 for none, in the interval of `--model.guidance_interval`
+            if there is one; by default the checkpoint's own guidance, which adaptive levels have.
         features: Feature extractor; by default that of the config's FrechetDistance, as are the
             next three.
         metrics: Metrics of `ddim_pl.metrics.quality.SampleQuality`.
@@ -99,6 +103,7 @@ def sweep(
     check_images(datamodule)
     ways = _with_etas(samplers or [model.sampler], etas)
     strategies = list(timesteps or [_only_name(model)])
+    guided = _guided(model, guidances)
     _check_ways(model, ways, strategies, num_steps)
     checkpoint = fingerprint_of_file(model, ckpt_path)
 
@@ -107,8 +112,10 @@ def sweep(
         data = worker.images(datamodule)
         adapts = ADAPTIVE in strategies
         adaptive = _adaptive_file(worker, folder, checkpoint, num_steps) if adapts else None
-        cells = _cells(model, ways, strategies, num_steps, adaptive)
-        entries = [Entry(worker, c, checkpoint, c.name, c.series, c.row()) for c in cells]
+        cells = _cells(model, ways, strategies, num_steps, adaptive, guided)
+        entries = [
+            Entry(worker, c, checkpoint, c.name, c.series, c.row(model.schedule)) for c in cells
+        ]
         report("sweep", _intro(ckpt_path, settings), entries, len(entries), settings, folder, data)
 
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
@@ -131,6 +138,13 @@ def _with_etas(samplers: Sequence[Sampler], etas: Sequence[float] | None) -> lis
             )
         found += [replace(sampler, **{"eta": eta}) for eta in etas]  # type: ignore[arg-type]
     return found
+
+
+def _guided(model: DiffusionModule, weights: Sequence[float] | None) -> list[Guidance | None]:
+    if weights is None:
+        return [model.sampling_guidance]
+    known = {"null_class": model.null_class, "distilled_steps": model.distilled_steps}
+    return [guidance_of(weight, model.guidance_interval, **known) for weight in weights]
 
 
 def _check_ways(
@@ -169,6 +183,7 @@ def _cells(
     strategies: Sequence[str],
     num_steps: Sequence[int],
     adaptive: Path | None,
+    guided: Sequence[Guidance | None] = (None,),
 ) -> Iterator[Cell]:
     """Every combination once."""
     for strategy in strategies:
@@ -179,14 +194,17 @@ def _cells(
                 warnings.filterwarnings("ignore", ".*distinct levels")
                 levels = make_levels(source, model.schedule, steps, model.last_level)
             for sampler in samplers:
-                yield Cell(sampler, strategy, levels)
+                for guidance in guided:
+                    yield Cell(sampler, strategy, levels, guidance)
 
 
 def _adaptive_file(
     worker: Worker, folder: Path, checkpoint: str, num_steps: Sequence[int]
 ) -> Path:
     """Levels for this checkpoint; those of an earlier start of the same sweep are kept."""
-    file = folder / "cells" / f"adaptive-{checkpoint[:16]}.json"
+    guidance = worker.model.sampling_guidance
+    of = checkpoint if guidance is None else digest_of({}, f"{checkpoint} guidance {guidance}")
+    file = folder / "cells" / f"adaptive-{of[:16]}.json"
     levels: dict[int, Tensor] = {}
     if worker.is_first and file.exists():
         try:

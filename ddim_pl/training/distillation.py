@@ -83,6 +83,7 @@ class Distillation(DiffusionModule):
         default = DEFAULTS | {"prediction": self.prediction_from("eps")}
         super().__init__(network, **filled(student, default), **kwargs)
         self.teacher_path, self.read_prediction = teacher, read and read.prediction
+        self.read_guidance = None if read is None else read.guidance
         if read is not None:
             self.origin = read.whole_origin()
             self.record_arguments(network=network, **student)

@@ -48,6 +48,8 @@ class LuhmanDistillation(Distillation):
         teacher_timesteps: Strategy of the teacher's levels; the paper has "quadratic", and on LSUN
             "linear".
         teacher_num_steps: The teacher's steps; the paper has 100, and 50 on LSUN.
+        teacher_guidance: Weight of the guidance that the teacher draws its images with, see
+            `ddim_pl.guidance`; by default its own. The student draws such images without any.
         teacher_precision: The teacher's `sampling_precision` while it draws pairs; by default its
             own.
         pair_batch_size: Images in a batch while pairs are made, on each device.
@@ -74,6 +76,7 @@ class LuhmanDistillation(Distillation):
         teacher_sampler: Sampler | None = None,
         teacher_timesteps: str = "quadratic",
         teacher_num_steps: int = 100,
+        teacher_guidance: float | None = None,
         teacher_precision: NetworkPrecision | None = None,
         pair_batch_size: int = 500,
         ema_decay: float = 0.995,
@@ -102,6 +105,10 @@ class LuhmanDistillation(Distillation):
         self.teacher_sampler = teacher_sampler or default_sampler(self.noise)
         self.check_noise(self.teacher_sampler)
         self.teacher_precision, self.pair_batch_size = teacher_precision, pair_batch_size
+        self.teacher_guidance = teacher_guidance
+        if self.read_guidance is not None and teacher_guidance is None:
+            self.teacher_guidance = self.read_guidance
+            self.record_arguments(teacher_guidance=self.read_guidance)
         _ = self.teacher_levels  # a wrong strategy or number of steps is an error now, not at fit
 
     @staticmethod
@@ -143,6 +150,13 @@ class LuhmanDistillation(Distillation):
         self._check_latents(data)
         teacher = self.read_teacher()
         teacher.noise_source = self.noise_source
+        if self.teacher_guidance is not None:
+            if teacher.null_class is None:
+                raise ValueError(
+                    "teacher_guidance must be left out for a teacher without a null class, got "
+                    f"{self.teacher_guidance}: train one with label_dropout"
+                )
+            teacher.guidance = self.teacher_guidance
         if self.teacher_precision is not None:
             teacher.sampling_precision = self.teacher_precision
         # Without a trainer, what it has by default.
@@ -191,7 +205,9 @@ class LuhmanDistillation(Distillation):
 
     def settings_of_origin(self) -> dict[str, Any]:
         """How the teacher drew its pairs."""
+        guided = self.teacher_guidance is not None
         return {
+            **({"teacher_guidance": self.teacher_guidance} if guided else {}),
             "teacher_sampler": str(self.teacher_sampler),
             "teacher_num_steps": len(self.teacher_levels) - 1,
             "teacher_timesteps": self.teacher_timesteps,

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from tiny import tiny_config, write_config
+from tiny import some_ddpm, tiny_config, tiny_unet, write_config
 
 import ddim_pl
 from ddim_pl.cli import main
 from ddim_pl.damage import read_sealed
 from ddim_pl.data.image_folder import ImageFolderDataModule
+from ddim_pl.evaluation.manifest import sampling_of
 from ddim_pl.timesteps import make_levels
 from ddim_pl.training import DDPM
 from ddim_pl.training.fingerprint import fingerprint
@@ -41,6 +42,7 @@ def expected_of(file, **changes):
         "timesteps": "trailing",
         "steps": 3,
         "levels": levels.tolist(),
+        "guidance": None,
         "network evaluations": 5,
         "seed": 3,
         "noise_source": "generators",
@@ -90,3 +92,14 @@ def test_predict_records_no_images_that_a_limit_leaves_out(checkpoint, tmp_path)
     main(["predict", "--ckpt_path", str(checkpoint), *few, *writer])
     made = len(list((out / "images").iterdir()))
     assert read_sealed(out / "manifest.json")["num_images"] == made == 6
+
+
+def test_results_of_guided_images_say_so_and_what_they_cost():
+    network = tiny_unet(num_classes=3, null_class=True)
+    plain = sampling_of(some_ddpm(network=network))
+    assert "guidance" not in plain
+    assert plain["network evaluations"] == 5
+    guided = sampling_of(some_ddpm(network=network, guidance=2.5))
+    assert (guided["guidance"], guided["network evaluations"]) == ("2.5", 10)
+    some = some_ddpm(network=network, guidance=2.5, guidance_interval=(0.0, 1e9))
+    assert sampling_of(some)["guidance"] == "2.5 in (0, 1000000000]"
