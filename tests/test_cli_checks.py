@@ -114,7 +114,7 @@ WRONG = [
         "sample --ckpt_path CK --model.guidance 2",
         "guidance must be left out for a network without",
     ),
-    ("sample --ckpt_path CK --model.guidance nan", "guidance must be a number, got nan"),
+    ("sample --ckpt_path CK --model.guidance nan", "guidance must be a number or null, got nan"),
     ("sample --ckpt_path CK --model.guidance_interval [0.1,2]", "left out without guidance"),
     ("sample --ckpt_path CK --model.guidance abc", "model.guidance"),
     ("sweep --ckpt_path CK --guidances []", "guidances"),

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
@@ -32,6 +33,14 @@ from ddim_pl.timesteps import has_own_length, load_levels, make_levels, save_lev
 from ddim_pl.timesteps import strategies as known_strategies
 from ddim_pl.training import DiffusionModule
 from ddim_pl.training.fingerprint import digest_of, fingerprint_of_file
+
+
+class Way(NamedTuple):
+    """How images are drawn at any levels."""
+
+    sampler: Sampler
+    guidance: Guidance | None
+
 
 ADAPTIVE = "adaptive"
 SEARCH_IMAGES = 256
@@ -101,21 +110,17 @@ def sweep(
         *(seeds, statistics),
     )
     check_images(datamodule)
-    ways = _with_etas(samplers or [model.sampler], etas)
+    ways = _ways(model, _with_etas(samplers or [model.sampler], etas), guidances)
     strategies = list(timesteps or [_only_name(model)])
-    guided = _guided(model, guidances)
     _check_ways(model, ways, strategies, num_steps)
     checkpoint = fingerprint_of_file(model, ckpt_path)
 
     def work(worker: Worker) -> None:
         folder = worker.folder(output, name)
         data = worker.images(datamodule)
-        adapts = ADAPTIVE in strategies
-        adaptive = _adaptive_file(worker, folder, checkpoint, num_steps) if adapts else None
-        cells = _cells(model, ways, strategies, num_steps, adaptive, guided)
-        entries = [
-            Entry(worker, c, checkpoint, c.name, c.series, c.row(model.schedule)) for c in cells
-        ]
+        adaptive = _adaptive_file(worker, folder, checkpoint, num_steps, strategies)
+        cells = _cells(model, ways, strategies, num_steps, adaptive)
+        entries = [_entry(worker, cell, checkpoint) for cell in cells]
         report("sweep", _intro(ckpt_path, settings), entries, len(entries), settings, folder, data)
 
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
@@ -140,23 +145,32 @@ def _with_etas(samplers: Sequence[Sampler], etas: Sequence[float] | None) -> lis
     return found
 
 
-def _guided(model: DiffusionModule, weights: Sequence[float] | None) -> list[Guidance | None]:
-    if weights is None:
-        return [model.sampling_guidance]
+def _entry(worker: Worker, cell: Cell, checkpoint: str) -> Entry:
+    row = cell.row(worker.model.schedule)
+    return Entry(worker, cell, checkpoint, cell.name, cell.series, row)
+
+
+def _ways(
+    model: DiffusionModule, samplers: Sequence[Sampler], weights: Sequence[float] | None
+) -> list[Way]:
+    """Every sampler with every guidance."""
     known = {"null_class": model.null_class, "distilled_steps": model.distilled_steps}
-    return [guidance_of(weight, model.guidance_interval, **known) for weight in weights]
+    guided = [model.sampling_guidance]
+    if weights is not None:
+        guided = [guidance_of(weight, model.guidance_interval, **known) for weight in weights]
+    return [Way(sampler, guidance) for sampler in samplers for guidance in guided]
 
 
 def _check_ways(
     model: DiffusionModule,
-    samplers: Sequence[Sampler],
+    ways: Sequence[Way],
     names: Sequence[str],
     num_steps: Sequence[int],
 ) -> None:
     """Check the samplers, the names, and that every combination has its levels."""
     check_at_least(1, num_steps=min(num_steps, default=0))
-    for sampler in samplers:
-        check_noise("samplers", model, sampler)
+    for way in ways:
+        check_noise("samplers", model, way.sampler)
     known = sorted([ADAPTIVE, *known_strategies()])
     for name in names:
         if name not in known and not name.endswith(".json"):
@@ -167,7 +181,7 @@ def _check_ways(
     if ADAPTIVE in names:
         check_steps(model, num_steps)
     others = [name for name in names if name != ADAPTIVE]
-    for cell in _cells(model, samplers, others, num_steps, None):
+    for cell in _cells(model, ways, others, num_steps, None):
         warn_of_student(model, cell.sampler, cell.levels)
 
 
@@ -179,11 +193,10 @@ def _only_name(model: DiffusionModule) -> str:
 
 def _cells(
     model: DiffusionModule,
-    samplers: Sequence[Sampler],
+    ways: Sequence[Way],
     strategies: Sequence[str],
     num_steps: Sequence[int],
     adaptive: Path | None,
-    guided: Sequence[Guidance | None] = (None,),
 ) -> Iterator[Cell]:
     """Every combination once."""
     for strategy in strategies:
@@ -193,15 +206,20 @@ def _cells(
                 # The table says how many steps are left of a strategy with duplicates.
                 warnings.filterwarnings("ignore", ".*distinct levels")
                 levels = make_levels(source, model.schedule, steps, model.last_level)
-            for sampler in samplers:
-                for guidance in guided:
-                    yield Cell(sampler, strategy, levels, guidance)
+            for way in ways:
+                yield Cell(way.sampler, strategy, levels, way.guidance)
 
 
 def _adaptive_file(
-    worker: Worker, folder: Path, checkpoint: str, num_steps: Sequence[int]
-) -> Path:
-    """Levels for this checkpoint; those of an earlier start of the same sweep are kept."""
+    worker: Worker,
+    folder: Path,
+    checkpoint: str,
+    num_steps: Sequence[int],
+    strategies: Sequence[str],
+) -> Path | None:
+    """Levels for this checkpoint, if wanted; those of an earlier start of the sweep are kept."""
+    if ADAPTIVE not in strategies:
+        return None
     guidance = worker.model.sampling_guidance
     of = checkpoint if guidance is None else digest_of({}, f"{checkpoint} guidance {guidance}")
     file = folder / "cells" / f"adaptive-{of[:16]}.json"

@@ -146,20 +146,18 @@ class DiffusionModule(L.LightningModule, ABC):
         self.schedule, self.noise = schedule or LinearSchedule(), noise or GaussianNoise()
         self.sampler = sampler or default_sampler(self.noise)
         self.timesteps, self.num_steps, self.last_level = timesteps, num_steps, last_level
-        self.guidance, self.guidance_interval = guidance, guidance_interval
         self.image_shape = image_shape_of(network, image_shape)
         self.network, self.average = network, _average(network, ema_decay)
-        self.prediction, self.clip, self.sigma_data = prediction, clip, sigma_data
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.time_input, self.warmup_steps, self.seed = time_input, warmup_steps, seed
-        self.sampling_precision, self._reduced = sampling_precision, ReducedCopy()
-        self.compile_network, self.compiles = compile, compile is True
-        self.skip_bad_batches, self.noise_source = skip_bad_batches, noise_source
-        self._check_arguments()
-        self.record_arguments()
+        self.guidance, self.clip, self.compile_network = guidance, clip, compile
+        self.guidance_interval, self.sampling_precision = guidance_interval, sampling_precision
+        self.prediction, self.optimizer, self.lr_scheduler = prediction, optimizer, lr_scheduler
+        self.sigma_data, self.time_input, self.warmup_steps = sigma_data, time_input, warmup_steps
+        self.noise_source, self.seed, self.skip_bad_batches = noise_source, seed, skip_bad_batches
+        self._check_and_record()
 
-    def _check_arguments(self) -> None:
-        """Find what is wrong now, not after hours of training."""
+    def _check_and_record(self) -> None:
+        """Find what is wrong now, not after hours of training; then keep the arguments."""
+        self.compiles, self._reduced = self.compile_network is True, ReducedCopy()
         check_at_least(0, warmup_steps=self.warmup_steps, seed=self.seed)
         check_at_least(0, skip_bad_batches=self.skip_bad_batches)
         check_one_of(NetworkPrecision, sampling_precision=self.sampling_precision)
@@ -183,6 +181,7 @@ class DiffusionModule(L.LightningModule, ABC):
                 f"noise must be Gaussian for {self.schedule}, got {self.noise}, whose scale is 0 "
                 "where there is no signal: use the schedule without ZeroTerminalSNR"
             )
+        self.record_arguments()
 
     origin: Origin = ()
     """Where the weights come from, the oldest first: an import, and each distillation."""

@@ -74,11 +74,7 @@ class Distillation(DiffusionModule):
             student = filled(student, found)
         if network is None:
             raise ValueError("teacher must be given: a checkpoint to distil")
-        if kwargs.get("guidance") is not None:
-            raise ValueError(
-                f"guidance must be left out for a student, got {kwargs['guidance']}: it has not "
-                "learned the steps of images without a class"
-            )
+        _check_guidance(kwargs.get("guidance"))
         set_dropout(network, dropout)
         default = DEFAULTS | {"prediction": self.prediction_from("eps")}
         super().__init__(network, **filled(student, default), **kwargs)
@@ -166,6 +162,14 @@ class Distillation(DiffusionModule):
         """Take over the averaged weights of a teacher."""
         for network in (self.network, self.average.module):
             copy_weights(teacher.average.module, network)
+
+
+def _check_guidance(guidance: float | None) -> None:
+    if guidance is not None:
+        raise ValueError(
+            f"guidance must be left out for a student, got {guidance}: it has not learned the "
+            "steps of images without a class"
+        )
 
 
 def student_network(teacher: DiffusionModule, dropout: float) -> nn.Module:

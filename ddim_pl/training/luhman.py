@@ -84,10 +84,7 @@ class LuhmanDistillation(Distillation):
     ) -> None:
         check_one_of(LossKind, loss=loss)
         check_at_least(1, pair_batch_size=pair_batch_size)
-        if teacher_precision is not None:
-            check_one_of(NetworkPrecision, teacher_precision=teacher_precision)
-        if teacher_sampler is not None:
-            check_teacher_sampler(teacher_sampler)
+        _check_teacher(teacher_sampler, teacher_precision)
         _check_prediction(prediction)
         self.teacher_timesteps, self.teacher_num_steps = teacher_timesteps, teacher_num_steps
         super().__init__(
@@ -101,12 +98,11 @@ class LuhmanDistillation(Distillation):
             last_level=0.0,
             **kwargs,
         )
-        self.loss_kind = loss
+        self.loss_kind, self.teacher_guidance = loss, teacher_guidance
         self.teacher_sampler = teacher_sampler or default_sampler(self.noise)
         self.check_noise(self.teacher_sampler)
         self.teacher_precision, self.pair_batch_size = teacher_precision, pair_batch_size
-        self.teacher_guidance = teacher_guidance
-        if self.read_guidance is not None and teacher_guidance is None:
+        if teacher_guidance is None and self.read_guidance is not None:
             self.teacher_guidance = self.read_guidance
             self.record_arguments(teacher_guidance=self.read_guidance)
         _ = self.teacher_levels  # a wrong strategy or number of steps is an error now, not at fit
@@ -215,6 +211,13 @@ class LuhmanDistillation(Distillation):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log no loss: it needs pairs, and a test has real images."""
+
+
+def _check_teacher(sampler: Sampler | None, precision: NetworkPrecision | None) -> None:
+    if precision is not None:
+        check_one_of(NetworkPrecision, teacher_precision=precision)
+    if sampler is not None:
+        check_teacher_sampler(sampler)
 
 
 def _check_prediction(prediction: PredictionType | None) -> None:

@@ -103,3 +103,35 @@ def test_results_of_guided_images_say_so_and_what_they_cost():
     assert (guided["guidance"], guided["network evaluations"]) == ("2.5", 10)
     some = some_ddpm(network=network, guidance=2.5, guidance_interval=(0.0, 1e9))
     assert sampling_of(some)["guidance"] == "2.5 in (0, 1000000000]"
+
+
+def test_guidance_is_given_on_the_command_line_and_kept_by_an_export(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, max_steps=1, limit_val_batches=0)
+    config["trainer"]["callbacks"] = config["trainer"]["callbacks"][-1:]
+    config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = 1
+    settings = config["model"]["init_args"]
+    settings["label_dropout"] = 0.2
+    settings["network"]["init_args"] |= {"num_classes": 10, "null_class": True}
+    main(["fit", "--config", write_config(config, tmp_path / "config.yaml")])
+    file = str(tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt")
+    few = ["--num_images", "2", "--png", "false"]
+
+    def recorded(name, *arguments):
+        main(["sample", *few, "--output", str(tmp_path / name), *arguments])
+        found = read_sealed(tmp_path / name / "manifest.json")
+        return found["guidance"], found["network evaluations"]
+
+    assert recorded("plain", "--ckpt_path", file) == (None, 4)
+    given = ["--model.guidance", "2", "--model.guidance_interval", "[0.1,1e9]"]
+    exported = str(tmp_path / "guided.ckpt")
+    main(["export", "--ckpt_path", file, "--output", exported, *given])
+    # Levels 1000, 750, 500 and 250 of the linear schedule: all have a ratio above 0.1.
+    assert recorded("guided", "--ckpt_path", file, *given) == ("2 in (0.1, 1000000000]", 8)
+    assert recorded("again", "--ckpt_path", exported) == ("2 in (0.1, 1000000000]", 8)
+    off = ["--model.guidance", "null", "--model.guidance_interval", "null"]
+    assert recorded("off", "--ckpt_path", exported, *off) == (None, 4)
+    told: list[str] = []
+    monkeypatch.setattr("ddim_pl.cli_checks.rank_zero_info", told.append)
+    steps = ["--num_images", "2", "--num_steps", "[2]", "--output", str(tmp_path / "back")]
+    main(["reconstruct", "--ckpt_path", exported, *steps])
+    assert told == ["reconstruct has no guidance: 2 of the checkpoint has no effect on it"]
