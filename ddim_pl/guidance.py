@@ -26,7 +26,7 @@ from ddim_pl.prediction import Prediction, eps_from_x
 from ddim_pl.scales import Scales
 from ddim_pl.schedules import NoiseSchedule
 
-__all__ = ["Guidance", "Guided", "guidance_of"]
+__all__ = ["Guidance", "Guided", "guidance_of", "with_guidance"]
 
 
 @dataclass(frozen=True)
@@ -116,17 +116,41 @@ def guidance_of(
                 "both, or both to null"
             )
         return None
-    if null_class is None:
-        raise ValueError(
-            f"guidance must be left out for a network without a null class, got {weight}: train "
-            "one with null_class: true and label_dropout: 0.1, see docs/sampling.md"
-        )
+    _check_null_class(weight, null_class)
     if distilled_steps is not None:
         raise ValueError(
             f"guidance must be left out for a model distilled to {distilled_steps} steps, got "
             f"{weight}: it has not learned the steps of images without a class"
         )
     return Guidance(weight, interval)
+
+
+def with_guidance(
+    denoiser: Denoiser, guidance: Guidance | None, null_class: int | None
+) -> Denoiser:
+    """A denoiser with guidance, which clips as it does; itself without.
+
+    Args:
+        denoiser: Estimates with a class and without.
+        guidance: How much, and where.
+        null_class: Label without a class, if there is one.
+
+    Raises:
+        ValueError: If there is guidance, but no such label.
+    """
+    if guidance is None:
+        return denoiser
+    label = _check_null_class(guidance.weight, null_class)
+    return Guided(denoiser.without_clipping(), guidance, label, denoiser.clip)
+
+
+def _check_null_class(weight: float, null_class: int | None) -> int:
+    if null_class is None:
+        raise ValueError(
+            f"guidance must be left out for a network without a null class, got {weight}: train "
+            "one with null_class: true and label_dropout: 0.1, see docs/sampling.md"
+        )
+    return null_class
 
 
 @dataclass(frozen=True)

@@ -357,8 +357,8 @@ def test_only_what_draws_images_is_guided():
     assert guided.estimates_noise_of_clean_data
     for plain in (model.conditioned(LABEL), model.denoiser, model.sampling_denoiser):
         assert not isinstance(plain, Guided)
-    again = model.conditioned(LABEL, guidance=Guidance(2.0))
-    assert not isinstance(again, Guided)
+    assert guided.clip == model.clip == guided.denoiser.clip
+    assert guided_ddpm(clip=True).conditioned(LABEL, sampling=True).clip is True
 
 
 @pytest.mark.parametrize(
@@ -394,6 +394,13 @@ def test_a_denoiser_that_clips_is_not_guided():
     free = Guided(denoiser.without_clipping(), Guidance(2.0), null_class=3)
     with pytest.raises(ValueError, match="label must be given for guidance"):
         free(states(), torch.tensor(3.0))
+
+
+def test_guidance_given_to_a_call_is_not_left_aside():
+    for network in (tiny_unet(), tiny_unet(num_classes=3)):
+        model = some_ddpm(network=network)
+        with pytest.raises(ValueError, match="guidance must be left out for a network without a"):
+            model.sample([0], guidance=Guidance(2.0))
 
 
 def test_its_words_name_all_that_it_is():

@@ -21,7 +21,7 @@ from ddim_pl.clipping import Clipping, clipping_of
 from ddim_pl.damage import read_archive
 from ddim_pl.data.batches import BatchReader
 from ddim_pl.denoiser import Denoiser, NetworkDenoiser, TimeInput
-from ddim_pl.guidance import Guidance, Guided, guidance_of
+from ddim_pl.guidance import Guidance, guidance_of, with_guidance
 from ddim_pl.lightning_internals import callbacks_of, constructor_arguments, forget_foreign_files
 from ddim_pl.networks.unet import UNet
 from ddim_pl.noise import GaussianNoise, Noise, latents
@@ -383,12 +383,11 @@ class DiffusionModule(L.LightningModule, ABC):
             guidance: By default this module's; without `sampling` there is none.
         """
         denoiser: Denoiser = self.sampling_denoiser if sampling else self.denoiser
+        if sampling:
+            guidance = guidance or self.sampling_guidance
+            denoiser = with_guidance(denoiser, guidance, self.null_class)
         if self.num_classes is None or label is None:
             return denoiser
-        guidance = (guidance or self.sampling_guidance) if sampling else None
-        if guidance is not None and self.null_class is not None:
-            plain = denoiser.without_clipping()
-            denoiser = Guided(plain, guidance, self.null_class, self.clip)
         return denoiser.condition(label.to(self.device))
 
     # ---- Lightning ----------------------------------------------------------------------------
