@@ -147,7 +147,7 @@ def image_source(
 
 
 def unclipped(model: DiffusionModule, label: Tensor | None) -> Denoiser:
-    """The model as a denoiser that can encode, without guidance."""
+    """The model as a denoiser that can encode: without guidance, which magnifies its errors."""
     return model.conditioned(label).without_clipping()
 
 
