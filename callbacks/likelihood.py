@@ -5,6 +5,7 @@ from typing import cast
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ddim_pl.checks import check_at_least, check_one_of
@@ -102,6 +103,8 @@ class BitsPerDim(L.Callback):
         check_images(datamodule_of(trainer))
         assert isinstance(pl_module, DiffusionModule)
         reverse_model(pl_module.noise, self.variance, self.gaussian_share)
+        if pl_module.sampling_guidance is not None:
+            rank_zero_info("Bits per dimension are those of the network without guidance")
         most = pl_module.schedule.num_levels - self.first_level
         if most < 1:
             raise ValueError(

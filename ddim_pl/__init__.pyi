@@ -16,6 +16,8 @@ from ddim_pl.data.teacher_pairs import TeacherPairsDataModule as TeacherPairsDat
 from ddim_pl.data.torchvision_sets import TorchvisionDataModule as TorchvisionDataModule
 from ddim_pl.denoiser import Denoiser as Denoiser
 from ddim_pl.denoiser import NetworkDenoiser as NetworkDenoiser
+from ddim_pl.guidance import Guidance as Guidance
+from ddim_pl.guidance import Guided as Guided
 from ddim_pl.networks.unet import UNet as UNet
 from ddim_pl.noise import GammaNoise as GammaNoise
 from ddim_pl.noise import GaussianNoise as GaussianNoise

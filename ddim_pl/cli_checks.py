@@ -44,9 +44,13 @@ IDLE = {
     "model": (
         *("optimizer", "lr_scheduler", "warmup_steps", "ema_decay", "skip_bad_batches"),
         *("loss", "loss_weight", "min_snr_gamma", "level_sampling", "conversion_updates"),
+        "label_dropout",
         *("clip_teacher", "dropout", "teacher", "pair_batch_size", "self_decay", "method", "q"),
         *("num_stages", "stage_updates", "mean_log_sigma", "std_log_sigma"),
-        *(f"teacher_{name}" for name in ("sampler", "timesteps", "num_steps", "precision")),
+        *(
+            f"teacher_{name}"
+            for name in ("sampler", "timesteps", "num_steps", "guidance", "precision")
+        ),
     ),
 }
 """Arguments that have no effect on the commands of `ddim_pl.commands`, which do not train."""
@@ -90,6 +94,37 @@ def check_config(config: Namespace) -> None:
                 )
 
 
+def check_guidance(command: str, config: Namespace, *, given: bool) -> None:
+    """Check that `guidance` has an effect on a command whose user gives it.
+
+    Says so where a checkpoint's has none.
+
+    Args:
+        command: The command.
+        config: Its arguments.
+        given: Whether the user gives it, so that it is not the checkpoint's.
+
+    Raises:
+        ValueError: If it is given and has no effect.
+    """
+    guidance = config.model.get("init_args", Namespace()).get("guidance")
+    encodes = _encodes(command, config)
+    if guidance is None or not (encodes or command in IN_FULL_PRECISION):
+        return
+    name = f"{command} between images" if encodes else command
+    if given:
+        raise ValueError(
+            f"guidance must be left out for {name}, which draws no images of its own and has no "
+            f"guidance, got {guidance}: leave it out"
+        )
+    rank_zero_info(f"{name} has no guidance: {guidance:g} of the checkpoint has no effect on it")
+
+
+def _encodes(command: str, config: Namespace) -> bool:
+    """Whether a command that may encode does so."""
+    return command == "interpolate" and bool(config.from_data or config.images)
+
+
 def check_sampling_precision(command: str, config: Namespace, *, given: bool) -> None:
     """Check that `sampling_precision` has an effect on a command whose user gives it.
 
@@ -104,7 +139,7 @@ def check_sampling_precision(command: str, config: Namespace, *, given: bool) ->
         ValueError: If it is given and has no effect.
     """
     precision = config.model.get("init_args", Namespace()).get("sampling_precision", 32)
-    encodes = command == "interpolate" and bool(config.from_data or config.images)
+    encodes = _encodes(command, config)
     writes_graph = command == "export" and config.format != "checkpoint"
     if precision == 32 or not (encodes or writes_graph or command in IN_FULL_PRECISION):
         return

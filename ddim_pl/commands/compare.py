@@ -37,7 +37,8 @@ def compare(
 ) -> None:
     """Measure students with their own steps, and their teacher with DDIM at as many and more.
 
-    A teacher of Gamma noise is measured with the deterministic sampler of that noise.
+    A teacher of Gamma noise is measured with the deterministic sampler of that noise, one with
+    guidance with that.
 
     Writes `distillation.csv`, `distillation.md`, the plot `distillation.png` of the distance
     against steps, and `grids.png`, in which each row is one student and each column one latent.
@@ -101,14 +102,15 @@ def _entries(
     model = worker.model
     sampler = default_sampler(model.noise)
     for count in steps:
-        cell = Cell(sampler, "linear", linear(model.schedule.num_levels, count))
+        levels = linear(model.schedule.num_levels, count)
+        cell = Cell(sampler, "linear", levels, model.sampling_guidance)
         yield _entry(f"teacher, {type(sampler).__name__}", worker, cell, teacher)
     for file in files:
         student = load(file, name="students").to(model.device)
         worker.trainer.precision_plugin.convert_module(student)
         student.sampling_precision = worker.model.sampling_precision  # one for all in a table
         student.noise_source = model.noise_source  # a column is one latent
-        cell = Cell(student.sampler, "own", student.levels)
+        cell = Cell(student.sampler, "own", student.levels, student.sampling_guidance)
         yield _entry(_series(file), worker.with_model(student), cell, fingerprint(student))
 
 
@@ -116,7 +118,7 @@ def _entry(name: str, worker: Worker, cell: Cell, checkpoint: str) -> Entry:
     """A model with its steps, under the teacher's sampler or the student's experiment."""
     steps = len(cell.levels) - 1
     columns: dict[str, Any] = {"model": name, "steps": steps}
-    columns["network evaluations"] = cell.sampler.num_evaluations(cell.levels)
+    columns |= cell.cost(worker.model.schedule)
     title = f"{name}, {steps} step{'s' if steps > 1 else ''}"
     return Entry(worker, cell, checkpoint, title, name, columns)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ddim_pl.checks import check_at_least
 from ddim_pl.commands.sources import RealImages, image_source, unclipped
 from ddim_pl.damage import DamagedError, read_tensors, seal_of
-from ddim_pl.denoiser import NetworkDenoiser
+from ddim_pl.denoiser import Denoiser
 from ddim_pl.evaluation.plots import label_rows, plot_lines
 from ddim_pl.evaluation.tables import markdown, scatter, write_csv, write_text
 from ddim_pl.evaluation.worker import Worker, on_every_worker
@@ -131,7 +131,7 @@ def _first_latents(
     start: str,
     noise: Callable[..., tuple[Tensor, object]],
     given: Tensor | None,
-    denoiser: NetworkDenoiser,
+    denoiser: Denoiser,
     x: Tensor,
     levels: Tensor,
     indices: Sequence[int],

@@ -12,7 +12,7 @@ from torch import Tensor
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.data.image_folder import decode
 from ddim_pl.data.squares import Squaring
-from ddim_pl.denoiser import NetworkDenoiser
+from ddim_pl.denoiser import Denoiser
 from ddim_pl.evaluation.worker import Worker, check_images, check_label
 from ddim_pl.images import from_uint8
 from ddim_pl.samplers import Sampler
@@ -146,8 +146,8 @@ def image_source(
     )
 
 
-def unclipped(model: DiffusionModule, label: Tensor | None) -> NetworkDenoiser:
-    """The model as a denoiser that can encode."""
+def unclipped(model: DiffusionModule, label: Tensor | None) -> Denoiser:
+    """The model as a denoiser that can encode: without guidance, which magnifies its errors."""
     return model.conditioned(label).without_clipping()
 
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
@@ -25,12 +26,21 @@ from ddim_pl.evaluation.worker import (
     on_every_worker,
     warn_of_student,
 )
+from ddim_pl.guidance import Guidance, guidance_of
 from ddim_pl.level_search import candidate_levels
 from ddim_pl.samplers import Sampler
 from ddim_pl.timesteps import has_own_length, load_levels, make_levels, save_levels
 from ddim_pl.timesteps import strategies as known_strategies
 from ddim_pl.training import DiffusionModule
-from ddim_pl.training.fingerprint import fingerprint_of_file
+from ddim_pl.training.fingerprint import digest_of, fingerprint_of_file
+
+
+class Way(NamedTuple):
+    """How images are drawn at any levels."""
+
+    sampler: Sampler
+    guidance: Guidance | None
+
 
 ADAPTIVE = "adaptive"
 SEARCH_IMAGES = 256
@@ -47,6 +57,7 @@ def sweep(
     etas: Sequence[float] | None = None,
     timesteps: Sequence[str] | None = None,
     num_steps: Sequence[int] = (10, 20, 50),
+    guidances: Sequence[float] | None = None,
     features: Callable[[], nn.Module] | None = None,
     metrics: Sequence[str] | None = None,
     num_samples: int | None = None,
@@ -58,7 +69,7 @@ def sweep(
     name: str = "sweep",
     output: str | None = None,
 ) -> None:
-    """Measure every combination of samplers, etas, strategies of levels and numbers of steps.
+    """Measure every combination of samplers, etas, levels, numbers of steps and guidance.
 
     Writes `sweep.csv`, `sweep.md`, a plot `sweep.png` of the first metric against steps and
     network evaluations, and `grids.png`, in which each row is a cell and each column a latent.
@@ -74,6 +85,8 @@ def sweep(
         timesteps: Strategies of levels, files of `main.py levels`, or "adaptive", which searches
             such levels for this checkpoint; by default the checkpoint's own.
         num_steps: Numbers of steps; a strategy with a length of its own is taken once.
+        guidances: Weights of guidance, 1 for none, in the interval of `--model.guidance_interval`
+            if there is one; by default the checkpoint's own guidance, which adaptive levels have.
         features: Feature extractor; by default that of the config's FrechetDistance, as are the
             next three.
         metrics: Metrics of `ddim_pl.metrics.quality.SampleQuality`.
@@ -97,7 +110,7 @@ def sweep(
         *(seeds, statistics),
     )
     check_images(datamodule)
-    ways = _with_etas(samplers or [model.sampler], etas)
+    ways = _ways(model, _with_etas(samplers or [model.sampler], etas), guidances)
     strategies = list(timesteps or [_only_name(model)])
     _check_ways(model, ways, strategies, num_steps)
     checkpoint = fingerprint_of_file(model, ckpt_path)
@@ -105,10 +118,9 @@ def sweep(
     def work(worker: Worker) -> None:
         folder = worker.folder(output, name)
         data = worker.images(datamodule)
-        adapts = ADAPTIVE in strategies
-        adaptive = _adaptive_file(worker, folder, checkpoint, num_steps) if adapts else None
+        adaptive = _adaptive_file(worker, folder, checkpoint, num_steps, strategies)
         cells = _cells(model, ways, strategies, num_steps, adaptive)
-        entries = [Entry(worker, c, checkpoint, c.name, c.series, c.row()) for c in cells]
+        entries = [_entry(worker, cell, checkpoint) for cell in cells]
         report("sweep", _intro(ckpt_path, settings), entries, len(entries), settings, folder, data)
 
     on_every_worker(trainer, model, work, ckpt_path=ckpt_path)
@@ -133,16 +145,32 @@ def _with_etas(samplers: Sequence[Sampler], etas: Sequence[float] | None) -> lis
     return found
 
 
+def _entry(worker: Worker, cell: Cell, checkpoint: str) -> Entry:
+    row = cell.row(worker.model.schedule)
+    return Entry(worker, cell, checkpoint, cell.name, cell.series, row)
+
+
+def _ways(
+    model: DiffusionModule, samplers: Sequence[Sampler], weights: Sequence[float] | None
+) -> list[Way]:
+    """Every sampler with every guidance."""
+    known = {"null_class": model.null_class, "distilled_steps": model.distilled_steps}
+    guided = [model.sampling_guidance]
+    if weights is not None:
+        guided = [guidance_of(weight, model.guidance_interval, **known) for weight in weights]
+    return [Way(sampler, guidance) for sampler in samplers for guidance in guided]
+
+
 def _check_ways(
     model: DiffusionModule,
-    samplers: Sequence[Sampler],
+    ways: Sequence[Way],
     names: Sequence[str],
     num_steps: Sequence[int],
 ) -> None:
     """Check the samplers, the names, and that every combination has its levels."""
     check_at_least(1, num_steps=min(num_steps, default=0))
-    for sampler in samplers:
-        check_noise("samplers", model, sampler)
+    for way in ways:
+        check_noise("samplers", model, way.sampler)
     known = sorted([ADAPTIVE, *known_strategies()])
     for name in names:
         if name not in known and not name.endswith(".json"):
@@ -153,7 +181,7 @@ def _check_ways(
     if ADAPTIVE in names:
         check_steps(model, num_steps)
     others = [name for name in names if name != ADAPTIVE]
-    for cell in _cells(model, samplers, others, num_steps, None):
+    for cell in _cells(model, ways, others, num_steps, None):
         warn_of_student(model, cell.sampler, cell.levels)
 
 
@@ -165,7 +193,7 @@ def _only_name(model: DiffusionModule) -> str:
 
 def _cells(
     model: DiffusionModule,
-    samplers: Sequence[Sampler],
+    ways: Sequence[Way],
     strategies: Sequence[str],
     num_steps: Sequence[int],
     adaptive: Path | None,
@@ -178,15 +206,23 @@ def _cells(
                 # The table says how many steps are left of a strategy with duplicates.
                 warnings.filterwarnings("ignore", ".*distinct levels")
                 levels = make_levels(source, model.schedule, steps, model.last_level)
-            for sampler in samplers:
-                yield Cell(sampler, strategy, levels)
+            for way in ways:
+                yield Cell(way.sampler, strategy, levels, way.guidance)
 
 
 def _adaptive_file(
-    worker: Worker, folder: Path, checkpoint: str, num_steps: Sequence[int]
-) -> Path:
-    """Levels for this checkpoint; those of an earlier start of the same sweep are kept."""
-    file = folder / "cells" / f"adaptive-{checkpoint[:16]}.json"
+    worker: Worker,
+    folder: Path,
+    checkpoint: str,
+    num_steps: Sequence[int],
+    strategies: Sequence[str],
+) -> Path | None:
+    """Levels for this checkpoint, if wanted; those of an earlier start of the sweep are kept."""
+    if ADAPTIVE not in strategies:
+        return None
+    guidance = worker.model.sampling_guidance
+    of = checkpoint if guidance is None else digest_of({}, f"{checkpoint} guidance {guidance}")
+    file = folder / "cells" / f"adaptive-{of[:16]}.json"
     levels: dict[int, Tensor] = {}
     if worker.is_first and file.exists():
         try:

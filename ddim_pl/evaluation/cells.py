@@ -21,13 +21,16 @@ from torch import Tensor, nn
 from ddim_pl.checks import check_at_least
 from ddim_pl.damage import read_sealed, sealed
 from ddim_pl.data.base import ImageDataModule
+from ddim_pl.evaluation.cost import network_evaluations
 from ddim_pl.evaluation.measure import MeasureSettings, measure, settings_of
 from ddim_pl.evaluation.plots import label_rows, plot_distances
 from ddim_pl.evaluation.tables import markdown, write_csv, write_text
 from ddim_pl.evaluation.worker import Worker, precision_of
+from ddim_pl.guidance import Guidance
 from ddim_pl.images import read_png, write_png
 from ddim_pl.rng import NoiseSource
 from ddim_pl.samplers import Sampler
+from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.training import DiffusionModule
 from ddim_pl.training.fingerprint import digest_of
 
@@ -39,6 +42,7 @@ class Cell:
     sampler: Sampler
     timesteps: str
     levels: Tensor
+    guidance: Guidance | None = None
 
     @property
     def name(self) -> str:
@@ -48,16 +52,23 @@ class Cell:
     @property
     def series(self) -> str:
         """Name of its line in a plot."""
-        return f"{self.sampler}, {self.timesteps}"
+        guided = "" if self.guidance is None else f", guidance {self.guidance}"
+        return f"{self.sampler}, {self.timesteps}{guided}"
 
-    def row(self) -> dict[str, Any]:
+    def row(self, schedule: NoiseSchedule) -> dict[str, Any]:
         """What the cell is, as the first columns of the table."""
         return {
             "sampler": str(self.sampler),
             "timesteps": self.timesteps,
             "steps": len(self.levels) - 1,
-            "network evaluations": self.sampler.num_evaluations(self.levels),
+            **self.cost(schedule),
         }
+
+    def cost(self, schedule: NoiseSchedule) -> dict[str, Any]:
+        """Its guidance, if there is some, and what an image costs, as columns of a table."""
+        guided = {} if self.guidance is None else {"guidance": str(self.guidance)}
+        count = network_evaluations(self.sampler, self.levels, schedule, self.guidance)
+        return {**guided, "network evaluations": count}
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,8 @@ class CellSettings:
         }
         if self.noise_source != "generators":  # cells of before have no such entry
             content["noise_source"] = self.noise_source
+        if cell.guidance is not None and not cell.guidance.is_plain:
+            content["guidance"] = str(cell.guidance)
         reference = self.measure.reference
         if reference is not None:
             moments = {"mean": reference.mean, "covariance": reference.covariance}
@@ -286,13 +299,15 @@ def _found_or_measured(
             text,
             sampler=cell.sampler,
             levels=cell.levels,
+            guidance=cell.guidance,
             seed=seed,
             num_shown=settings.num_shown,
         )
         found = {name: float(value) for name, value in measured.values.items()}
         if worker.is_first:
             write_png(torch.cat(list(measured.first), -1), path)
-            content = {**cell.row(), "levels": cell.levels.tolist(), "values": found}
+            row = cell.row(worker.model.schedule)
+            content = {**row, "levels": cell.levels.tolist(), "values": found}
             content["images per second"] = measured.images_per_second
             write_text(path.with_suffix(".json"), json.dumps(sealed(content), indent=1))
         worker.barrier()

@@ -9,12 +9,16 @@ import torch
 
 import ddim_pl
 from ddim_pl.damage import sealed
+from ddim_pl.evaluation.cost import network_evaluations
 from ddim_pl.evaluation.tables import write_text
 from ddim_pl.training import DiffusionModule
 from ddim_pl.training.fingerprint import digest_of, fingerprint
 
 OF_NETWORK = ("schedule", "noise", "prediction", "time_input", "sigma_data")
 """What reads a network's weights."""
+
+GUIDANCE = "guidance"
+"""Entry of results of images that are guided; others have none."""
 
 WEIGHTS = "weights"
 """Entry of results that say of which weights they are."""
@@ -29,12 +33,15 @@ def sampling_of(model: DiffusionModule) -> dict[str, Any]:
     Args:
         model: Draws the images, with its own sampler and levels; its weights are loaded.
     """
-    steps, levels = model.timesteps, model.levels
+    steps, levels, guidance = model.timesteps, model.levels, model.sampling_guidance
     state = {f"average.{name}": each for name, each in model.average.state_dict().items()}
     return {
         "sampler": str(model.sampler),
         "timesteps": steps if isinstance(steps, str) else levels.tolist(),
-        "network evaluations": model.sampler.num_evaluations(levels),
+        **({} if guidance is None else {GUIDANCE: str(guidance)}),
+        "network evaluations": network_evaluations(
+            model.sampler, levels, model.schedule, guidance
+        ),
         "levels": levels.tolist(),
         "clip": str(model.sampling_clip),
         **{name: str(getattr(model, name)) for name in OF_NETWORK},
@@ -68,7 +75,7 @@ def write_manifest(
         first: Index of the first image.
         num_images: How many; None if a loader does not know its length.
     """
-    levels = model.levels
+    levels, guidance = model.levels, model.sampling_guidance
     content: dict[str, Any] = {
         "ddim_pl": ddim_pl.__version__,
         "torch": torch.__version__,
@@ -82,7 +89,10 @@ def write_manifest(
         "timesteps": model.timesteps if isinstance(model.timesteps, str) else "list",
         "steps": len(levels) - 1,
         "levels": levels.tolist(),
-        "network evaluations": model.sampler.num_evaluations(levels),
+        GUIDANCE: None if guidance is None else str(guidance),
+        "network evaluations": network_evaluations(
+            model.sampler, levels, model.schedule, guidance
+        ),
         "seed": model.seed if seed is None else seed,
         "noise_source": model.noise_source,
         "first": first,

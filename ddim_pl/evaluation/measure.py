@@ -15,6 +15,7 @@ from ddim_pl.checks import check_at_least
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.evaluation.real_statistics import RealStatistics
 from ddim_pl.evaluation.worker import Worker
+from ddim_pl.guidance import Guidance
 from ddim_pl.images import to_uint8
 from ddim_pl.lightning_internals import callbacks_of
 from ddim_pl.metrics.inception import InceptionFeatures
@@ -178,6 +179,7 @@ def measure(
     *,
     sampler: Sampler | None = None,
     levels: Tensor | None = None,
+    guidance: Guidance | None = None,
     seed: int | None = None,
     num_shown: int = 0,
 ) -> Measured:
@@ -192,8 +194,9 @@ def measure(
         settings: How they are measured.
         data: The real images.
         text: For the progress bar.
-        sampler: By default the model's, as are the next two.
+        sampler: By default the model's, as are the next three.
         levels: Levels to visit, `(S + 1,)`.
+        guidance: How images are guided.
         seed: Seed of the images.
         num_shown: How many of the first images to return.
     """
@@ -208,6 +211,7 @@ def measure(
         text,
         sampler=sampler,
         levels=levels,
+        guidance=guidance,
         seed=seed,
     ):
         pixels = to_uint8(images)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddim_pl.data.base import ImageDataModule, IndexBatches
+from ddim_pl.guidance import Guidance
 from ddim_pl.lightning_internals import without_callbacks_and_loggers
 from ddim_pl.locks import alone_in
 from ddim_pl.runs import read_checkpoint, run_of
@@ -167,6 +168,7 @@ class Worker:
         label: int | None = None,
         sampler: Sampler | None = None,
         levels: Tensor | None = None,
+        guidance: Guidance | None = None,
         seed: int | None = None,
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Sample this worker's share of the images: indices and float images of each batch."""
@@ -177,6 +179,7 @@ class Worker:
                     label=None if label is None else torch.full((len(batch),), label),
                     sampler=sampler,
                     levels=levels,
+                    guidance=guidance,
                     seed=seed,
                 )
             yield batch, images

@@ -50,6 +50,12 @@ def make_export(model: DiffusionModule, format: Format, label: int | None = None
     Raises:
         ValueError: If it cannot; says why, and what can.
     """
+    if model.sampling_guidance is not None and not model.sampling_guidance.is_plain:
+        raise ValueError(
+            f"guidance must be null for format {format}, got {model.sampling_guidance}: what is "
+            "written evaluates the network with the class alone; give --model.guidance null "
+            "--model.guidance_interval null for the plain model, or format checkpoint"
+        )
     if format == "diffusers":
         return _diffusers(model, label)
     if label is not None:

@@ -8,6 +8,9 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from ddim_pl.checks import check_at_least
+from ddim_pl.networks.unet import check_null_class
+
 __all__ = ["DiffusersUNet"]
 
 
@@ -19,6 +22,7 @@ class DiffusersUNet(nn.Module):
             `config.json` has, are left out.
         dropout: Probability in [0, 1) of dropping an activation, in place of an entry of
             `arguments`.
+        null_class: Whether the last of `num_class_embeds` is the null class, for no label.
 
     Attributes:
         init_args: The constructor's arguments as plain data, for checkpoints.
@@ -27,17 +31,24 @@ class DiffusersUNet(nn.Module):
         ValueError: If diffusers is not installed, or takes no such arguments.
     """
 
-    def __init__(self, arguments: dict[str, Any], dropout: float = 0.0) -> None:
+    def __init__(
+        self, arguments: dict[str, Any], dropout: float = 0.0, null_class: bool = False
+    ) -> None:
         super().__init__()
         kept = {name: value for name, value in arguments.items() if not name.startswith("_")}
         kept.pop("dropout", None)
         _check(kept)
+        classes = kept.get("num_class_embeds")
+        check_null_class(null_class, classes)
+        check_at_least(1 + null_class, num_class_embeds=classes)
         self.init_args: dict[str, Any] = {"arguments": kept, "dropout": dropout}
+        self.init_args |= {"null_class": True} if null_class else {}
         self.unet = _made(kept, dropout)
         config = self.unet.config
         self.in_channels: Final[int] = config.in_channels
         self.out_channels: Final[int] = config.out_channels
-        self.num_classes: Final[int | None] = config.num_class_embeds
+        self.num_classes: Final[int | None] = classes and classes - null_class
+        self.null_class: Final = null_class
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         if height == width:
@@ -49,7 +60,8 @@ class DiffusersUNet(nn.Module):
         Args:
             z: Images, (B, in_channels, height, width).
             t: Times, (B,).
-            label: Classes, (B,) int64, if the network has classes.
+            label: Classes, (B,) int64, if the network has classes; `num_classes` is the null
+                class.
 
         Returns:
             (B, out_channels, height, width).

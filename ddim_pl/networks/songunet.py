@@ -21,7 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddim_pl.checks import check_at_least, check_one_of
-from ddim_pl.networks.unet import GroupNorm, SelfAttention, check_inputs, sinusoidal_embedding
+from ddim_pl.networks.unet import (
+    GroupNorm,
+    SelfAttention,
+    check_inputs,
+    check_null_class,
+    sinusoidal_embedding,
+)
 
 __all__ = ["SongUNet"]
 
@@ -52,6 +58,8 @@ class SongUNet(nn.Module):
             on the way up. The middle always has attention.
         dropout: Probability in [0, 1) of dropping an activation in every residual block.
         num_classes: Number of classes; None for a network without labels.
+        null_class: Whether number `num_classes` is the null class, for no label: a one-hot label
+            of zeros, which takes no weights.
         embedding: "positional" (DDPM++) or "fourier" (NCSN++), of frequencies drawn once.
         time_width: Width of that embedding, even, at least 4; `channels` if None.
         embedding_width: Width of the embedding that enters the blocks; `4 * channels` if None.
@@ -78,6 +86,7 @@ class SongUNet(nn.Module):
         attention: Sequence[int] = (16,),
         dropout: float = 0.13,
         num_classes: int | None = None,
+        null_class: bool = False,
         embedding: Embedding = "positional",
         time_width: int | None = None,
         embedding_width: int | None = None,
@@ -93,6 +102,7 @@ class SongUNet(nn.Module):
         self.in_channels: Final = in_channels
         self.out_channels: Final = in_channels if out_channels is None else out_channels
         self.num_classes: Final = num_classes
+        self.null_class: Final = null_class
         time_width = time_width or channels
         emb_width = embedding_width or 4 * channels
         is_fourier = embedding == "fourier"
@@ -151,7 +161,8 @@ class SongUNet(nn.Module):
         Args:
             z: Images of variance about 1, (B, in_channels, image_size, image_size).
             t: Times, (B,); in EDM a quarter of the logarithm of the noise.
-            label: Classes in 0..num_classes - 1, (B,) int64; None if the network has no classes.
+            label: Classes in 0..num_classes - 1, or num_classes for the null class, (B,) int64;
+                None if the network has no classes.
 
         Returns:
             (B, out_channels, image_size, image_size).
@@ -182,10 +193,11 @@ class SongUNet(nn.Module):
         """What enters the blocks, (B, E)."""
         emb = self.time(t).to(self.emb_in.weight.dtype)
         if self.class_in is not None and label is not None:
+            table = self.class_in.weight.T
+            if self.null_class:
+                table = F.pad(table, (0, 0, 0, 1))
             # That of one-hot labels of variance 1.
-            rows = F.embedding(label, self.class_in.weight.T) * math.sqrt(
-                self.class_in.in_features
-            )
+            rows = F.embedding(label, table) * math.sqrt(self.class_in.in_features)
             emb = emb + (rows + self.class_in.bias)
         return F.silu(self.emb_out(F.silu(self.emb_in(emb))))
 
@@ -353,6 +365,7 @@ def _check_arguments(args: dict[str, Any]) -> None:
     """Check the constructor's arguments, each alone and then together."""
     counts = ["image_size", "in_channels", "out_channels", "num_blocks", "num_classes"]
     check_at_least(1, **{name: args[name] for name in [*counts, "embedding_width"]})
+    check_null_class(args["null_class"], args["num_classes"])
     check_one_of(Embedding, embedding=args["embedding"])
     check_one_of(Encoder, encoder=args["encoder"])
     if args["channels"] < 4 or args["channels"] % 4:

@@ -58,6 +58,8 @@ class UNet(nn.Module):
             have more heads; divides the width of every level with attention and of the middle.
         dropout: Probability in [0, 1) of dropping an activation in every residual block.
         num_classes: Number of classes; None for a network without labels.
+        null_class: Whether there is one class more, number `num_classes`, for no label: what
+            guidance needs, see `ddim_pl.guidance`.
         scale_shift: Whether the embedding scales and shifts a block's second norm (FiLM; Salimans
             & Ho) or is added before it (Ho et al.).
         resample: "conv" resamples with a convolution (Ho et al.); "block" within a residual
@@ -95,6 +97,7 @@ class UNet(nn.Module):
         head_width: int | None = None,
         dropout: float = 0.1,
         num_classes: int | None = None,
+        null_class: bool = False,
         scale_shift: bool = False,
         resample: Resample = "conv",
         groups: int = 32,
@@ -111,6 +114,7 @@ class UNet(nn.Module):
         self.in_channels: Final = in_channels
         self.out_channels: Final = in_channels if out_channels is None else out_channels
         self.num_classes: Final = num_classes
+        self.null_class: Final = null_class
         self.patch_size: Final = patch_size
         self._build(channels, multipliers, groups)
 
@@ -119,7 +123,7 @@ class UNet(nn.Module):
         emb_width = self.init_args["embedding_width"] or 4 * channels
         self.time_in = nn.Linear(channels, emb_width)
         self.time_out = nn.Linear(emb_width, emb_width)
-        classes = self.num_classes
+        classes = self.num_classes and self.num_classes + self.null_class
         self.class_table = nn.Embedding(classes, emb_width) if classes else None
 
         resolutions = _resolutions(self.init_args)
@@ -207,7 +211,8 @@ class UNet(nn.Module):
         Args:
             z: Images, (B, in_channels, image_size, image_size).
             t: Times, (B,), in about [0, 1000].
-            label: Classes in 0..num_classes - 1, (B,) int64; None if the network has no classes.
+            label: Classes in 0..num_classes - 1, or num_classes for the null class, (B,) int64;
+                None if the network has no classes.
 
         Returns:
             (B, out_channels, image_size, image_size).
@@ -237,6 +242,18 @@ class UNet(nn.Module):
             h = step(h, emb)
         output = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(output, self.patch_size) if self.patch_size > 1 else output
+
+
+def check_null_class(null_class: bool, num_classes: int | None) -> None:
+    """Check that only a network with classes has a null class.
+
+    Raises:
+        ValueError: If another has.
+    """
+    if null_class and num_classes is None:
+        raise ValueError(
+            "null_class must be False for a network without classes, got True: give num_classes"
+        )
 
 
 def check_inputs(
@@ -498,6 +515,7 @@ def _check_ranges(args: dict[str, Any]) -> None:
         )
     if not 0 <= args["dropout"] < 1:
         raise ValueError(f"dropout must be in [0, 1), got {args['dropout']}: 0 turns it off")
+    check_null_class(args["null_class"], args["num_classes"])
     check_one_of(Resample, resample=args["resample"])
     check_one_of(Initialisation, initialisation=args["initialisation"])
 

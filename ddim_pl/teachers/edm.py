@@ -111,8 +111,8 @@ def _teacher(outer: Record, inner: Record) -> Teacher:
     if weights.pop(AUGMENTATION, None) is not None:
         notes.append("labels of augmentation: left out, as when EDM samples")
     _load(network, weights, theirs[FILTER])
-    if theirs["label_dropout"]:
-        notes.append("label_dropout: left out, images are drawn with their labels")
+    if network.null_class:
+        notes.append("label_dropout: the network's null class, for guidance, is kept")
     size = network.image_size
     low, high = (float(outer.state[name]) for name in ("sigma_min", "sigma_max"))
     settings = {
@@ -159,6 +159,7 @@ def _arguments(theirs: dict[str, Any]) -> dict[str, Any]:
         "attention": [int(each) for each in _present(theirs)],
         "dropout": float(theirs["dropout"]),
         "num_classes": int(theirs["label_dim"]) or None,
+        "null_class": bool(theirs["label_dim"] and theirs["label_dropout"]),
         "embedding": theirs["embedding_type"],
         "time_width": channels * int(theirs["channel_mult_noise"]),
         "embedding_width": channels * int(theirs["channel_mult_emb"]),

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import lightning as L
 import torch
@@ -20,7 +20,8 @@ from ddim_pl.checks import check_at_least, check_one_of
 from ddim_pl.clipping import Clipping, clipping_of
 from ddim_pl.damage import read_archive
 from ddim_pl.data.batches import BatchReader
-from ddim_pl.denoiser import NetworkDenoiser, TimeInput
+from ddim_pl.denoiser import Denoiser, NetworkDenoiser, TimeInput
+from ddim_pl.guidance import Guidance, guidance_of, with_guidance
 from ddim_pl.lightning_internals import callbacks_of, constructor_arguments, forget_foreign_files
 from ddim_pl.networks.unet import UNet
 from ddim_pl.noise import GaussianNoise, Noise, latents
@@ -49,6 +50,7 @@ from ddim_pl.training.hyperparameters import (
     describe,
     import_path,
 )
+from ddim_pl.training.image_shape import image_shape_of
 from ddim_pl.training.origin import KEY, Origin, read_origin
 from ddim_pl.training.reduced import NetworkPrecision, ReducedCopy
 from ddim_pl.training.resuming import apply_settings
@@ -85,6 +87,9 @@ class DiffusionModule(L.LightningModule, ABC):
             length of its own.
         last_level: Level that sampling ends at, in place of 0; levels at or below it are left out.
             1 is `set_alpha_to_one: false` of diffusers.
+        guidance: Weight of classifier-free guidance when images are drawn, see `ddim_pl.guidance`;
+            needs a network with a null class. Encoding, likelihoods and losses are without.
+        guidance_interval: Ratios `sigma / alpha` between which to guide; by default everywhere.
         optimizer: Makes the optimiser from the parameters; by default Adam with rate 2e-4. A
             `functools.partial` of a class is stored in checkpoints, a lambda is not.
         lr_scheduler: Makes a learning-rate schedule, stepped once per update; stored likewise.
@@ -121,6 +126,8 @@ class DiffusionModule(L.LightningModule, ABC):
         timesteps: str | list[float] = "trailing",
         num_steps: int = 50,
         last_level: float = 0.0,
+        guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
@@ -136,19 +143,18 @@ class DiffusionModule(L.LightningModule, ABC):
         self.schedule, self.noise = schedule or LinearSchedule(), noise or GaussianNoise()
         self.sampler = sampler or default_sampler(self.noise)
         self.timesteps, self.num_steps, self.last_level = timesteps, num_steps, last_level
-        self.image_shape = _image_shape(network, image_shape)
+        self.image_shape = image_shape_of(network, image_shape)
         self.network, self.average = network, _average(network, ema_decay)
-        self.prediction, self.clip, self.sigma_data = prediction, clip, sigma_data
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.time_input, self.warmup_steps, self.seed = time_input, warmup_steps, seed
-        self.sampling_precision, self._reduced = sampling_precision, ReducedCopy()
-        self.compile_network, self.compiles = compile, compile is True
-        self.skip_bad_batches, self.noise_source = skip_bad_batches, noise_source
-        self._check_arguments()
-        self.record_arguments()
+        self.guidance, self.clip, self.compile_network = guidance, clip, compile
+        self.guidance_interval, self.sampling_precision = guidance_interval, sampling_precision
+        self.prediction, self.optimizer, self.lr_scheduler = prediction, optimizer, lr_scheduler
+        self.sigma_data, self.time_input, self.warmup_steps = sigma_data, time_input, warmup_steps
+        self.noise_source, self.seed, self.skip_bad_batches = noise_source, seed, skip_bad_batches
+        self._check_and_record()
 
-    def _check_arguments(self) -> None:
-        """Find what is wrong now, not after hours of training."""
+    def _check_and_record(self) -> None:
+        """Find what is wrong now, not after hours of training; then keep the arguments."""
+        self.compiles, self._reduced = self.compile_network is True, ReducedCopy()
         check_at_least(0, warmup_steps=self.warmup_steps, seed=self.seed)
         check_at_least(0, skip_bad_batches=self.skip_bad_batches)
         check_one_of(NetworkPrecision, sampling_precision=self.sampling_precision)
@@ -157,7 +163,7 @@ class DiffusionModule(L.LightningModule, ABC):
         self._update_is_good = True
         self._warned_of: set[Sampler] = set()
         self.check_noise(self.sampler)
-        _ = self.levels
+        _ = self.levels, self.sampling_guidance
         channels = self.image_shape[0] * (2 if self.prediction == "both" else 1)
         found = getattr(self.network, "out_channels", channels)
         if found != channels:
@@ -172,6 +178,7 @@ class DiffusionModule(L.LightningModule, ABC):
                 f"noise must be Gaussian for {self.schedule}, got {self.noise}, whose scale is 0 "
                 "where there is no signal: use the schedule without ZeroTerminalSNR"
             )
+        self.record_arguments()
 
     origin: Origin = ()
     """Where the weights come from; of a distillation, with what it has done itself."""
@@ -240,6 +247,12 @@ class DiffusionModule(L.LightningModule, ABC):
         return clipping_of(self.clip if self.sampler.clip is None else self.sampler.clip)
 
     @property
+    def sampling_guidance(self) -> Guidance | None:
+        """How images are guided when they are drawn."""
+        known = {"null_class": self.null_class, "distilled_steps": self.distilled_steps}
+        return guidance_of(self.guidance, self.guidance_interval, **known)
+
+    @property
     def denoiser(self) -> NetworkDenoiser:
         """The averaged network as a denoiser, in the precision of its weights."""
         return self._denoiser(self.average.module)
@@ -255,6 +268,11 @@ class DiffusionModule(L.LightningModule, ABC):
     def num_classes(self) -> int | None:
         """Number of classes the network is conditioned on, if any."""
         return getattr(self.network, "num_classes", None)
+
+    @property
+    def null_class(self) -> int | None:
+        """Label of an image without one, if the network has a class for it."""
+        return self.num_classes if getattr(self.network, "null_class", False) else None
 
     def _denoiser(self, network: nn.Module) -> NetworkDenoiser:
         return NetworkDenoiser(
@@ -274,6 +292,7 @@ class DiffusionModule(L.LightningModule, ABC):
         label: Tensor | None = None,
         sampler: Sampler | None = None,
         levels: Tensor | None = None,
+        guidance: Guidance | None = None,
         seed: int | None = None,
         progress: bool = False,
     ) -> Tensor:
@@ -288,6 +307,7 @@ class DiffusionModule(L.LightningModule, ABC):
                 equally frequent.
             sampler: By default this module's.
             levels: Levels to visit, `(S + 1,)`; by default this module's.
+            guidance: By default this module's.
             seed: By default this module's.
             progress: Show a progress bar over the steps.
 
@@ -302,7 +322,7 @@ class DiffusionModule(L.LightningModule, ABC):
         if sampler is not None:
             self.check_noise(sampler)
         return (sampler or self.sampler)(
-            self.conditioned(label, sampling=True),
+            self.conditioned(label, sampling=True, guidance=guidance),
             z,
             levels,
             generator=generators,
@@ -348,14 +368,20 @@ class DiffusionModule(L.LightningModule, ABC):
             return None
         return torch.tensor([int(i) % self.num_classes for i in indices])
 
-    def conditioned(self, label: Tensor | None, *, sampling: bool = False) -> NetworkDenoiser:
+    def conditioned(
+        self, label: Tensor | None, *, sampling: bool = False, guidance: Guidance | None = None
+    ) -> Denoiser:
         """The averaged network as a denoiser of images of these classes `(B,)`, on its device.
 
         Args:
             label: The classes; not used if the network has none.
-            sampling: To draw images, in `sampling_precision`.
+            sampling: To draw images, in `sampling_precision` and with guidance.
+            guidance: By default this module's; without `sampling` there is none.
         """
-        denoiser = self.sampling_denoiser if sampling else self.denoiser
+        denoiser: Denoiser = self.sampling_denoiser if sampling else self.denoiser
+        if sampling:
+            guidance = guidance or self.sampling_guidance
+            denoiser = with_guidance(denoiser, guidance, self.null_class)
         if self.num_classes is None or label is None:
             return denoiser
         return denoiser.condition(label.to(self.device))
@@ -567,18 +593,3 @@ def _average(network: nn.Module, decay: float) -> ExponentialAverage:
 
 def _trains_on_cuda(module: DiffusionModule) -> bool:
     return module.trainer.strategy.root_device.type == "cuda"
-
-
-def _image_shape(network: nn.Module, shape: Iterable[int] | None) -> tuple[int, int, int]:
-    if shape is None:
-        if not (hasattr(network, "in_channels") and hasattr(network, "image_size")):
-            raise ValueError(
-                f"image_shape must be given: {type(network).__name__} has no attributes "
-                "in_channels and image_size to read it from"
-            )
-        channels, side = cast(int, network.in_channels), cast(int, network.image_size)
-        shape = (channels, side, side)
-    shape = tuple(shape)
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"image_shape must be (channels, height, width), got {shape}")
-    return shape

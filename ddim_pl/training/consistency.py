@@ -128,7 +128,7 @@ class ConsistencyModel(Distillation):
             self.teacher = student_network(self, 0.0).requires_grad_(False).eval()
             self.record_arguments(teacher_prediction=self.first_prediction)
 
-    def _check_arguments(self) -> None:
+    def _check_and_record(self) -> None:
         if not self.noise.is_gaussian:
             raise ValueError(
                 f"noise must be Gaussian for a consistency model, got {self.noise}: its states at "
@@ -145,7 +145,7 @@ class ConsistencyModel(Distillation):
                 f"{self.prediction!r}: {reason}"
             )
         self.timesteps = _levels_of(self.schedule, self.sampling_sigmas)
-        super()._check_arguments()
+        super()._check_and_record()
 
     @staticmethod
     def prediction_from(teacher: PredictionType) -> PredictionType:

@@ -57,6 +57,19 @@ def draw_levels(
     return t.clamp(min=torch.finfo(torch.float32).eps * schedule.num_levels)
 
 
+def drop_labels(label: Tensor, null_class: int, share: float, host: torch.Generator) -> Tensor:
+    """Labels `(B,)` of which each is the null class with this probability ([CFG], algorithm 1).
+
+    Args:
+        label: Class labels, `(B,)`.
+        null_class: Number of the null class.
+        share: The probability.
+        host: Source of randomness, on the CPU.
+    """
+    dropped = torch.rand(len(label), generator=host) < share
+    return label.masked_fill(dropped.to(label.device), null_class)
+
+
 def denoising_loss(
     denoiser: NetworkDenoiser,
     x: Tensor,
@@ -107,6 +120,8 @@ class DDPM(DiffusionModule):
         loss: "l2", the squared error, or "l1", the absolute one. [Gamma] write l1 for
             Gamma noise, and their code has l2.
         level_sampling: "uniform" or "antithetic", see `draw_levels`.
+        label_dropout: Probability of training an image without its label, as of the network's null
+            class; [CFG] have 0.1. In validation and test no label is dropped.
         distilled_steps: Steps that the network was distilled for, in the checkpoint of a student;
             None for a model that knows all levels.
         distilled_sampler: Sampler whose steps they are; by default the deterministic one of the
@@ -126,6 +141,7 @@ class DDPM(DiffusionModule):
         min_snr_gamma: float = 5.0,
         loss: LossKind = "l2",
         level_sampling: LevelSampling = "uniform",
+        label_dropout: float = 0.0,
         distilled_steps: int | None = None,
         distilled_sampler: Sampler | None = None,
         **kwargs: Any,
@@ -146,12 +162,26 @@ class DDPM(DiffusionModule):
                 f"{distilled_sampler}: it is the sampler of those steps"
             )
         self.distilled_steps, self.distilled_sampler = distilled_steps, distilled_sampler
+        self.label_dropout = check_label_dropout(label_dropout, self.null_class)
+        _ = self.sampling_guidance  # known now to fit a student, or not
+
+    def check_data(self, datamodule: L.LightningDataModule | None) -> None:
+        """Check that a null class will be trained."""
+        if self.null_class is not None and not self.label_dropout:
+            raise ValueError(
+                "label_dropout must be positive for a network with a null class, which is trained "
+                "by the images without a label, got 0.0: 0.1 is usual; or set null_class to False"
+            )
 
     def loss(self, denoiser: NetworkDenoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Denoising loss of each image at a random level, `(B,)`."""
         x = batch[0]
         t = draw_levels(self.schedule, len(x), self.level_sampling, generators.host)
         eps = self.noise.draw(x.shape, self.schedule(t), generators.device, x)
+        if self.label_dropout and denoiser.label is not None and denoiser.network.training:
+            assert self.null_class is not None
+            arguments = self.null_class, self.label_dropout, generators.host
+            denoiser = denoiser.condition(drop_labels(denoiser.label, *arguments))
         return denoising_loss(
             denoiser,
             x,
@@ -161,6 +191,22 @@ class DDPM(DiffusionModule):
             gamma=self.min_snr_gamma,
             loss=self.loss_kind,
         )
+
+
+def check_label_dropout(share: float, null_class: int | None) -> float:
+    """Return the probability of dropping a label, once it is known to be one.
+
+    Raises:
+        ValueError: If it is not, or the network has no null class.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"label_dropout must lie in [0, 1), got {share}: 0.1 is usual")
+    if share and null_class is None:
+        raise ValueError(
+            f"label_dropout must be 0 for a network without a null class, got {share}: give the "
+            "network num_classes and null_class: true"
+        )
+    return share
 
 
 def averaged_checkpoint(module: DiffusionModule, **changes: Any) -> dict[str, Any]:
@@ -181,6 +227,7 @@ def averaged_checkpoint(module: DiffusionModule, **changes: Any) -> dict[str, An
     names = ["network", "schedule", "noise", "prediction", "time_input", "sigma_data"]
     names += ["image_shape", "clip", "sampler", "timesteps", "num_steps", "last_level", "seed"]
     names += ["noise_source", "distilled_steps", "distilled_sampler", "sampling_precision"]
+    names += ["guidance", "guidance_interval"]
     names += [name for name in ("loss_weight",) if hasattr(module, name)]
     arguments = {name: describe(getattr(module, name)) for name in names} | changes
     return {

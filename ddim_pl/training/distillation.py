@@ -76,15 +76,20 @@ class Distillation(DiffusionModule):
             student = filled(student, found)
         if network is None:
             raise ValueError("teacher must be given: a checkpoint to distil")
+        _check_guidance(kwargs.get("guidance"))
         set_dropout(network, dropout)
         default = DEFAULTS | {"prediction": self.prediction_from("eps")}
         super().__init__(network, **filled(student, default), **kwargs)
         self.teacher_path, self.read_prediction = teacher, read and read.prediction
+        self.read_guidance = None if read is None else read.guidance
         if read is not None:
             self.origin = read.origin
             self.record_arguments(network=network, **student)
             self.check_teacher(read)
             Distillation.load_weights_from(self, read)  # not an override
+
+    draws_from_teacher = False
+    """Whether the student learns from images that its teacher draws."""
 
     @staticmethod
     def prediction_from(teacher: PredictionType) -> PredictionType:
@@ -143,6 +148,12 @@ class Distillation(DiffusionModule):
                 was distilled to another number of steps.
         """
         path = self.teacher_path
+        if teacher.sampling_guidance is not None and not self.draws_from_teacher:
+            raise ValueError(
+                f"teacher {path!r} has guidance {teacher.sampling_guidance}, which is for drawing "
+                "images and not distilled: give what main.py export --model.guidance null "
+                "--model.guidance_interval null writes"
+            )
         for name in ("image_shape", "schedule", "noise", "time_input", "sigma_data"):
             theirs, ours = getattr(teacher, name), getattr(self, name)
             if theirs != ours:
@@ -179,6 +190,14 @@ class Distillation(DiffusionModule):
         """Take over the averaged weights of a teacher."""
         for network in (self.network, self.average.module):
             copy_weights(teacher.average.module, network)
+
+
+def _check_guidance(guidance: float | None) -> None:
+    if guidance is not None:
+        raise ValueError(
+            f"guidance must be left out for a student, got {guidance}: it has not learned the "
+            "steps of images without a class"
+        )
 
 
 def student_network(teacher: DiffusionModule, dropout: float) -> nn.Module:

@@ -38,6 +38,8 @@ class PairDistillation(Distillation):
             DDIM with eta = 0.
         teacher_timesteps: Strategy of the teacher's levels.
         teacher_num_steps: The teacher's steps.
+        teacher_guidance: Weight of the guidance that the teacher draws its images with, see
+            `ddim_pl.guidance`; by default its own. The student draws such images without any.
         teacher_precision: The teacher's `sampling_precision` while it draws pairs; by default its
             own.
         pair_batch_size: Images in a batch while pairs are made, on each device.
@@ -50,6 +52,8 @@ class PairDistillation(Distillation):
             argument is out of range.
     """
 
+    draws_from_teacher = True
+
     def __init__(
         self,
         network: nn.Module | None = None,
@@ -58,6 +62,7 @@ class PairDistillation(Distillation):
         teacher_sampler: Sampler | None = None,
         teacher_timesteps: str = "quadratic",
         teacher_num_steps: int = 100,
+        teacher_guidance: float | None = None,
         teacher_precision: NetworkPrecision | None = None,
         pair_batch_size: int = 500,
         **kwargs: Any,
@@ -72,6 +77,10 @@ class PairDistillation(Distillation):
         self.teacher_sampler = teacher_sampler or default_sampler(self.noise)
         self.check_noise(self.teacher_sampler)
         self.teacher_precision, self.pair_batch_size = teacher_precision, pair_batch_size
+        self.teacher_guidance = teacher_guidance
+        if teacher_guidance is None and self.read_guidance is not None:
+            self.teacher_guidance = self.read_guidance
+            self.record_arguments(teacher_guidance=self.read_guidance)
         _ = self.teacher_levels  # a wrong strategy or number of steps is an error now, not at fit
 
     @cached_property
@@ -100,6 +109,13 @@ class PairDistillation(Distillation):
         self._check_latents(data)
         teacher = self.read_teacher()
         teacher.noise_source = self.noise_source
+        if self.teacher_guidance is not None:
+            if teacher.null_class is None:
+                raise ValueError(
+                    "teacher_guidance must be left out for a teacher without a null class, got "
+                    f"{self.teacher_guidance}: train one with label_dropout"
+                )
+            teacher.guidance = self.teacher_guidance
         if self.teacher_precision is not None:
             teacher.sampling_precision = self.teacher_precision
         # Without a trainer, what it has by default.
@@ -148,7 +164,9 @@ class PairDistillation(Distillation):
 
     def settings_of_origin(self) -> dict[str, Any]:
         """How the teacher drew its pairs."""
+        guided = self.teacher_guidance is not None
         return {
+            **({"teacher_guidance": self.teacher_guidance} if guided else {}),
             "teacher_sampler": str(self.teacher_sampler),
             "teacher_num_steps": len(self.teacher_levels) - 1,
             "teacher_timesteps": Path(self.teacher_timesteps).name,

@@ -31,9 +31,11 @@ def recipe_of(
     teacher: DiffusionModule, sampler: Sampler, levels: Tensor, *, precision: str
 ) -> dict[str, Any]:
     """All that a pair depends on but its seed and index; the precision is a trainer's."""
+    guidance = teacher.sampling_guidance
     recipe: dict[str, Any] = {
         # Before the digest, which differs with it, so that an error names it.
         "sampling_precision": teacher.sampling_precision,
+        **({} if guidance is None or guidance.is_plain else {"guidance": str(guidance)}),
         "teacher": fingerprint(teacher),
         "sampler": str(sampler),
         "levels": levels.tolist(),

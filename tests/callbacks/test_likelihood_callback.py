@@ -241,3 +241,23 @@ def test_a_plain_dataloader_is_refused(tmp_path):
 def test_more_terms_than_the_schedule_has_are_refused_before_the_run(tmp_path, module):
     with pytest.raises(ValueError, match=f"num_terms must be at most {LEVELS - 1}.*got {LEVELS}"):
         trainer(tmp_path, BitsPerDim(num_terms=LEVELS)).test(module, DigitsDataModule())
+
+
+def test_bits_are_those_of_the_network_without_guidance_and_it_says_so(tmp_path, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr("callbacks.likelihood.rank_zero_info", told.append)
+    found = []
+    for guidance in (None, 3.0):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = tiny_unet(num_classes=10, null_class=True)
+            nn.init.normal_(network.conv_out.weight, std=0.1)
+        model = tiny_ddpm(
+            network=network, schedule=LinearSchedule(LEVELS), seed=5, guidance=guidance
+        )
+        t = trainer(tmp_path, BitsPerDim(num_images=6))
+        t.test(model, DigitsDataModule(), verbose=False)
+        found.append(measured(t, "test"))
+        assert len(told) == (guidance is not None)
+    assert found[0] == found[1]
+    assert "without guidance" in told[0]

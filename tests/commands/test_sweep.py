@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from sweeps import sweep
-from tiny import some_ddpm, tiny_ddpm
+from tiny import some_ddpm, tiny_ddpm, tiny_unet
 
 from ddim_pl.images import read_png, to_uint8
 from ddim_pl.metrics.quality import SampleQuality
@@ -196,3 +196,42 @@ def test_adaptive_levels_of_another_schedule_are_an_error(tmp_path):
     save_levels(file, ImprovedCosineSchedule(), [torch.tensor([1000.0, 10, 0])])
     with pytest.raises(ValueError, match=r"were found for Improved.*but the model has Linear"):
         sweep(tmp_path / "out", timesteps=[str(file)], num_steps=[2])
+
+
+def test_a_sweep_over_guidance_says_it_and_keeps_its_cells_apart(tmp_path, monkeypatch):
+    calls, original = [], SampleQuality.compute
+    monkeypatch.setattr(SampleQuality, "compute", lambda s: calls.append(1) or original(s))
+
+    def run(**arguments):
+        calls.clear()
+        given = {"timesteps": ["linear"], "num_steps": [3], "samplers": [DDIM()]}
+        return sweep(tmp_path, model, **given, **arguments)
+
+    network = tiny_unet(num_classes=10, null_class=True)
+    model = some_ddpm(network=network)
+    plain = run()
+    assert "guidance" not in plain[0]
+    rows = run(guidances=[1.0, 2.0, 4.0])
+    assert len(calls) == 2  # with weight 1 it is the cell without
+    assert [row["guidance"] for row in rows] == ["1", "2", "4"]
+    assert [row["network evaluations"] for row in rows] == ["3", "6", "6"]
+    assert rows[0]["digits_fd"] == plain[0]["digits_fd"]
+    assert len({row["digits_fd"] for row in rows}) == 3
+    model.guidance = 2.0
+    assert run()[0]["digits_fd"] == rows[1]["digits_fd"]
+    assert not calls
+    model.guidance_interval = (0.5, 2.0)
+    (some,) = run()
+    assert len(calls) == 1
+    assert some["guidance"] == "2 in (0.5, 2]"
+    assert some["digits_fd"] not in {row["digits_fd"] for row in rows}
+    expected = to_uint8(model.sample(range(4), levels=make_levels("linear", model.schedule, 3)))
+    files = {json.loads(f.read_text()).get("guidance"): f for f in tmp_path.glob("cells/*.json")}
+    shown = read_png(files["2 in (0.5, 2]"].with_suffix(".png"))
+    assert (torch.cat(list(expected), -1).int() - shown.int()).abs().max() <= 1
+
+
+def test_guidance_is_refused_of_a_model_that_has_no_null_class(tmp_path):
+    with pytest.raises(ValueError, match="guidance must be left out for a network without a null"):
+        sweep(tmp_path / "out", some_ddpm(), guidances=[2.0])
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 import yaml
 from tiny import tiny_ddpm, tiny_unet
 
@@ -114,6 +115,23 @@ def test_results_of_another_sampling_are_refused(change, tmp_path):
         ValueError, match=f"metrics must be of the sampling .* {next(iter(change))} "
     ):
         read_metrics(path, tiny_ddpm())
+
+
+def test_results_of_guided_images_are_those_of_a_guided_model(tmp_path):
+    """Files of before have no entry for it, and were not guided."""
+
+    def model(**changes):
+        return tiny_ddpm(network=tiny_unet(num_classes=3, null_class=True), **changes)
+
+    torch.manual_seed(0)
+    plain, guided = model(), model(guidance=1.5)
+    guided.load_state_dict(plain.state_dict())
+    for name, own, other in (("plain", plain, guided), ("guided", guided, plain)):
+        path = write(tmp_path / f"{name}.json", results(own))
+        assert read_metrics(path, own)["test/digits_fd"] == 0.25
+        with pytest.raises(ValueError, match=r"metrics must be of the sampling .* guidance "):
+            read_metrics(path, other)
+    read_metrics(write(tmp_path / "measured.json", MEASURED), guided)
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", "{}", '{"fid": 1}'])

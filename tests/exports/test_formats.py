@@ -45,3 +45,16 @@ def test_a_teacher_of_other_levels_says_which_steps_are_even():
     notes = make_export(tiny_ddpm(num_steps=64, timesteps="linear"), "diffusers").notes
     assert "numbers of steps that divide 1024 visit them evenly" in notes[-1]
     assert len(make_export(tiny_ddpm(num_steps=50, clip=False), "diffusers").notes) == 0
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_guidance_is_refused_and_the_plain_model_is_not(format):
+    def model(**changes):
+        return tiny_ddpm(network=tiny_unet(num_classes=3, null_class=True), **changes)
+
+    label = 1 if format == "diffusers" else None
+    interval = {"guidance_interval": (0.3, 3.0)}
+    with pytest.raises(ValueError, match=r"guidance must be null for .*, got 2 in \(0.3, 3\]"):
+        make_export(model(guidance=2.0, **interval), format, label)
+    for plain in (model(), model(guidance=1.0)):
+        assert "guidance" not in make_export(plain, format, label).usage

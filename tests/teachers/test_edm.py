@@ -121,10 +121,10 @@ def test_the_range_of_noise_is_what_both_allow(tmp_path):
 
 
 def test_it_says_what_is_left_out(tmp_path):
-    notes = read(tmp_path, {**TINY, "label_dropout": 0.1}).notes
+    notes = read(tmp_path, {**TINY, "label_dim": 3, "label_dropout": 0.1}).notes
     assert notes[0] == "network: SongUNet (the same layers as in EDM)"
     assert "augmentation: left out" in notes[1]
-    assert "label_dropout: left out" in notes[2]
+    assert "null class, for guidance, is kept" in notes[2]
     plain = {**TINY, "augment_dim": 0}
     assert len(read(tmp_path, plain).notes) == 1
 

@@ -11,7 +11,7 @@ from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.prediction import x_error_weight
 from ddim_pl.rng import step_generators
 from ddim_pl.schedules import CosineLogSNRSchedule, EDMSchedule, LinearSchedule
-from ddim_pl.training.ddpm import denoising_loss, draw_levels
+from ddim_pl.training.ddpm import averaged_checkpoint, denoising_loss, draw_levels, drop_labels
 from ddim_pl.transitions import q_sample
 
 
@@ -91,6 +91,9 @@ def test_the_edm_loss_is_that_of_the_paper(weight):
         ({"loss_weight": "edm"}, "loss_weight must be 'snr' or 'min_snr' .* got 'edm'"),
         ({"network": nn.Identity()}, "image_shape must be given"),
         ({"seed": -1}, "seed"),
+        ({"label_dropout": 1.0}, r"label_dropout must lie in \[0, 1\), got 1.0"),
+        ({"label_dropout": math.nan}, r"label_dropout must lie in \[0, 1\), got nan"),
+        ({"label_dropout": 0.1}, "label_dropout must be 0 for a network without a null class"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
@@ -112,3 +115,59 @@ def test_training_lowers_the_loss():
         optimizer.step()
     assert math.isfinite(loss.item())
     assert loss.item() < 0.8
+
+
+def test_labels_are_dropped_with_the_stated_probability():
+    label = torch.arange(100_000) % 7
+    dropped = drop_labels(label, 7, 0.1, torch.Generator().manual_seed(0))
+    gone = dropped == 7
+    assert torch.equal(dropped[~gone], label[~gone])
+    counts = torch.bincount(label[gone], minlength=7)
+    # Binomial(1e5, 0.1) has standard deviation 95, a seventh of it 36; five of them.
+    assert abs(int(gone.sum()) - 10_000) < 475
+    assert (counts - 10_000 / 7).abs().max() < 180
+
+
+def with_null_class(**changes):
+    torch.manual_seed(0)
+    network = tiny_unet(num_classes=3, null_class=True, dropout=0.0)
+    return tiny_ddpm(**{"network": network, "label_dropout": 0.5, **changes})
+
+
+def labels_seen(module, network, seed=0):
+    """Labels that a network is fed, and the levels, of one batch of 64 images of class 1."""
+    seen = []
+    hook = network.register_forward_pre_hook(lambda _, given: seen.append(given[1:]))
+    x = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        module._mean_loss(network, (x, torch.ones(64, dtype=torch.long)), seed)
+    hook.remove()
+    return seen[0][1], seen[0][0]
+
+
+def test_labels_are_dropped_in_training_alone_and_by_the_step():
+    module = with_null_class()
+    label, levels = labels_seen(module, module.network)
+    assert 16 < (label == 3).sum() < 48  # 4 standard deviations about 32
+    assert ((label == 3) | (label == 1)).all()
+    assert torch.equal(labels_seen(module, module.network)[0], label)
+    assert not torch.equal(labels_seen(module, module.network, seed=1)[0], label)
+    assert (labels_seen(module, module.average.module)[0] == 1).all()
+    plain = with_null_class(label_dropout=0.0)
+    kept, same_levels = labels_seen(plain, plain.network)
+    assert (kept == 1).all()
+    assert torch.equal(same_levels, levels)  # no random number moves
+
+
+def test_a_null_class_that_no_image_would_train_is_refused():
+    with_null_class().check_data(None)
+    tiny_ddpm().check_data(None)
+    with pytest.raises(ValueError, match="label_dropout must be positive for a network with a nu"):
+        with_null_class(label_dropout=0.0).check_data(None)
+
+
+def test_an_export_has_the_guidance_of_the_model():
+    module = with_null_class(guidance=2.0, guidance_interval=(0.1, 5.0))
+    arguments = averaged_checkpoint(module)["hyper_parameters"]
+    assert (arguments["guidance"], arguments["guidance_interval"]) == (2.0, [0.1, 5.0])
+    assert averaged_checkpoint(tiny_ddpm())["hyper_parameters"]["guidance"] is None

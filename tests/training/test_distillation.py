@@ -154,3 +154,17 @@ def test_a_checkpoint_whose_weights_do_not_fit_is_refused(tmp_path):
         ValueError, match=r"teacher must be a checkpoint .*model.ckpt', which cannot be read"
     ):
         ladder(path)
+
+
+def test_a_ladder_does_not_distil_guidance_and_a_student_has_none(tmp_path):
+    network = tiny_unet(num_classes=10, null_class=True)
+    path = save(some_ddpm(network=network, guidance=2.0), tmp_path / "guided.ckpt")
+    with pytest.raises(ValueError, match="has guidance 2, which is for drawing images and not"):
+        ladder(path)
+    plain = save(some_ddpm(network=network), tmp_path / "plain.ckpt")
+    assert ladder(plain).sampling_guidance is None
+    with pytest.raises(ValueError, match=r"guidance must be left out for a student, got 2\.0"):
+        ladder(plain, guidance=2.0)
+    student = save(ladder(plain, conversion_updates=0), tmp_path / "student.ckpt")
+    with pytest.raises(ValueError, match="guidance must be left out for a student"):
+        load_teacher(student, guidance=2.0)

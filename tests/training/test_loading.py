@@ -5,7 +5,7 @@ import torch
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from small_trainer import trainer
-from tiny import tiny_ddpm
+from tiny import tiny_ddpm, tiny_unet
 
 from ddim_pl.data.digits import DigitsDataModule
 
@@ -21,10 +21,15 @@ class StopAt(Callback):
             raise InterruptedError
 
 
-def train(folder, *, stop=None, resume=None, accumulate=1, steps_per_epoch=9, workers=0):
+def train(
+    folder, *, stop=None, resume=None, accumulate=1, steps_per_epoch=9, workers=0, label_dropout=0
+):
     seed_everything(0 if resume is None else 99, verbose=False)
+    classes = {"num_classes": 10, "null_class": True} if label_dropout else {}
     module = tiny_ddpm(
-        lr_scheduler=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=21)
+        network=tiny_unet(**classes),
+        label_dropout=label_dropout,
+        lr_scheduler=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=21),
     )
     data = DigitsDataModule(batch_size=8, steps_per_epoch=steps_per_epoch, num_workers=workers)
     checkpoints = ModelCheckpoint(folder, every_n_train_steps=30, save_top_k=-1, filename="{step}")
@@ -46,12 +51,16 @@ def train(folder, *, stop=None, resume=None, accumulate=1, steps_per_epoch=9, wo
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize(
-    ("steps_per_epoch", "accumulate"),
-    [(9, 1), (30, 1), (18, 2)],
-    ids=["mid-epoch", "epoch's end", "accumulated"],
+    "arguments",
+    [
+        {"steps_per_epoch": 9},
+        {"steps_per_epoch": 30},
+        {"steps_per_epoch": 18, "accumulate": 2},
+        {"steps_per_epoch": 9, "label_dropout": 0.3},
+    ],
+    ids=["mid-epoch", "epoch's end", "accumulated", "labels dropped"],
 )
-def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(tmp_path, steps_per_epoch, accumulate):
-    arguments = {"steps_per_epoch": steps_per_epoch, "accumulate": accumulate}
+def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(tmp_path, arguments):
     whole = train(tmp_path / "whole", **arguments)
     train(tmp_path / "part", stop=30, **arguments)
     resumed = train(tmp_path / "rest", resume=tmp_path / "part" / "step=30.ckpt", **arguments)

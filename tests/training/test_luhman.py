@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from exact import ExactGaussian
-from luhman_runs import ROOT, pairs, student, trainer
-from tiny import tiny_config, tiny_unet, write_config
+from luhman_runs import ROOT, pairs, saved, student, trainer
+from safetensors.torch import load_file
+from tiny import some_ddpm, tiny_config, tiny_unet, write_config
 
 from ddim_pl.cli import main
 from ddim_pl.commands.pairs import pairs as pairs_command
@@ -25,11 +26,13 @@ from ddim_pl.data.teacher_pairs import (
     PairsWithoutLatents,
     TeacherPairsDataModule,
 )
+from ddim_pl.guidance import Guidance
 from ddim_pl.noise import latents
 from ddim_pl.prediction import decode, target
 from ddim_pl.rng import share_generators, step_generators
 from ddim_pl.samplers import DDIM, Ancestral
 from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule
+from ddim_pl.timesteps import make_levels
 from ddim_pl.training import LuhmanDistillation, pair_distillation
 from ddim_pl.training.ddpm import averaged_checkpoint
 from ddim_pl.training.pairs import recipe_of
@@ -380,3 +383,32 @@ def test_two_processes_make_the_pairs_of_one_and_end_the_fit(tmp_path, run, teac
     last = torch.load(last_of(tmp_path), weights_only=True)
     assert last["global_step"] == 6
     assert all(value.isfinite().all() for value in last["state_dict"].values())
+
+
+def test_pairs_are_drawn_with_the_teachers_guidance_or_another(tmp_path):
+    model = some_ddpm(network=tiny_unet(num_classes=10, null_class=True), guidance=2.0)
+    teacher = saved(model, tmp_path / "guided.ckpt"), model
+    levels = make_levels("linear", model.schedule, 4)
+    seen = {}
+    for weight in (None, 3.0, 1.0):
+        module = student(teacher, teacher_guidance=weight)
+        assert module.sampling_guidance is None
+        folder = tmp_path / str(weight)
+        trainer(folder, max_steps=1).fit(module, pairs(folder, num_pairs=10, num_validation=2))
+        assert module.whole_origin()[-1]["teacher_guidance"] == (weight or 2.0)
+        manifest = json.loads((folder / "pairs" / "manifest.json").read_text())
+        assert manifest.get("guidance") == {None: "2", 3.0: "3", 1.0: None}[weight]
+        images = load_file(folder / "pairs" / "00000.safetensors")["images"]
+        drawn = model.sample(
+            range(10), levels=levels, seed=PAIR_SEED, guidance=Guidance(weight or 2.0)
+        )
+        torch.testing.assert_close(images[:10], drawn, rtol=0, atol=1e-3)
+        seen[weight] = images
+    assert len({float(images.sum()) for images in seen.values()}) == 3
+    assert student(teacher).hparams["teacher_guidance"] == 2.0
+
+
+def test_guidance_of_a_teacher_without_a_null_class_is_refused(tmp_path, teacher_file):
+    module = student(teacher_file, teacher_guidance=2.0)
+    with pytest.raises(ValueError, match="teacher_guidance must be left out for a teacher witho"):
+        module.check_data(pairs(tmp_path))
