@@ -37,8 +37,8 @@ OF_COMMANDS = (
 
 OF_TRAINING = (
     *("optimizer", "lr_scheduler", "warmup_steps", "ema_decay", "skip_bad_batches"),
-    *("loss", "loss_weight", "min_snr_gamma", "level_sampling", "rounds", "conversion_updates"),
-    *("clip_teacher", "teacher_precision"),
+    *("loss", "loss_weight", "min_snr_gamma", "level_sampling", "level_mean", "level_std"),
+    *("rounds", "conversion_updates", "clip_teacher", "teacher_precision"),
 )
 """The model's arguments that have none on them, but stand in a checkpoint that is exported."""
 

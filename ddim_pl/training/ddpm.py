@@ -6,6 +6,7 @@ The noise may be of any law, see `ddim_pl.noise`: with Gamma noise this is the t
 et al. 2021.
 """
 
+import math
 from typing import Any, Literal
 
 import lightning as L
@@ -29,11 +30,20 @@ from ddim_pl.training.finite import check_finite_weights
 from ddim_pl.training.hyperparameters import INSTANTIATOR, describe, import_path
 from ddim_pl.transitions import q_sample
 
-LevelSampling = Literal["uniform", "antithetic"]
+LevelSampling = Literal["uniform", "antithetic", "log_normal"]
+
+LOG_NORMAL = (-1.2, 1.2)
+"""Mean and standard deviation of `ln(sigma / alpha)` in training ([EDM], table 1)."""
 
 
 def draw_levels(
-    schedule: NoiseSchedule, count: int, method: LevelSampling, generator: torch.Generator
+    schedule: NoiseSchedule,
+    count: int,
+    method: LevelSampling,
+    generator: torch.Generator,
+    *,
+    mean: float = LOG_NORMAL[0],
+    std: float = LOG_NORMAL[1],
 ) -> Tensor:
     """Random levels, `(count,)` float64: 1..T of a discrete schedule, (0, T] of a continuous one.
 
@@ -41,18 +51,62 @@ def draw_levels(
         schedule: Noise schedule.
         count: Number of levels.
         method: "uniform" draws them independently; "antithetic" pairs each level u with its mirror
-            image 1 - u, which evens out the batch (the DDIM authors' code does so).
+            image 1 - u, which evens out the batch (the DDIM authors' code does so). "log_normal"
+            draws `ln(sigma / alpha)` from a normal law ([EDM], section 5), of a discrete schedule
+            to the nearest level. What lies beyond the schedule becomes its end. EDM keeps all
+            draws; beyond 80, where `EDMSchedule` ends, lie two in a million, and below its
+            sigma_min the schedule goes on.
         generator: Source of randomness, on the CPU.
+        mean: Mean of "log_normal".
+        std: Standard deviation of "log_normal".
     """
-    half = count if method == "uniform" else (count + 1) // 2
-    u = torch.rand(half, generator=generator, dtype=torch.float64)
-    if method == "antithetic":
-        u = torch.cat([u, 1 - u])[:count]
-    t = (1 - u) * schedule.num_levels  # u in [0, 1) gives (0, T]
+    is_discrete = isinstance(schedule, DiscreteSchedule)
+    if method == "log_normal":
+        normal = torch.randn(count, generator=generator, dtype=torch.float64)
+        t = schedule.level_at(-2 * (mean + std * normal))
+        t = t.round() if is_discrete else t
+    else:
+        half = count if method == "uniform" else (count + 1) // 2
+        u = torch.rand(half, generator=generator, dtype=torch.float64)
+        if method == "antithetic":
+            u = torch.cat([u, 1 - u])[:count]
+        t = (1 - u) * schedule.num_levels  # u in [0, 1) gives (0, T]
+        t = t.ceil() if is_discrete else t
+    return t.clamp(min=_lowest_level(schedule))
+
+
+def _lowest_level(schedule: NoiseSchedule) -> float:
+    """The least level to train at; level 0 holds nothing to learn."""
     if isinstance(schedule, DiscreteSchedule):
-        return t.ceil().clamp(min=1)
-    # The mirror image of u = 0 is level 0, which holds nothing to learn.
-    return t.clamp(min=torch.finfo(torch.float32).eps * schedule.num_levels)
+        return 1
+    return torch.finfo(torch.float32).eps * schedule.num_levels
+
+
+def _log_normal(
+    schedule: NoiseSchedule, method: LevelSampling, mean: float | None, std: float | None
+) -> tuple[float, float]:
+    """Mean and deviation of "log_normal", checked.
+
+    Raises:
+        ValueError: If one is given for another method, or out of range.
+    """
+    for name, value in (("level_mean", mean), ("level_std", std)):
+        if method != "log_normal" and value is not None:
+            raise ValueError(
+                f"{name} must be None for level_sampling={method!r}, got {value}: only "
+                "'log_normal' has it"
+            )
+    mean, std = LOG_NORMAL[0] if mean is None else mean, LOG_NORMAL[1] if std is None else std
+    if not 0 < std < math.inf:
+        raise ValueError(f"level_std must be positive and finite, got {std}: EDM has 1.2")
+    ends = torch.tensor([_lowest_level(schedule), float(schedule.num_levels)])
+    low, high = (-schedule(ends).log_snr / 2).tolist()
+    if method == "log_normal" and not low < mean < high:
+        raise ValueError(
+            f"level_mean must lie in ({low:.3g}, {high:.3g}), the logarithms of {schedule}'s "
+            f"noise, got {mean}: EDM has -1.2"
+        )
+    return mean, std
 
 
 def denoising_loss(
@@ -104,7 +158,9 @@ class DDPM(DiffusionModule):
         min_snr_gamma: Bound of "min_snr".
         loss: "l2", the squared error, or "l1", the absolute one. [Gamma] write l1 for
             Gamma noise, and their code has l2.
-        level_sampling: "uniform" or "antithetic", see `draw_levels`.
+        level_sampling: "uniform", "antithetic" or "log_normal", see `draw_levels`.
+        level_mean: Mean of `ln(sigma / alpha)` for "log_normal"; by default -1.2.
+        level_std: Its standard deviation; by default 1.2.
         distilled_steps: Steps that the network was distilled for, in the checkpoint of a student;
             None for a model that knows all levels.
         **kwargs: Arguments of `DiffusionModule`.
@@ -122,6 +178,8 @@ class DDPM(DiffusionModule):
         min_snr_gamma: float = 5.0,
         loss: LossKind = "l2",
         level_sampling: LevelSampling = "uniform",
+        level_mean: float | None = None,
+        level_std: float | None = None,
         distilled_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -135,12 +193,16 @@ class DDPM(DiffusionModule):
         self.min_snr_gamma = min_snr_gamma
         self.loss_kind: LossKind = loss
         self.level_sampling = level_sampling
+        self.level_law = _log_normal(self.schedule, level_sampling, level_mean, level_std)
         self.distilled_steps = distilled_steps
 
     def loss(self, denoiser: NetworkDenoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Denoising loss of each image at a random level, `(B,)`."""
         x = batch[0]
-        t = draw_levels(self.schedule, len(x), self.level_sampling, generators.host)
+        mean, std = self.level_law
+        t = draw_levels(
+            self.schedule, len(x), self.level_sampling, generators.host, mean=mean, std=std
+        )
         eps = self.noise.draw(x.shape, self.schedule(t), generators.device, x)
         return denoising_loss(
             denoiser,
