@@ -76,7 +76,7 @@ def write_manifest(
         "checkpoint": None if ckpt_path is None else str(ckpt_path),
         "fingerprint": fingerprint(model),
         "updates": model.checkpoint_step or None,
-        "weights": f"averaged, ema_decay {model.average.decay:g}",
+        "weights": f"averaged, ema_decay {model.average.decay}",
         "sampler": str(model.sampler),
         "clip": model.clip if isinstance(model.clip, bool) else str(model.clip),
         "timesteps": model.timesteps if isinstance(model.timesteps, str) else "list",

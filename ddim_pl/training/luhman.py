@@ -23,6 +23,7 @@ from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.timesteps import make_levels
 from ddim_pl.training.base import Batch, DiffusionModule, LossKind
 from ddim_pl.training.distillation import Distillation
+from ddim_pl.training.ema import Decay
 from ddim_pl.training.pairs import check_teacher_sampler, make_pairs_on_all, recipe_of
 from ddim_pl.training.reduced import NetworkPrecision
 
@@ -75,7 +76,7 @@ class LuhmanDistillation(Distillation):
         teacher_num_steps: int = 100,
         teacher_precision: NetworkPrecision | None = None,
         pair_batch_size: int = 500,
-        ema_decay: float = 0.995,
+        ema_decay: float | Decay = 0.995,
         **kwargs: Any,
     ) -> None:
         check_one_of(LossKind, loss=loss)

@@ -1,10 +1,14 @@
 """The average of the weights."""
 
+import lightning as L
+import pytest
 import torch
 from tiny import tiny_ddpm
 from torch import nn
+from torch.utils.data import DataLoader
 
-from ddim_pl.training.ema import ExponentialAverage
+from ddim_pl.training.ema import ExponentialAverage, HalfLife
+from ddim_pl.training.hyperparameters import build, describe
 
 
 def test_average_follows_its_recurrence_and_copies_buffers():
@@ -57,3 +61,68 @@ def test_an_update_reads_nothing_from_the_device():
     average = ExponentialAverage(network, 0.9)
     average.update_parameters(network)
     average.to("meta").update_parameters(network.to("meta"))
+
+
+@pytest.mark.parametrize("ramp", [0.05, 0.5, None])
+def test_a_half_life_is_that_of_edms_loop(ramp):
+    """Their rule from the images seen, of which the first update sees none and copies."""
+    half_life, images, network = 900, 64, nn.Linear(1, 1, bias=False)
+    average = ExponentialAverage(network, HalfLife(half_life, ramp))
+    expected, seen = None, 0
+    for n in range(60):
+        with torch.no_grad():
+            network.weight.fill_(float(n))
+        average.update_parameters(network, images)
+        effective = half_life if ramp is None else min(half_life, seen * ramp)
+        beta = 0.5 ** (images / max(effective, 1e-8)) if n else 0.0
+        expected = beta * (expected or 0.0) + (1 - beta) * n
+        seen += images
+    assert average.module.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_after_a_half_life_half_of_the_average_is_new():
+    network = nn.Linear(1, 1, bias=False)
+    for images in (10, 50):
+        average = ExponentialAverage(network, HalfLife(1000, None))
+        for value in (0.0, *[1.0] * (1000 // images)):
+            nn.init.constant_(network.weight, value)
+            average.update_parameters(network, images)
+        assert average.module.weight.item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_a_half_life_is_described_by_its_arguments():
+    decay = HalfLife(5e5)
+    assert build(describe(decay), float | type(decay).__mro__[1], "a test") == decay
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": 0}, "images of a HalfLife must be positive and finite, got 0: EDM has"),
+        ({"images": 1, "ramp": 0.0}, "ramp of a HalfLife must be positive and finite, got 0.0"),
+    ],
+)
+def test_a_wrong_half_life_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        HalfLife(**arguments)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fit_counts_the_images_of_its_updates(monkeypatch, tmp_path):
+    """Of accumulated batches together; on several devices of all."""
+    counts = []
+    monkeypatch.setattr(
+        ExponentialAverage, "update_parameters", lambda *args: counts.append(args[2])
+    )
+    trainer = L.Trainer(
+        max_steps=2,
+        accumulate_grad_batches=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(tiny_ddpm(), DataLoader(torch.zeros(24, 1, 8, 8), batch_size=4))
+    assert counts == [12, 12]
