@@ -36,7 +36,8 @@ OF_COMMANDS = (
 """The trainer's arguments that have an effect on the commands of `ddim_pl.commands`."""
 
 OF_TRAINING = (
-    *("optimizer", "lr_scheduler", "warmup_steps", "ema_decay", "skip_bad_batches"),
+    *("optimizer", "lr_scheduler", "warmup_steps", "ema_decay", "more_ema_decays"),
+    "skip_bad_batches",
     *("loss", "loss_weight", "min_snr_gamma", "level_sampling", "level_mean", "level_std"),
     *("rounds", "conversion_updates", "clip_teacher", "teacher_precision"),
 )

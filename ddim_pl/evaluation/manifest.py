@@ -31,7 +31,9 @@ def sampling_of(model: DiffusionModule) -> dict[str, Any]:
     """
     steps, levels = model.timesteps, model.levels
     state = {f"average.{name}": each for name, each in model.average.state_dict().items()}
+    chosen = {"ema_decay": str(model.average.decay)} if model.average_index else {}
     return {
+        **chosen,
         "sampler": str(model.sampler),
         "timesteps": steps if isinstance(steps, str) else levels.tolist(),
         "network evaluations": model.sampler.num_evaluations(levels),

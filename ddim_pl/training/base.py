@@ -140,7 +140,7 @@ class DiffusionModule(L.LightningModule, ABC):
         self.sampler = sampler or default_sampler(self.noise)
         self.timesteps, self.num_steps, self.last_level = timesteps, num_steps, last_level
         self.image_shape = _image_shape(network, image_shape)
-        self.network, self.average = network, _average(network, ema_decay)
+        self.network, self.average = network, make_average(network, ema_decay)
         self.prediction, self.clip, self.sigma_data = prediction, clip, sigma_data
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.time_input, self.warmup_steps, self.seed = time_input, warmup_steps, seed
@@ -377,6 +377,9 @@ class DiffusionModule(L.LightningModule, ABC):
         has_one = any(isinstance(callback, RunGuard) for callback in callbacks_of(self.trainer))
         return [] if has_one else [RunGuard()]
 
+    average_index: int = 0
+    """Which average a checkpoint is read with, where it has several."""
+
     checkpoint_step: int = 0
     """Updates of the checkpoint that a trainer has read, also where it does not train."""
 
@@ -561,7 +564,7 @@ def channels_last(network: nn.Module) -> None:
         network.to(memory_format=torch.channels_last)
 
 
-def _average(network: nn.Module, decay: float | Decay) -> ExponentialAverage:
+def make_average(network: nn.Module, decay: float | Decay) -> ExponentialAverage:
     """The average, its channels last.
 
     Not those of a network in training in float32: on a CPU its layout decides which activations a

@@ -7,10 +7,12 @@ et al. 2021.
 """
 
 import math
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from ddim_pl.checks import check_one_of
@@ -25,7 +27,8 @@ from ddim_pl.prediction import (
 from ddim_pl.rng import StepGenerators
 from ddim_pl.scales import expand_like
 from ddim_pl.schedules import DiscreteSchedule, NoiseSchedule
-from ddim_pl.training.base import ORIGIN_KEY, Batch, DiffusionModule, LossKind
+from ddim_pl.training.base import ORIGIN_KEY, Batch, DiffusionModule, LossKind, make_average
+from ddim_pl.training.ema import Decay, ExponentialAverage, choose_average
 from ddim_pl.training.finite import check_finite_weights
 from ddim_pl.training.hyperparameters import INSTANTIATOR, describe, import_path
 from ddim_pl.transitions import q_sample
@@ -161,6 +164,9 @@ class DDPM(DiffusionModule):
         level_sampling: "uniform", "antithetic" or "log_normal", see `draw_levels`.
         level_mean: Mean of `ln(sigma / alpha)` for "log_normal"; by default -1.2.
         level_std: Its standard deviation; by default 1.2.
+        more_ema_decays: Decays of further averages, which a fit keeps beside that of `ema_decay`.
+        average: Which average a checkpoint is read with: 0 is that of `ema_decay`, 1 the first of
+            `more_ema_decays`. A fit has 0.
         distilled_steps: Steps that the network was distilled for, in the checkpoint of a student;
             None for a model that knows all levels.
         **kwargs: Arguments of `DiffusionModule`.
@@ -180,6 +186,8 @@ class DDPM(DiffusionModule):
         level_sampling: LevelSampling = "uniform",
         level_mean: float | None = None,
         level_std: float | None = None,
+        more_ema_decays: Sequence[float | Decay] | None = None,
+        average: int = 0,
         distilled_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -195,6 +203,53 @@ class DDPM(DiffusionModule):
         self.level_sampling = level_sampling
         self.level_law = _log_normal(self.schedule, level_sampling, level_mean, level_std)
         self.distilled_steps = distilled_steps
+        self.more_averages = nn.ModuleList(make_average(network, d) for d in more_ema_decays or ())
+        if not 0 <= average <= len(self.more_averages):
+            raise ValueError(
+                f"average must lie in [0, {len(self.more_averages)}], got {average}: 0 is that of "
+                "ema_decay, and more_ema_decays keeps others"
+            )
+        self.average_index = average
+
+    @property
+    def averages(self) -> list[ExponentialAverage]:
+        """That of `ema_decay` and those of `more_ema_decays`."""
+        return [self.average, *(cast(ExponentialAverage, each) for each in self.more_averages)]
+
+    def check_data(self, datamodule: L.LightningDataModule | None) -> None:
+        """Check that a fit is asked for nothing that has an effect on evaluation alone."""
+        if self.average_index:
+            raise ValueError(
+                f"average must be 0 in a fit, which keeps all, got {self.average_index}: give it "
+                "to test, sample or export"
+            )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Read the average that is asked for.
+
+        Raises:
+            ValueError: If the checkpoint holds another number of averages, or in a fit, if another
+                than the first is asked for.
+        """
+        names = [name.split(".") for name in checkpoint["state_dict"]]
+        held = len({parts[1] for parts in names if parts[0] == "more_averages"})
+        if held != len(self.more_averages):
+            raise ValueError(
+                f"more_ema_decays must hold {held} decays, one for each further average of the "
+                f"checkpoint, got {len(self.more_averages)}: begin a new run to change that"
+            )
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self.check_data(None)
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = choose_average(state, self.average_index)
+        self.average.decay = self.averages[self.average_index].decay
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Update the weights, then all averages."""
+        super().optimizer_step(*args, **kwargs)
+        for average in self.averages[1:] if self._update_is_good else []:
+            average.update_parameters(self.network, self._images_per_update)
 
     def loss(self, denoiser: NetworkDenoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Denoising loss of each image at a random level, `(B,)`."""

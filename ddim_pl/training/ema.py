@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -136,6 +137,18 @@ class ExponentialAverage(AveragedModel):
         """Read the count of a checkpoint at the next update."""
         super()._load_from_state_dict(*args, **kwargs)
         self._count = None
+
+
+def choose_average(state: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """The state of a module with another of its averages in the place of the first.
+
+    Args:
+        state: The module's state.
+        index: 0 for the first, or 1 for the first of `more_averages`.
+    """
+    start = f"more_averages.{index - 1}."
+    chosen = {name: value for name, value in state.items() if index and name.startswith(start)}
+    return {**state, **{f"average.{name[len(start) :]}": each for name, each in chosen.items()}}
 
 
 class _Places(NamedTuple):

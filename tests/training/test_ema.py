@@ -1,14 +1,25 @@
 """The average of the weights."""
 
-import lightning as L
 import pytest
 import torch
+from ladders import same
+from lightning.pytorch.callbacks import ModelCheckpoint
+from small_trainer import trainer
 from tiny import tiny_ddpm
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ddim_pl.data.digits import DigitsDataModule
+from ddim_pl.evaluation.manifest import sampling_of
+from ddim_pl.training.ddpm import averaged_checkpoint
 from ddim_pl.training.ema import ExponentialAverage, HalfLife
+from ddim_pl.training.fingerprint import fingerprint, fingerprint_of_file
 from ddim_pl.training.hyperparameters import build, describe
+from ddim_pl.training.loading import load
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The dirpath has changed", "ignore:Checkpoint directory"
+)
 
 
 def test_average_follows_its_recurrence_and_copies_buffers():
@@ -107,6 +118,74 @@ def test_a_wrong_half_life_is_refused(arguments, message):
         HalfLife(**arguments)
 
 
+# Several averages
+
+DECAYS = {"ema_decay": 0.2, "more_ema_decays": [0.9, HalfLife(20, None)]}
+
+
+def fit(folder, updates, resume=None, **arguments):
+    torch.manual_seed(0)
+    module = tiny_ddpm(**{**DECAYS, **arguments})
+    files = ModelCheckpoint(folder, save_last=True, save_top_k=0)
+    t = trainer(folder, callbacks=[files], max_steps=updates, limit_val_batches=0)
+    data = DigitsDataModule(batch_size=4, steps_per_epoch=100)
+    t.fit(module, data, ckpt_path=resume, weights_only=True if resume else None)
+    return module, folder / "last.ckpt"
+
+
+def weights(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("averages"), 8)
+
+
+def test_every_average_is_that_of_a_run_which_has_it_alone(run, tmp_path):
+    module, _ = run
+    for average, decay in zip(module.averages, [0.2, *DECAYS["more_ema_decays"]], strict=True):
+        alone, _ = fit(tmp_path, 8, ema_decay=decay, more_ema_decays=None)
+        assert len(alone.averages) == 1
+        assert same(weights(average.module), weights(alone.average.module))
+
+
+def test_a_resumed_run_has_the_same_averages(run, tmp_path):
+    _, half = fit(tmp_path / "first", 4)
+    rest, _ = fit(tmp_path / "rest", 8, resume=half)
+    for one, other in zip(run[0].averages, rest.averages, strict=True):
+        assert same(weights(one), weights(other))
+
+
+def test_a_checkpoint_is_read_with_the_average_that_is_asked_for(run, tmp_path):
+    module, path = run
+    assert len({fingerprint(load(path, average=index)) for index in range(3)}) == 3
+    for index, average in enumerate(module.averages):
+        read = load(path, average=index)
+        assert same(weights(read.average.module), weights(average.module))
+        assert read.average.decay == average.decay
+        assert fingerprint(read) == fingerprint_of_file(load(path, average=index), str(path))
+        assert sampling_of(read).get("ema_decay") == (str(average.decay) if index else None)
+        file = tmp_path / "exported.ckpt"
+        torch.save(averaged_checkpoint(read), file)
+        assert same(weights(load(file).average.module), weights(average.module))
+
+
+def test_what_a_checkpoint_lacks_is_said(run, tmp_path):
+    _, path = run
+    with pytest.raises(ValueError, match=r"average must lie in \[0, 2\], got 3: 0 is that of"):
+        load(path, average=3)
+    with pytest.raises(ValueError, match=r"more_ema_decays must hold 2 decays, .* got 1"):
+        load(path, more_ema_decays=[0.9])
+    with pytest.raises(ValueError, match="ema_decay must lie in"):
+        tiny_ddpm(more_ema_decays=[1.5])
+    message = "average must be 0 in a fit, which keeps all, got 1"
+    with pytest.raises(ValueError, match=message):
+        tiny_ddpm(**DECAYS, average=1).check_data(None)
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, 9, path, average=1)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_fit_counts_the_images_of_its_updates(monkeypatch, tmp_path):
     """Of accumulated batches together; on several devices of all."""
@@ -114,15 +193,6 @@ def test_a_fit_counts_the_images_of_its_updates(monkeypatch, tmp_path):
     monkeypatch.setattr(
         ExponentialAverage, "update_parameters", lambda *args: counts.append(args[2])
     )
-    trainer = L.Trainer(
-        max_steps=2,
-        accumulate_grad_batches=3,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(tiny_ddpm(), DataLoader(torch.zeros(24, 1, 8, 8), batch_size=4))
+    t = trainer(tmp_path, max_steps=2, accumulate_grad_batches=3)
+    t.fit(tiny_ddpm(), DataLoader(torch.zeros(24, 1, 8, 8), batch_size=4))
     assert counts == [12, 12]
