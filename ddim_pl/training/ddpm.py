@@ -8,6 +8,7 @@ et al. 2021.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -27,6 +28,7 @@ from ddim_pl.prediction import (
 from ddim_pl.rng import StepGenerators
 from ddim_pl.scales import expand_like
 from ddim_pl.schedules import DiscreteSchedule, NoiseSchedule
+from ddim_pl.training.augmentation import NUM_LABELS, Augmentation
 from ddim_pl.training.base import ORIGIN_KEY, Batch, DiffusionModule, LossKind, make_average
 from ddim_pl.training.ema import Decay, ExponentialAverage, choose_average
 from ddim_pl.training.finite import check_finite_weights
@@ -164,6 +166,8 @@ class DDPM(DiffusionModule):
         level_sampling: "uniform", "antithetic" or "log_normal", see `draw_levels`.
         level_mean: Mean of `ln(sigma / alpha)` for "log_normal"; by default -1.2.
         level_std: Its standard deviation; by default 1.2.
+        augmentation: Random changes of the images in training, of which the network is told by
+            `num_augment_labels=9`; evaluation and sampling know none.
         more_ema_decays: Decays of further averages, which a fit keeps beside that of `ema_decay`.
         average: Which average a checkpoint is read with: 0 is that of `ema_decay`, 1 the first of
             `more_ema_decays`. A fit has 0.
@@ -186,6 +190,7 @@ class DDPM(DiffusionModule):
         level_sampling: LevelSampling = "uniform",
         level_mean: float | None = None,
         level_std: float | None = None,
+        augmentation: Augmentation | None = None,
         more_ema_decays: Sequence[float | Decay] | None = None,
         average: int = 0,
         distilled_steps: int | None = None,
@@ -203,13 +208,24 @@ class DDPM(DiffusionModule):
         self.level_sampling = level_sampling
         self.level_law = _log_normal(self.schedule, level_sampling, level_mean, level_std)
         self.distilled_steps = distilled_steps
+        self.augmentation, self.average_index = augmentation, average
         self.more_averages = nn.ModuleList(make_average(network, d) for d in more_ema_decays or ())
-        if not 0 <= average <= len(self.more_averages):
+        self._check_network()
+
+    def _check_network(self) -> None:
+        """Check the network that augmentation needs, and which average is read."""
+        told = getattr(self.network, "num_augment_labels", None)
+        if self.augmentation is not None and told != NUM_LABELS:
             raise ValueError(
-                f"average must lie in [0, {len(self.more_averages)}], got {average}: 0 is that of "
-                "ema_decay, and more_ema_decays keeps others"
+                f"augmentation needs a network with num_augment_labels={NUM_LABELS}, as SongUNet "
+                f"can have, got {type(self.network).__name__} with {told}: without it the "
+                "changes would be drawn too"
             )
-        self.average_index = average
+        if not 0 <= self.average_index <= len(self.more_averages):
+            raise ValueError(
+                f"average must lie in [0, {len(self.more_averages)}], got {self.average_index}: 0 "
+                "is that of ema_decay, and more_ema_decays keeps others"
+            )
 
     @property
     def averages(self) -> list[ExponentialAverage]:
@@ -217,7 +233,16 @@ class DDPM(DiffusionModule):
         return [self.average, *(cast(ExponentialAverage, each) for each in self.more_averages)]
 
     def check_data(self, datamodule: L.LightningDataModule | None) -> None:
-        """Check that a fit is asked for nothing that has an effect on evaluation alone."""
+        """Check that a fit is asked for nothing that has no effect on it.
+
+        Raises:
+            ValueError: If it is.
+        """
+        if getattr(self.network, "num_augment_labels", None) and self.augmentation is None:
+            raise ValueError(
+                "num_augment_labels of the network must be None without augmentation, got "
+                f"{self.network.num_augment_labels}: set augmentation, or leave both out"
+            )
         if self.average_index:
             raise ValueError(
                 f"average must be 0 in a fit, which keeps all, got {self.average_index}: give it "
@@ -258,6 +283,9 @@ class DDPM(DiffusionModule):
         t = draw_levels(
             self.schedule, len(x), self.level_sampling, generators.host, mean=mean, std=std
         )
+        if self.augmentation is not None and denoiser.network.training:
+            x, labels = self.augmentation(x, generators.host)
+            denoiser = replace(denoiser, augment=labels)
         eps = self.noise.draw(x.shape, self.schedule(t), generators.device, x)
         return denoising_loss(
             denoiser,
