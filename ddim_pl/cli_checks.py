@@ -37,7 +37,7 @@ OF_COMMANDS = (
 
 OF_TRAINING = (
     *("optimizer", "lr_scheduler", "warmup_steps", "ema_decay", "more_ema_decays"),
-    *("skip_bad_batches", "augmentation"),
+    *("skip_bad_batches", "augment_probability"),
     *("loss", "loss_weight", "min_snr_gamma", "level_sampling", "level_mean", "level_std"),
     *("rounds", "conversion_updates", "clip_teacher", "teacher_precision"),
 )

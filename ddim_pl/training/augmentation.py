@@ -74,19 +74,19 @@ class Augmentation:
 
     Args:
         probability: Of each change but the mirroring, which is done to every second image; in
-            (0, 1]. The default is that of [EDM], table 7, for CIFAR-10; it has 0.15 at 64x64.
+            (0, 1]. [EDM], table 7, has 0.12 for CIFAR-10 and 0.15 at 64x64.
 
     Raises:
         ValueError: If the probability is out of range.
     """
 
-    probability: float = 0.12
+    probability: float
 
     def __post_init__(self) -> None:
         if not 0 < self.probability <= 1:
             raise ValueError(
-                f"probability of an Augmentation must lie in (0, 1], got {self.probability}: EDM "
-                "has 0.12; without one leave augmentation out"
+                f"augment_probability must lie in [0, 1], got {self.probability}: EDM has 0.12, "
+                "and 0 leaves images as they are"
             )
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,6 @@ from ddim_pl.noise import GammaNoise
 from ddim_pl.rng import StepGenerators
 from ddim_pl.schedules import CosineLogSNRSchedule, EDMSchedule
 from ddim_pl.training import DDPM, LuhmanDistillation, base
-from ddim_pl.training.augmentation import Augmentation
 from ddim_pl.training.ema import HalfLife
 from ddim_pl.training.finite import _has_bad, _Part
 
@@ -71,7 +70,7 @@ def test_edm_reads_no_value(monkeypatch):
         prediction="edm",
         loss_weight="edm",
         level_sampling="log_normal",
-        augmentation=Augmentation(),
+        augment_probability=0.12,
         ema_decay=HalfLife(),
     )
     step(module, Batch(IMAGES, LABELS), monkeypatch)
