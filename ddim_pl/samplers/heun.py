@@ -54,7 +54,8 @@ class Heun(Sampler):
             networks that remove too much.
 
     Raises:
-        ValueError: If an argument is out of range, or has no effect because `s_churn` is 0.
+        ValueError: If an argument is out of range, or has no effect because `s_churn` is 0 or, in
+            a call, `s_tmin` is beyond the schedule.
     """
 
     s_churn: float = 0.0
@@ -84,6 +85,7 @@ class Heun(Sampler):
     ) -> Iterator[State]:
         """Yield the state after each step; without churn the levels may rise (encoding)."""
         schedule = denoiser.schedule
+        self._check_reach(schedule)
         for t, s in pairwise(levels):
             raised = self._raised(schedule, t, len(levels) - 1)
             if raised > t:
@@ -93,6 +95,15 @@ class Heun(Sampler):
             eps = trapezoid(denoiser, prediction, raised, s) if s > 0 else prediction.eps
             z = ode_step(prediction, eps, schedule(raised), schedule.step_end(s))
             yield State(s, z, prediction.x)
+
+    def _check_reach(self, schedule: NoiseSchedule) -> None:
+        last = schedule(schedule.num_levels)
+        most = (last.sigma / last.alpha).item()
+        if self.s_churn and self.s_tmin >= most:
+            raise ValueError(
+                f"s_tmin must be below {most:.4g}, the largest noise of {schedule}, got "
+                f"{self.s_tmin}: churn would have no effect"
+            )
 
     def _raised(self, schedule: NoiseSchedule, t: Tensor, num_steps: int) -> Tensor:
         """Level that a step from `t` begins at."""

@@ -243,6 +243,12 @@ def test_wrong_churn_is_refused(arguments: dict[str, float], message: str) -> No
         Heun(**arguments)
 
 
+def test_churn_beyond_the_schedule_is_refused() -> None:
+    denoiser, levels = ExactGaussian(EDMSchedule()), torch.tensor([1000.0, 0.0])
+    with pytest.raises(ValueError, match=r"s_tmin must be below 80, .* got 80\.5: churn would"):
+        Heun(1.0, s_tmin=80.5)(denoiser, torch.zeros(1, 1), levels)
+
+
 # Diffusers
 
 
