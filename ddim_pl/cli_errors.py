@@ -196,6 +196,8 @@ def _reason(message: str) -> str:
         return message
     lines = [line.strip() for line in message.splitlines()]
     reasons = [line for line in lines if line.startswith("- ") and not line.startswith(NOISE)]
+    # What the right class says tells more than that a plain value would do too.
+    reasons = [line for line in reasons if not line.startswith("- Expected a <class")] or reasons
     if not reasons:
         return message
     if not reasons[0].endswith(":"):

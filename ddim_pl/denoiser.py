@@ -108,6 +108,8 @@ class NetworkDenoiser(Denoiser):
             1, `z / sqrt(alpha_t^2 sigma_data^2 + sigma_t^2)` ([EDM], table 1); with 1 they are fed
             as they are.
         label: Class labels `(B,)` for a network with classes, see `condition`.
+        augment: Labels `(B, N)` of the changes of the images in training, for a network that takes
+            them as `augment`; see `ddim_pl.training.augmentation`.
 
     Raises:
         ValueError: If `prediction` or `time_input` is unknown, `sigma_data` is not positive, or
@@ -121,6 +123,7 @@ class NetworkDenoiser(Denoiser):
     time_input: TimeInput = "index"
     label: Tensor | None = None
     sigma_data: float = 1.0
+    augment: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_one_of(PredictionType, prediction=self.prediction)
@@ -159,7 +162,9 @@ class NetworkDenoiser(Denoiser):
         # The trainer's precision may have converted the weights.
         weights = next(self.network.parameters(), z)
         fed = self._scaled(z, t).to(weights.dtype)
-        out = self.network(fed, time, *(() if self.label is None else (self.label,))).to(z.dtype)
+        labels = () if self.label is None else (self.label,)
+        told = {} if self.augment is None else {"augment": self.augment}
+        out = self.network(fed, time, *labels, **told).to(z.dtype)
         return merge_both(self.schedule(t), out) if self.prediction == "both" else out
 
     def _scaled(self, z: Tensor, t: Tensor) -> Tensor:

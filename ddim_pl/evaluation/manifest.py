@@ -35,7 +35,9 @@ def sampling_of(model: DiffusionModule) -> dict[str, Any]:
     """
     steps, levels, guidance = model.timesteps, model.levels, model.sampling_guidance
     state = {f"average.{name}": each for name, each in model.average.state_dict().items()}
+    chosen = {"ema_decay": str(model.average.decay)} if model.average_index else {}
     return {
+        **chosen,
         "sampler": str(model.sampler),
         "timesteps": steps if isinstance(steps, str) else levels.tolist(),
         **({} if guidance is None else {GUIDANCE: str(guidance)}),
@@ -83,7 +85,7 @@ def write_manifest(
         "checkpoint": None if ckpt_path is None else str(ckpt_path),
         "fingerprint": fingerprint(model),
         "updates": model.checkpoint_step or None,
-        "weights": f"averaged, ema_decay {model.average.decay:g}",
+        "weights": f"averaged, ema_decay {model.average.decay}",
         "sampler": str(model.sampler),
         "clip": model.clip if isinstance(model.clip, bool) else str(model.clip),
         "timesteps": model.timesteps if isinstance(model.timesteps, str) else "list",

@@ -60,6 +60,8 @@ class SongUNet(nn.Module):
         num_classes: Number of classes; None for a network without labels.
         null_class: Whether number `num_classes` is the null class, for no label: a one-hot label
             of zeros, which takes no weights.
+        num_augment_labels: Numbers that tell how an image was changed in training, 9 for
+            `ddim_pl.training.augmentation`; None for a network that is not told.
         embedding: "positional" (DDPM++) or "fourier" (NCSN++), of frequencies drawn once.
         time_width: Width of that embedding, even, at least 4; `channels` if None.
         embedding_width: Width of the embedding that enters the blocks; `4 * channels` if None.
@@ -87,6 +89,7 @@ class SongUNet(nn.Module):
         dropout: float = 0.13,
         num_classes: int | None = None,
         null_class: bool = False,
+        num_augment_labels: int | None = None,
         embedding: Embedding = "positional",
         time_width: int | None = None,
         embedding_width: int | None = None,
@@ -103,11 +106,12 @@ class SongUNet(nn.Module):
         self.out_channels: Final = in_channels if out_channels is None else out_channels
         self.num_classes: Final = num_classes
         self.null_class: Final = null_class
-        time_width = time_width or channels
-        emb_width = embedding_width or 4 * channels
+        self.num_augment_labels: Final = num_augment_labels
+        time_width, emb_width = time_width or channels, embedding_width or 4 * channels
         is_fourier = embedding == "fourier"
         self.time: nn.Module = FourierEmbedding(time_width) if is_fourier else Sinusoid(time_width)
-        self.class_in = nn.Linear(num_classes, time_width) if num_classes else None
+        self.class_in = _linear(num_classes, time_width)
+        self.augment_in = _linear(num_augment_labels, time_width, bias=False)
         self.emb_in = nn.Linear(time_width, emb_width)
         self.emb_out = nn.Linear(emb_width, emb_width)
         self._build(channels, [channels * each for each in multipliers], emb_width)
@@ -155,7 +159,13 @@ class SongUNet(nn.Module):
         self.norm_out = _norm(below)
         self.conv_out = nn.Conv2d(below, self.out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        label: Tensor | None = None,
+        augment: Tensor | None = None,
+    ) -> Tensor:
         """Map images, each with its time, to images of the same size.
 
         Args:
@@ -163,6 +173,8 @@ class SongUNet(nn.Module):
             t: Times, (B,); in EDM a quarter of the logarithm of the noise.
             label: Classes in 0..num_classes - 1, or num_classes for the null class, (B,) int64;
                 None if the network has no classes.
+            augment: How the images were changed, (B, num_augment_labels); None, as zeros, for
+                images as they are.
 
         Returns:
             (B, out_channels, image_size, image_size).
@@ -172,7 +184,7 @@ class SongUNet(nn.Module):
         """
         shape = (self.in_channels, self.image_size, self.image_size)
         check_inputs(z, t, label, shape, self.num_classes)
-        emb = self._embedding(t, label)
+        emb = self._embedding(t, label, self._told(z, augment))
         kept, image, joins = [self.conv_in(z)], z, iter(self.joins)
         for block in self.down:
             h = block(kept[-1], emb)
@@ -189,7 +201,20 @@ class SongUNet(nn.Module):
         output: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return output
 
-    def _embedding(self, t: Tensor, label: Tensor | None) -> Tensor:
+    def _told(self, z: Tensor, augment: Tensor | None) -> Tensor | None:
+        """Labels of augmentation, (B, num_augment_labels), if the network has some."""
+        if self.num_augment_labels is None and augment is None:
+            return None
+        shape = len(z), self.num_augment_labels or 0
+        if augment is not None and augment.shape != shape:
+            raise ValueError(
+                f"augment must have shape {shape}, as num_augment_labels says, got "
+                f"{tuple(augment.shape)}"
+            )
+        # Zeros reach the weights too: to DDP all take part.
+        return z.new_zeros(shape) if augment is None else augment
+
+    def _embedding(self, t: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
         """What enters the blocks, (B, E)."""
         emb = self.time(t).to(self.emb_in.weight.dtype)
         if self.class_in is not None and label is not None:
@@ -199,6 +224,8 @@ class SongUNet(nn.Module):
             # That of one-hot labels of variance 1.
             rows = F.embedding(label, table) * math.sqrt(self.class_in.in_features)
             emb = emb + (rows + self.class_in.bias)
+        if self.augment_in is not None and augment is not None:
+            emb = emb + self.augment_in(augment.to(emb.dtype))
         return F.silu(self.emb_out(F.silu(self.emb_in(emb))))
 
 
@@ -347,8 +374,8 @@ def _initialise(module: nn.Module) -> None:
     """
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        assert module.bias is not None
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, SelfAttention):
         module.qkv.weight *= math.sqrt(0.2)
         module.proj.weight *= 1e-5
@@ -361,9 +388,14 @@ def _initialise(module: nn.Module) -> None:
 _ARGUMENTS = set(inspect.signature(SongUNet.__init__).parameters) - {"self"}
 
 
+def _linear(before: int | None, after: int, *, bias: bool = True) -> nn.Linear | None:
+    return nn.Linear(before, after, bias=bias) if before else None
+
+
 def _check_arguments(args: dict[str, Any]) -> None:
     """Check the constructor's arguments, each alone and then together."""
     counts = ["image_size", "in_channels", "out_channels", "num_blocks", "num_classes"]
+    counts += ["num_augment_labels"]
     check_at_least(1, **{name: args[name] for name in [*counts, "embedding_width"]})
     check_null_class(args["null_class"], args["num_classes"])
     check_one_of(Embedding, embedding=args["embedding"])

@@ -39,7 +39,7 @@ from ddim_pl.samplers import Sampler
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.schedules import LinearSchedule, NoiseSchedule
 from ddim_pl.timesteps import make_levels
-from ddim_pl.training.ema import ExponentialAverage
+from ddim_pl.training.ema import Decay, ExponentialAverage
 from ddim_pl.training.finite import UpdateCheck, check_finite_weights, drop_gradients
 from ddim_pl.training.fused import keep_layout, use_fused_kernels
 from ddim_pl.training.guard import RunGuard
@@ -94,7 +94,7 @@ class DiffusionModule(L.LightningModule, ABC):
             `functools.partial` of a class is stored in checkpoints, a lambda is not.
         lr_scheduler: Makes a learning-rate schedule, stepped once per update; stored likewise.
         warmup_steps: Updates over which the rate grows linearly from 0; multiplies `lr_scheduler`.
-        ema_decay: Decay of the weights' average, see `ExponentialAverage`.
+        ema_decay: Decay of the weights' average, see `ExponentialAverage`, or a `HalfLife`.
         skip_bad_batches: How many updates in a row are left out because their loss or gradients
             are not finite, before the fit stops; by default none. "train/skipped_batches" counts
             them since the fit began.
@@ -131,7 +131,7 @@ class DiffusionModule(L.LightningModule, ABC):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
-        ema_decay: float = 0.9999,
+        ema_decay: float | Decay = 0.9999,
         skip_bad_batches: int = 0,
         sampling_precision: NetworkPrecision = 32,
         compile: bool | Literal["auto"] = "auto",
@@ -144,7 +144,7 @@ class DiffusionModule(L.LightningModule, ABC):
         self.sampler = sampler or default_sampler(self.noise)
         self.timesteps, self.num_steps, self.last_level = timesteps, num_steps, last_level
         self.image_shape = image_shape_of(network, image_shape)
-        self.network, self.average = network, _average(network, ema_decay)
+        self.network, self.average = network, make_average(network, ema_decay)
         self.guidance, self.clip, self.compile_network = guidance, clip, compile
         self.guidance_interval, self.sampling_precision = guidance_interval, sampling_precision
         self.prediction, self.optimizer, self.lr_scheduler = prediction, optimizer, lr_scheduler
@@ -399,6 +399,9 @@ class DiffusionModule(L.LightningModule, ABC):
         has_one = any(isinstance(callback, RunGuard) for callback in callbacks_of(self.trainer))
         return [] if has_one else [RunGuard()]
 
+    average_index: int = 0
+    """Which average a checkpoint is read with, where it has several."""
+
     checkpoint_step: int = 0
     """Updates of the checkpoint that a trainer has read, also where it does not train."""
 
@@ -470,16 +473,20 @@ class DiffusionModule(L.LightningModule, ABC):
         # Dropout draws from the global generator; seeding it makes a resumed run exact.
         seed_default_generators(seed, self.device)
         batch = self.read_batch(batch)
+        parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        self._images_per_update = len(batch[0]) * parts
         loss = self._mean_loss(self.network, batch, seed)
         self._update_check.add(batch, seed, loss)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
+    _images_per_update: int = 1
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Update the weights, then their average."""
         super().optimizer_step(*args, **kwargs)
         if self._update_is_good:
-            self.average.update_parameters(self.network)
+            self.average.update_parameters(self.network, self._images_per_update)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Make no update of what is not finite."""
@@ -580,7 +587,7 @@ def channels_last(network: nn.Module) -> None:
         network.to(memory_format=torch.channels_last)
 
 
-def _average(network: nn.Module, decay: float) -> ExponentialAverage:
+def make_average(network: nn.Module, decay: float | Decay) -> ExponentialAverage:
     """The average, its channels last.
 
     Not those of a network in training in float32: on a CPU its layout decides which activations a

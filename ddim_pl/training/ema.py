@@ -1,5 +1,9 @@
 """The averaged copy of a network, which is the one to evaluate, export and promote to teacher."""
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -7,12 +11,61 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
+class Decay(ABC):
+    """What an update keeps of an average; subclasses are frozen dataclasses."""
+
+    @abstractmethod
+    def kept(self, updates: int, images: int) -> float:
+        """Share of the average that an update keeps.
+
+        Args:
+            updates: Number of updates before it, at least 1.
+            images: Images of an update.
+        """
+
+
+@dataclass(frozen=True)
+class HalfLife(Decay):
+    """A decay for any batch size: after so many images half of the average is new ([EDM]).
+
+    An update of B images, after n of them, keeps `0.5^(B / min(images, ramp n B))`.
+
+    Args:
+        images: The half-life, positive; by default that of [EDM], table 7, for CIFAR-10.
+        ramp: Most of the images seen so far that a half-life may be, positive, so that a run
+            forgets its random start; 0.05 is that of the authors' code. None turns it off.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    images: float = 500_000
+    ramp: float | None = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("images", "ramp"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(
+                    f"{name} of a HalfLife must be positive and finite, got {value}: EDM has "
+                    "500000 images and a ramp of 0.05"
+                )
+
+    def kept(self, updates: int, images: int) -> float:
+        """The share for a half-life, or for a part of the images seen."""
+        half_life = self.images
+        if self.ramp is not None:
+            half_life = min(half_life, self.ramp * updates * images)
+        return float(0.5 ** (images / half_life))
+
+
 class ExponentialAverage(AveragedModel):
     """Averaged copy of a network, buffers included, without gradients and in evaluation mode.
 
     Update number n keeps `min(decay, (1 + n) / (10 + n))` of the average, as TensorFlow's averages
     of [DDPM] do when given the number of updates, so that a short run forgets its random
-    start. The host counts the updates too, so that an update waits for no device.
+    start; or what a `Decay` says. The host counts the updates too, so that an update waits for no
+    device.
 
     Args:
         network: Network to copy.
@@ -28,8 +81,8 @@ class ExponentialAverage(AveragedModel):
 
     n_averaged: Tensor
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        if not 0 <= decay < 1:
+    def __init__(self, network: nn.Module, decay: float | Decay) -> None:
+        if not isinstance(decay, Decay) and not 0 <= decay < 1:
             raise ValueError(
                 f"ema_decay must lie in [0, 1), got {decay}: 0.9999 suits 800k updates, 0.999 "
                 "some 10k"
@@ -43,12 +96,17 @@ class ExponentialAverage(AveragedModel):
         self.eval()
 
     @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """Move the average towards the network's present values; the first update copies them."""
+    def update_parameters(self, model: nn.Module, images: int = 1) -> None:
+        """Move the average towards the network's present values; the first update copies them.
+
+        Args:
+            model: The network.
+            images: Images of the update, on all devices; only a `HalfLife` asks.
+        """
         if self._count is None:
             self._count = int(self.n_averaged)
         n = self._count
-        keep = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        keep = self._kept(n, images) if n else 0.0
         if self._places is None or self._places.network is not model:
             self._places = _Places(model, _places(self.module), _places(model))
         groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
@@ -65,6 +123,11 @@ class ExponentialAverage(AveragedModel):
         self.n_averaged += 1
         self._count = n + 1
 
+    def _kept(self, n: int, images: int) -> float:
+        if isinstance(self.decay, Decay):
+            return self.decay.kept(n, images)
+        return min(self.decay, (1 + n) / (10 + n))
+
     def restart(self) -> None:
         """Forget the updates: the next one copies the network."""
         self.n_averaged.zero_()
@@ -74,6 +137,18 @@ class ExponentialAverage(AveragedModel):
         """Read the count of a checkpoint at the next update."""
         super()._load_from_state_dict(*args, **kwargs)
         self._count = None
+
+
+def choose_average(state: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """The state of a module with another of its averages in the place of the first.
+
+    Args:
+        state: The module's state.
+        index: 0 for the first, or 1 for the first of `more_averages`.
+    """
+    start = f"more_averages.{index - 1}."
+    chosen = {name: value for name, value in state.items() if index and name.startswith(start)}
+    return {**state, **{f"average.{name[len(start) :]}": each for name, each in chosen.items()}}
 
 
 class _Places(NamedTuple):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ddim_pl.damage import read_archive
 from ddim_pl.training.base import DiffusionModule
+from ddim_pl.training.ema import choose_average
 
 
 def digest_of(tensors: Mapping[str, Tensor], text: str = "") -> str:
@@ -53,4 +54,5 @@ def fingerprint_of_file(model: DiffusionModule, ckpt_path: str | None) -> str:
     """
     if ckpt_path is None:
         return fingerprint(model)
-    return fingerprint(model, read_archive(ckpt_path, "ckpt_path")["state_dict"])
+    state = read_archive(ckpt_path, "ckpt_path")["state_dict"]
+    return fingerprint(model, choose_average(state, model.average_index))

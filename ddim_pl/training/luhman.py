@@ -15,6 +15,7 @@ from ddim_pl.prediction import PredictionType
 from ddim_pl.rng import StepGenerators
 from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.training.base import Batch, LossKind
+from ddim_pl.training.ema import Decay
 from ddim_pl.training.pair_distillation import PairDistillation
 
 
@@ -48,7 +49,7 @@ class LuhmanDistillation(PairDistillation):
         *,
         loss: LossKind = "l2",
         prediction: PredictionType | None = None,
-        ema_decay: float = 0.995,
+        ema_decay: float | Decay = 0.995,
         **kwargs: Any,
     ) -> None:
         check_one_of(LossKind, loss=loss)

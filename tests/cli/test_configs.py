@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from ddim_pl.cli import main
-from ddim_pl.networks.unet import UNet
 from ddim_pl.renamed import RENAMED
+from ddim_pl.training.hyperparameters import build
 
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(FOLDER.glob("*/*.yaml"))
@@ -116,6 +117,7 @@ def test_the_default_holds_nothing_that_changes_the_numbers_of_a_training() -> N
     [
         ("cifar10/ddpm", 35_746_307),
         ("cifar10/teacher", 60_004_099),
+        ("cifar10/edm", 55_733_891),
         ("celeba/ddpm", 78_700_803),
         ("celeba/teacher", 91_126_787),
         ("lsun_bedroom/ddpm", 113_673_219),
@@ -126,7 +128,7 @@ def test_the_default_holds_nothing_that_changes_the_numbers_of_a_training() -> N
 def test_a_network_has_the_size_its_config_says(config: str, parameters: int) -> None:
     path = FOLDER / f"{config}.yaml"
     with torch.device("meta"):
-        network = UNet(**arguments_of(path)["network"]["init_args"])
+        network = build(arguments_of(path)["network"], nn.Module, name_of(path))
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
     said = f"{parameters:,}", f"{parameters / 1e6:.1f} M"
     assert any(number in path.read_text() for number in said)
@@ -225,6 +227,7 @@ def test_every_config_is_in_the_docs() -> None:
         ("cifar10/luhman", {"num_validation": "51200", "pair_batch_size": "1024"}),
         ("celeba/luhman", {"num_validation": "10240", "pair_batch_size": "1024"}),
         ("lsun_bedroom/luhman", {"num_validation": "2560", "pair_batch_size": "64"}),
+        ("cifar10/edm", {"warmup_steps": "19531", "ema_decay.images": "500000"}),
         ("celeba/ddpm", {"network.initialisation": "torch"}),
         ("lsun_bedroom/teacher", {"prediction": "both", "network.head_width": "64"}),
         ("lsun_bedroom/teacher", {"resample": "bilinear", "crop_first": "True"}),
@@ -247,6 +250,7 @@ def test_single_step_distillation_does_not_clip_gradients(name: str) -> None:
     [
         ("celeba/ddpm", 3 * 64 * 64),
         ("celeba/gamma_ddpm", 3 * 64 * 64),
+        ("cifar10/edm", 3 * 32 * 32),
         ("cifar10/luhman", 3 * 32 * 32),
         ("celeba/luhman", 2 * 3 * 64 * 64),
         ("lsun_bedroom/luhman", 2 * 3 * 256 * 256),

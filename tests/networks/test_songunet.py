@@ -46,9 +46,9 @@ def test_it_is_described_by_its_arguments(arguments):
 
 @KINDS
 def test_all_weights_take_part(arguments):
-    network = SongUNet(**arguments, out_channels=2, num_classes=3)
+    network = SongUNet(**arguments, out_channels=2, num_classes=3, num_augment_labels=4)
     z, t = inputs()
-    output = network(z, t, torch.tensor([1, 1]))
+    output = network(z, t, torch.tensor([1, 1]), torch.ones(2, 4))
     assert output.shape == (2, 2, 8, 8)
     output.square().sum().backward()
     for name, value in network.named_parameters():

@@ -1,9 +1,12 @@
 """Heun's method against the exact flow and against diffusers."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
-from exact import ExactGaussian, ExactMixture
+from exact import ExactGaussian, ExactMixture, propagate
 from orders import SPACINGS, Spacing, errors, even, log_snr, order, quadratic
 from peers import SCHEDULES, SmallNetwork, assert_same_images, diffusers_arguments, start
 from peers import SPACINGS as SPACINGS_OF_DIFFUSERS
@@ -13,8 +16,9 @@ from ddim_pl import timesteps
 from ddim_pl.denoiser import NetworkDenoiser
 from ddim_pl.noise import latents
 from ddim_pl.prediction import PredictionType
+from ddim_pl.rng import image_noise, randn
 from ddim_pl.samplers import DDIM, Heun
-from ddim_pl.schedules import CosineLogSNRSchedule, LinearSchedule, NoiseSchedule
+from ddim_pl.schedules import CosineLogSNRSchedule, EDMSchedule, LinearSchedule, NoiseSchedule
 
 # Diffusers asks NumPy for an array of a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -108,6 +112,141 @@ def test_one_step_is_that_of_the_paper(gaussian: ExactGaussian) -> None:
 )
 def test_number_of_evaluations(levels: list[float], want: int) -> None:
     assert Heun().num_evaluations(torch.tensor(levels)) == want
+
+
+# Churn: the authors' `edm_sampler` in their letters, re-evaluated by NumPy in float64
+
+# s_churn, s_tmin, s_tmax, s_noise: none; [EDM], table 5, for CIFAR-10 and ImageNet; more than
+# gamma allows; with no bounds, so that the noise would leave the schedule.
+CHURNS = [
+    (),
+    (30.0, 0.01, 1.0, 1.007),
+    (40.0, 0.05, 50.0, 1.003),
+    (1000.0, 0.0, 50.0),
+    (40.0,),
+]
+every_churn = pytest.mark.parametrize("churn", CHURNS, ids=str)
+
+
+def mixture_of_the_paper(y: np.ndarray, sigma: float) -> np.ndarray:
+    """D(y; sigma) of the mixture in `exact.py`, in the variables of [EDM]."""
+    weights, means, stds = (np.array(v) for v in ((0.35, 0.65), (-0.8, 0.5), (0.25, 0.35)))
+    variance = stds**2 + sigma**2
+    apart = y[..., None] - means
+    share = weights * np.exp(-(apart**2) / variance / 2) / np.sqrt(variance)
+    share /= share.sum(-1, keepdims=True)
+    return (share * (means + stds**2 / variance * apart)).sum(-1)
+
+
+def edm_sampler(y, noises, num_steps, churn=0.0, least=0.0, most=math.inf, s_noise=1.0):
+    """Algorithm 2 from `y / 80`, with a noise for each step and no level above 80."""
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    sigmas = (high + np.arange(num_steps) / (num_steps - 1) * (low - high)) ** 7
+    y = y * sigmas[0]
+    for t, after in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        gamma = min(churn / num_steps, np.sqrt(2) - 1) if least <= t <= most else 0.0
+        hat = min(t + gamma * t, 80.0)
+        if hat > t * (1 + 1e-9):
+            y = y + np.sqrt(hat**2 - t**2) * s_noise * next(noises)
+        slope = (y - mixture_of_the_paper(y, hat)) / hat
+        euler = y + (after - hat) * slope
+        if after:
+            slope = (slope + (euler - mixture_of_the_paper(euler, after)) / after) / 2
+        y = y + (after - hat) * slope
+    return y
+
+
+@every_churn
+def test_images_are_those_of_edms_sampler_for_the_same_noise(churn: tuple[float, ...]) -> None:
+    schedule, shape = EDMSchedule(), (4, 3, 5)
+    z = latents(0, range(4), shape[1:])[0].double()
+
+    def noises():
+        generators = image_noise("generators", 7, range(4))
+        while True:
+            yield randn(shape, generators, z).numpy()
+
+    # Their first state is 80 n; ours is of variance 1 for images of variance 1.
+    want = edm_sampler(z.numpy() * math.sqrt(1 + 80**-2), noises(), 18, *churn)
+    levels = timesteps.karras(schedule, 18)
+    generators = image_noise("generators", 7, range(4))
+    found = Heun(*churn)(ExactMixture(schedule), z, levels, generator=generators)
+    np.testing.assert_allclose(found.numpy(), want, rtol=0, atol=1e-6)
+    if churn:
+        assert not np.allclose(found.numpy(), edm_sampler(z.numpy(), noises(), 18), atol=1e-2)
+
+
+def law_after(churn: float, num_steps: int, **arguments: float) -> tuple[float, float]:
+    """Mean and variance of images from exact noise."""
+    schedule = EDMSchedule()
+    denoiser, levels = ExactGaussian(schedule), timesteps.karras(schedule, num_steps)
+    mean, std = denoiser.marginal(levels[0], torch.zeros(1, dtype=torch.float64))
+    # Its steps are taken one at a time, and each counts as all.
+    sampler = Heun(churn / num_steps, **arguments)
+    mean, variance = propagate(sampler, denoiser, levels, mean.expand(1), std.expand(1) ** 2)
+    return mean.item(), variance.item()
+
+
+@pytest.mark.parametrize("churn", [0.0, 5.0, 20.0])
+def test_churn_keeps_the_law_to_second_order(churn: float) -> None:
+    errors = [abs(law_after(churn, steps)[1] / 0.25 - 1) for steps in (50, 100, 200)]
+    assert errors[-1] < 4e-3
+    assert errors[0] / errors[1] > 3
+    assert errors[1] / errors[2] > 3
+    assert law_after(churn, 200)[0] == pytest.approx(0.3, abs=1e-4)
+
+
+def test_more_noise_than_churn_takes_widens_the_law() -> None:
+    assert law_after(20, 100, s_noise=1.05)[1] > 1.02 * law_after(20, 100)[1]
+
+
+@pytest.mark.parametrize("source", ["generators", "philox"])
+def test_churn_is_the_same_for_every_split_of_a_batch(source, gaussian: ExactGaussian) -> None:
+    sampler, levels = Heun(5.0, 0.1, 3.0, 1.01), timesteps.karras(gaussian.schedule, 6)
+
+    def images(indices: range) -> Tensor:
+        z, generators = latents(0, indices, (3, 4, 4), noise_source=source)
+        return sampler(gaussian, z, levels, generator=generators)
+
+    whole = images(range(4))
+    parts = torch.cat([images(range(1)), images(range(1, 4))])
+    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-6)
+
+
+def test_with_churn_heun_does_not_encode(gaussian: ExactGaussian) -> None:
+    assert Heun().encodes
+    assert not Heun(1.0).encodes
+    with pytest.raises(ValueError, match="only a deterministic sampler encodes"):
+        Heun(1.0)(gaussian, torch.zeros(1, 1), torch.tensor([0.0, 500.0]))
+
+
+def test_its_name_says_only_what_is_not_as_by_default() -> None:
+    assert str(Heun()) == repr(Heun()) == "Heun()"
+    assert str(Heun(clip=False)) == "Heun(clip=False)"
+    assert str(Heun(40.0, s_tmax=50.0)) == "Heun(s_churn=40.0, s_tmax=50.0)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"s_churn": -1.0}, "s_churn must be at least 0 and finite, got -1.0"),
+        ({"s_churn": math.nan}, "s_churn must be at least 0"),
+        ({"s_noise": 1.003}, "s_noise must be 1.0 without churn, .* got 1.003: set s_churn"),
+        ({"s_tmin": 0.05}, "s_tmin must be 0.0 without churn"),
+        ({"s_tmax": 50.0}, "s_tmax must be inf without churn"),
+        ({"s_churn": 1.0, "s_tmin": 2.0, "s_tmax": 1.0}, "s_tmin < s_tmax, got 2.0 and 1.0"),
+        ({"s_churn": 1.0, "s_noise": 0.0}, "s_noise must be positive and finite, got 0.0"),
+    ],
+)
+def test_wrong_churn_is_refused(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Heun(**arguments)
+
+
+def test_churn_beyond_the_schedule_is_refused() -> None:
+    denoiser, levels = ExactGaussian(EDMSchedule()), torch.tensor([1000.0, 0.0])
+    with pytest.raises(ValueError, match=r"s_tmin must be below 80, .* got 80\.5: churn would"):
+        Heun(1.0, s_tmin=80.5)(denoiser, torch.zeros(1, 1), levels)
 
 
 # Diffusers

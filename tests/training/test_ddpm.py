@@ -31,6 +31,59 @@ def test_antithetic_levels_come_in_mirrored_pairs():
     assert len(t) == 7
 
 
+CONTINUOUS = [EDMSchedule(), CosineLogSNRSchedule()]
+
+
+@pytest.mark.parametrize("schedule", CONTINUOUS, ids=lambda schedule: type(schedule).__name__)
+@pytest.mark.parametrize(("mean", "std"), [(-1.2, 1.2), (0.5, 0.3)])
+def test_log_normal_levels_have_the_noise_that_edm_draws(schedule, mean, std):
+    """Each is the draw of the same generator, in the schedule's levels ([EDM], their loss)."""
+    t = draw_levels(
+        schedule, 1000, "log_normal", torch.Generator().manual_seed(0), mean=mean, std=std
+    )
+    scales = schedule(t)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(1000, generator=generator, dtype=torch.float64) * std + mean
+    torch.testing.assert_close(scales.sigma / scales.alpha, drawn.exp(), rtol=1e-9, atol=0)
+
+
+def test_log_normal_levels_of_a_discrete_schedule_are_the_nearest():
+    schedule = LinearSchedule()
+    t = draw_levels(schedule, 1000, "log_normal", torch.Generator().manual_seed(0))
+    assert torch.equal(t, t.round())
+    assert t.min() >= 1
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(1000, generator=generator, dtype=torch.float64) * 1.2 - 1.2
+    inside = (t > 1) & (t < schedule.num_levels)
+    logs = [-schedule(t[inside] + shift).log_snr / 2 for shift in (-0.5, 0.5)]
+    assert (logs[0] <= drawn[inside]).all()
+    assert (drawn[inside] <= logs[1]).all()
+
+
+def test_log_normal_levels_beyond_the_schedule_are_its_end():
+    """But for `EDMSchedule`, which reaches down to no noise."""
+    wide = {"mean": 0.0, "std": 20.0}
+    for schedule in (*CONTINUOUS, LinearSchedule()):
+        t = draw_levels(schedule, 1000, "log_normal", torch.Generator().manual_seed(0), **wide)
+        assert t.max() == schedule.num_levels
+        assert t.min() > 0
+        assert (-schedule(t).log_snr / 2).isfinite().all()
+
+
+def test_a_model_draws_its_levels_by_its_own_law(monkeypatch):
+    laws = []
+    monkeypatch.setattr(
+        "ddim_pl.training.ddpm.draw_levels",
+        lambda *args, **law: laws.append((args[2], law)) or draw_levels(*args, **law),
+    )
+    x = torch.zeros(3, 1, 8, 8)
+    for given in ({}, {"level_mean": 0.4, "level_std": 1.6}):
+        module = tiny_ddpm(level_sampling="log_normal", **given)
+        module.loss(module.denoiser, (x,), step_generators(0, x.device))
+    default, other = {"mean": -1.2, "std": 1.2}, {"mean": 0.4, "std": 1.6}
+    assert laws == [("log_normal", default), ("log_normal", other)]
+
+
 @pytest.mark.parametrize("prediction", ["eps", "x", "v"])
 @pytest.mark.parametrize("weight", ["snr", "min_snr", "truncated_snr", "snr_plus_one", "uniform"])
 def test_loss_is_the_weighted_error_of_x(prediction, weight):
@@ -85,6 +138,11 @@ def test_the_edm_loss_is_that_of_the_paper(weight):
         ({"warmup_steps": -1}, "warmup_steps"),
         ({"loss_weight": "truncated_snr"}, "diverges at the last level"),
         ({"level_sampling": "sobol"}, "antithetic"),
+        ({"level_mean": -1.2}, "level_mean must be None for level_sampling='uniform', got -1.2"),
+        ({"level_sampling": "antithetic", "level_std": 1.0}, "level_std must be None for"),
+        ({"level_sampling": "log_normal", "level_std": 0.0}, "level_std must be positive"),
+        ({"level_sampling": "log_normal", "level_mean": 5.1}, "level_mean must lie in .* got 5.1"),
+        ({"level_sampling": "log_normal", "level_mean": -9.0}, "level_mean must lie in"),
         ({"prediction": "noise"}, "prediction must be one of"),
         ({"time_input": "seconds"}, "time_input must be one of"),
         ({"sigma_data": 0.0}, "sigma_data must be positive and finite"),

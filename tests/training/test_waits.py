@@ -14,10 +14,12 @@ from tiny import some_ddpm, tiny_unet
 from ddim_pl.data.base import Batch
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.data.teacher_pairs import PairBatch
+from ddim_pl.networks.songunet import SongUNet
 from ddim_pl.noise import GammaNoise
 from ddim_pl.rng import StepGenerators
-from ddim_pl.schedules import CosineLogSNRSchedule
+from ddim_pl.schedules import CosineLogSNRSchedule, EDMSchedule
 from ddim_pl.training import DDPM, LuhmanDistillation, base
+from ddim_pl.training.ema import HalfLife
 from ddim_pl.training.finite import _has_bad, _Part
 
 
@@ -56,6 +58,21 @@ IMAGES, LABELS = torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
 )
 def test_ddpm_reads_no_value(arguments, monkeypatch):
     module = DDPM(tiny_unet(num_classes=10), **arguments)
+    step(module, Batch(IMAGES, LABELS), monkeypatch)
+
+
+def test_edm_reads_no_value(monkeypatch):
+    """Nor do levels of a normal law, nor changes of the images."""
+    network = SongUNet(8, 1, channels=8, multipliers=[1], attention=[], num_augment_labels=9)
+    module = DDPM(
+        network,
+        EDMSchedule(),
+        prediction="edm",
+        loss_weight="edm",
+        level_sampling="log_normal",
+        augment_probability=0.12,
+        ema_decay=HalfLife(),
+    )
     step(module, Batch(IMAGES, LABELS), monkeypatch)
 
 
