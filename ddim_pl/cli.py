@@ -66,7 +66,7 @@ from ddim_pl.commands import ALONE, COMMANDS
 from ddim_pl.commands import Trainer as TrainerWithCommands
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.evaluation.manifest import LONG, sampling_of
-from ddim_pl.evaluation.measure import ChecksBeforeRun
+from ddim_pl.evaluation.measure import ChecksBeforeRun, records_of
 from ddim_pl.evaluation.tables import write_text
 from ddim_pl.evaluation.worker import precision_of
 from ddim_pl.files import check_writable
@@ -406,6 +406,9 @@ class DiffusionCLI(LightningCLI):
             "precision": precision_of(self.trainer, module),
         }
         rows |= {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        stage = "val" if self.subcommand == "validate" else "test"
+        if isinstance(self.datamodule, ImageDataModule):
+            rows |= records_of(self.trainer, self.datamodule, stage)
         width = max(map(len, rows))
         shown = {name: value for name, value in rows.items() if name not in LONG}
         lines = [f"{name:<{width}}  {_format(value)}" for name, value in shown.items()]

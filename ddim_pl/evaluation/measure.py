@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import lightning as L
 import torch
@@ -108,6 +108,29 @@ class MeasureSettings:
             text += f", real side {self.reference.source} of {count} images"
         return text
 
+    def record(self, data: ImageDataModule) -> dict[str, Any]:
+        """What a measured distance is of, by its name and words, for results of a test.
+
+        Args:
+            data: The real images, set up.
+
+        Returns:
+            "<name> extractor", "<name> num_samples" and, where real images are used,
+            "<name> num_real", a number or "unknown", and the file of "<name> statistics".
+        """
+        extractor = self.quality.extractor
+        resize = resize_of(extractor)
+        found: dict[str, Any] = {
+            "extractor": extractor.name + (f" ({resize})" if resize else ""),
+            "num_samples": self.num_samples,
+        }
+        if self.reference is not None:
+            found["num_real"] = self.reference.num_images or "unknown"
+            found["statistics"] = Path(self.reference.source).name
+        elif self.quality.needs_real:
+            found["num_real"] = data.num_reference
+        return {f"{self.quality.keys[0]} {name}": value for name, value in found.items()}
+
 
 def weights_of(extractor: nn.Module) -> str:
     """A digest of an extractor's weights."""
@@ -153,6 +176,18 @@ def settings_of(trainer: L.Trainer) -> MeasureSettings:
     """The settings of the config's callback that measures, or the default ones."""
     found = (getattr(callback, "settings", None) for callback in callbacks_of(trainer))
     return next((each for each in found if isinstance(each, MeasureSettings)), MeasureSettings())
+
+
+def records_of(trainer: L.Trainer, data: ImageDataModule, stage: str) -> dict[str, Any]:
+    """The records of the callbacks that have measured in "val" or "test"."""
+    found: dict[str, Any] = {}
+    for callback in callbacks_of(trainer):
+        settings = getattr(callback, "settings", None)
+        if not isinstance(settings, MeasureSettings):
+            continue
+        if f"{stage}/{settings.quality.keys[0]}" in trainer.callback_metrics:
+            found |= settings.record(data)
+    return found
 
 
 class Measured(NamedTuple):
