@@ -35,7 +35,8 @@ def measure(
     """Measure the distance of two sets of images or of their statistics, without a model.
 
     Prints JSON: the numbers, and the extractor, its weights, its resize, precision and how many
-    images of which size they are of.
+    images of which size they are of; of "kid" also how many subsets of how many images. Of a
+    single subset there is no deviation.
 
     Args:
         a: The generated side: a folder of images, an NPZ of images `arr_0`, or an NPZ of
@@ -190,8 +191,10 @@ def _check_output(output: str) -> None:
 def _content(
     quality: SampleQuality, sides: dict[bool, Side], digest: str, numbers: dict[str, float]
 ) -> dict[str, Any]:
+    subsets = quality.kid_subsets
     return {
         **numbers,
+        **({"kid_subsets": {"count": subsets[0], "size": subsets[1]}} if subsets else {}),
         "a": sides[False].record(),
         "b": sides[True].record(),
         "extractor": quality.extractor.name,

@@ -116,7 +116,8 @@ class MeasureSettings:
 
         Returns:
             "<name> extractor", "<name> num_samples" and, where real images are used,
-            "<name> num_real", a number or "unknown", and the file of "<name> statistics".
+            "<name> num_real", a number or "unknown", the file of "<name> statistics", and the
+            "<name> kid_subsets" of what was measured last.
         """
         extractor = self.quality.extractor
         resize = resize_of(extractor)
@@ -129,6 +130,8 @@ class MeasureSettings:
             found["statistics"] = Path(self.reference.source).name
         elif self.quality.needs_real:
             found["num_real"] = data.num_reference
+        if self.quality.kid_subsets is not None:
+            found["kid_subsets"] = "{} of {} images".format(*self.quality.kid_subsets)
         return {f"{self.quality.keys[0]} {name}": value for name, value in found.items()}
 
 

@@ -162,6 +162,14 @@ def test_what_cannot_be_measured_is_an_error(folders, a, b, arguments, message):
         measure(str(folders / a), str(folders / b), **settings)
 
 
+def test_a_single_subset_has_no_deviation(folders, capsys):
+    found = measured(folders, "real", "real", capsys, metrics=["kid"])
+    assert found["kid_subsets"] == {"count": 1, "size": NUM_REAL}
+    assert "digits_kid" in found
+    assert "digits_kid_std" not in found
+    assert "kid_subsets" not in measured(folders, "real", "real", capsys)
+
+
 def test_weights_are_given_under_either_name():
     assert make_extractor(DigitsFeatures, str(WEIGHTS)).name == "digits"
     with pytest.raises(ValueError, match=r"the Inception weights could not be read from nowhere"):
@@ -176,6 +184,7 @@ def test_the_command_line(folders, tmp_path, capsys, monkeypatch):
     main(["measure", *arguments, "--metrics", "[fd,kid]", "--device", "cpu"])
     found = json.loads(capsys.readouterr().out)
     assert {"digits_fd", "digits_kid", "digits_kid_std"} <= set(found)
+    assert found["kid_subsets"] == {"count": 100, "size": NUM_FAKE}
     main(["measure", *arguments, "--weights", str(WEIGHTS), "--device=cpu"])
     assert json.loads(capsys.readouterr().out)["digits_fd"] == found["digits_fd"]
     assert not list(tmp_path.iterdir())

@@ -79,7 +79,8 @@ def mmd(a, b):
 
 
 def test_names_and_types_of_the_numbers(values):
-    assert tuple(values) == KEYS
+    # Both sides have 700 images, so that there is one subset, which has no deviation.
+    assert tuple(values) == tuple(key for key in KEYS if key != "digits_kid_std")
     for value in values.values():
         assert value.shape == ()
         assert value.dtype == torch.float32
@@ -97,7 +98,6 @@ def test_frechet_distance_is_that_of_scipy(values, features):
 def test_kid_of_one_subset_of_all_is_the_unbiased_mmd(values, features):
     a, b, _ = (part.numpy() for part in features)
     assert float(values["digits_kid"]) == pytest.approx(mmd(a, b), rel=1e-6)
-    assert float(values["digits_kid_std"]) < 1e-6 * float(values["digits_kid"])
     theirs = kid_features_to_metric(
         *features[:2], kid_subset_size=700, kid_subsets=2, verbose=False
     )
@@ -113,6 +113,7 @@ def test_kid_of_subsets_is_about_that_of_all(features):
     extractor = DigitsFeatures()
     a, b = (extractor(part).double().numpy() for part in (images[:1100], images[1100:]))
     mean, std = float(values["digits_kid"]), float(values["digits_kid_std"])
+    assert quality.kid_subsets == (100, 697)
     assert std > 0
     assert mean == pytest.approx(mmd(a, b), abs=std / 2)
 
@@ -172,7 +173,7 @@ def test_inception_score_of_certain_classes_is_their_number():
 def test_the_other_numbers_are_those_of_the_features(values, features):
     a, b, _ = features
     expected = (*precision_recall(a, b, 3), *density_coverage(a, b, 5))
-    assert tuple(values.values())[5:] == pytest.approx([float(x) for x in expected], abs=1e-7)
+    assert tuple(values.values())[-4:] == pytest.approx([float(x) for x in expected], abs=1e-7)
     assert all(0.05 < float(x) < 0.99 for x in expected)  # says something
 
 
@@ -249,9 +250,10 @@ def test_each_image_is_seen_once_and_the_real_side_stays(real, fake, values, mon
 
 def test_a_metric_alone_gives_what_it_gives_among_others(real, fake, values):
     for name in ALL:
-        alone = measured(SampleQuality(DigitsFeatures(), [name]), real, fake)
-        assert alone == {key: values[key] for key in alone}
-        assert len(alone) == len(NUMBERS[name])
+        quality = SampleQuality(DigitsFeatures(), [name])
+        alone = measured(quality, real, fake)
+        assert alone == {key: values[key] for key in quality.keys if key in values}
+        assert len(alone) == len(NUMBERS[name]) - (name == "kid")
 
 
 def test_the_distance_keeps_no_features_and_the_score_needs_no_real_images(real, fake):
