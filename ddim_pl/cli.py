@@ -60,7 +60,7 @@ from ddim_pl.cli_configs import (
     writes_folder,
 )
 from ddim_pl.cli_environment import options_by, variable_of, with_environment
-from ddim_pl.cli_errors import run_message
+from ddim_pl.cli_errors import plain_warnings, run_message
 from ddim_pl.cli_resuming import tell_of_idleness, tell_of_resuming
 from ddim_pl.commands import ALONE, COMMANDS
 from ddim_pl.commands import Trainer as TrainerWithCommands
@@ -568,7 +568,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         args = with_environment([arg for arg in args if arg != "--trust"], os.environ)
         args = with_homes(args)
-        with trusting(*trusted), signals.handled():
+        with plain_warnings(), trusting(*trusted), signals.handled():
             if args[0] in ALONE:
                 run_alone(*args)
             else:

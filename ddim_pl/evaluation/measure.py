@@ -83,12 +83,16 @@ class MeasureSettings:
     def check(self, data: ImageDataModule) -> None:
         """Check that the images of a data module, which is set up, can be measured.
 
+        Warns of few images, see `SampleQuality.warn_of_few`.
+
         Raises:
             ValueError: If not; see `SampleQuality`.
         """
-        if self.reference is None:
-            self.quality.check_num_real(data.num_reference)
+        num_real = None if self.reference is not None else data.num_reference
+        if num_real is not None:
+            self.quality.check_num_real(num_real)
         self.quality.check_shape(data.shape)
+        self.quality.warn_of_few(self.num_samples, num_real)
 
     @cached_property
     def extractor(self) -> str:

@@ -137,32 +137,31 @@ class SampleQuality:
         """Whether any of the metrics uses real images."""
         return self.metrics != ("inception_score",)
 
-    def check_num_samples(self, num_samples: int) -> None:
+    def check_num_samples(self, num_samples: int, name: str = "num_samples") -> None:
         """Check the number of generated images over all ranks.
 
-        Warns if "fd" has no more images than features.
+        Args:
+            num_samples: The number.
+            name: What it is called, for the error.
 
         Raises:
             ValueError: If the number is too small for a metric.
         """
-        if "fd" in self.metrics and num_samples <= self.extractor.num_features:
-            rank_zero_warn(
-                f"{num_samples} samples give a singular covariance of "
-                f"{self.extractor.num_features} features: take the distance as a rough guide"
-            )
         least = PRECISION_NEIGHBOURS + 1 if "precision_recall" in self.metrics else 2
         if "inception_score" in self.metrics:  # a split of one image always has score 1
             least = max(least, 2 * SCORE_SPLITS)
         if num_samples < least:
             raise ValueError(
-                f"num_samples must be at least {least} for {', '.join(self.metrics)}, got "
-                f"{num_samples}"
+                f"{name} must be at least {least} for {', '.join(self.metrics)}, got "
+                f"{num_samples}: give more, or leave metrics out"
             )
 
-    def check_num_real(self, num_real: int) -> None:
+    def check_num_real(self, num_real: int, name: str = "the number of real images") -> None:
         """Check the number of real images over all ranks.
 
-        Warns if "fd" has no more images than features.
+        Args:
+            num_real: The number.
+            name: What it is called, for the error.
 
         Raises:
             ValueError: If the number is too small for a metric.
@@ -171,15 +170,23 @@ class SampleQuality:
         least = 1 + max(needed.get(name, 1) for name in self.metrics)
         if self.needs_real and num_real < least:
             raise ValueError(
-                f"the number of real images must be at least {least} for "
-                f"{', '.join(self.metrics)}, got {num_real}: give more training images, or leave "
-                "metrics out"
+                f"{name} must be at least {least} for {', '.join(self.metrics)}, got {num_real}: "
+                "give more, or leave metrics out"
             )
-        if "fd" in self.metrics and num_real <= self.extractor.num_features:
-            rank_zero_warn(
-                f"{num_real} real images give a singular covariance of "
-                f"{self.extractor.num_features} features: take the distance as a rough guide"
-            )
+
+    def warn_of_few(self, num_samples: int | None = None, num_real: int | None = None) -> None:
+        """Warn if "fd" has no more images of a side than features, once all else is checked.
+
+        Args:
+            num_samples: Number of generated images; None if there is nothing to say of them.
+            num_real: Number of real images, likewise.
+        """
+        for count, what in ((num_samples, "samples"), (num_real, "real images")):
+            if "fd" in self.metrics and count and count <= self.extractor.num_features:
+                rank_zero_warn(
+                    f"{count} {what} give a singular covariance of "
+                    f"{self.extractor.num_features} features: take the distance as a rough guide"
+                )
 
     @torch.no_grad()
     def check_shape(self, shape: tuple[int, int, int]) -> None:

@@ -435,11 +435,20 @@ def test_a_score_without_logits_is_refused():
         SampleQuality(Pixels(), ["inception_score"])
 
 
-def test_too_few_samples_are_a_warning_or_an_error():
+def test_no_more_images_of_a_side_than_features_are_a_warning():
     quality = SampleQuality(DigitsFeatures(), ALL)
-    quality.check_num_samples(33)
+    quality.warn_of_few(33, 33)
     with pytest.warns(UserWarning, match="32 samples give a singular covariance of 32 features"):
-        quality.check_num_samples(32)
+        quality.warn_of_few(32, 33)
+    with pytest.warns(UserWarning, match="8 real images give a singular covariance of 32 feat"):
+        quality.warn_of_few(num_real=8)
+    SampleQuality(DigitsFeatures(), ["kid"]).warn_of_few(8, 8)
+
+
+def test_too_few_samples_are_an_error_without_a_warning():
+    SampleQuality(DigitsFeatures()).check_num_samples(2)
+    with pytest.raises(ValueError, match="num_samples must be at least 2 for fd, got 1: give mo"):
+        SampleQuality(DigitsFeatures()).check_num_samples(1)
     others = SampleQuality(DigitsFeatures(), ["kid", "precision_recall"])
     others.check_num_samples(4)
     with pytest.raises(ValueError, match=r"num_samples must be at least 4 for kid, prec.*, got 3"):
@@ -462,13 +471,6 @@ def test_too_few_real_images_are_refused(name, least):
     with pytest.raises(ValueError, match=rf"real images must be at least {least} for {name}, got"):
         quality.check_num_real(least - 1)
     SampleQuality(DigitsFeatures(), ["inception_score"]).check_num_real(1)  # which uses none
-
-
-def test_no_more_real_images_than_features_are_a_warning():
-    quality = SampleQuality(DigitsFeatures())
-    quality.check_num_real(33)
-    with pytest.warns(UserWarning, match="8 real images give a singular covariance of 32 feat"):
-        quality.check_num_real(8)
 
 
 class Flat(DigitsFeatures):
