@@ -10,8 +10,14 @@ from ddim_pl.checks import check_at_least
 from ddim_pl.evaluation.measure import MeasureSettings, measure
 from ddim_pl.evaluation.worker import Worker, check_images
 from ddim_pl.lightning_internals import datamodule_of
-from ddim_pl.metrics.inception import InceptionFeatures
+from ddim_pl.metrics.inception import InceptionFeatures, otherwise
 from ddim_pl.training import DiffusionModule
+
+WITHOUT_WEIGHTS = (
+    "give its path as weights_path of InceptionFeatures, the features of FrechetDistance, or "
+    "leave FrechetDistance out of the callbacks"
+)
+"""What a run can do without the weights of Inception."""
 
 
 class FrechetDistance(L.Callback):
@@ -78,7 +84,8 @@ class FrechetDistance(L.Callback):
                 the statistics.
         """
         if self._measures_in(stage):
-            _ = self.settings.quality
+            with otherwise(WITHOUT_WEIGHTS):
+                _ = self.settings.quality
 
     def check(self, datamodule: L.LightningDataModule | None, stage: str) -> None:
         """Check that this data can be measured, before a run begins; also `check_settings`.
@@ -88,7 +95,8 @@ class FrechetDistance(L.Callback):
                 data module, which must be set up, has no images or too few.
         """
         if self._measures_in(stage):
-            self.settings.check(check_images(datamodule))
+            with otherwise(WITHOUT_WEIGHTS):
+                self.settings.check(check_images(datamodule))
 
     def _measures_in(self, stage: str) -> bool:
         return stage != "predict" and (stage != "fit" or self.every_n_validations > 0)

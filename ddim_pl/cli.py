@@ -60,13 +60,13 @@ from ddim_pl.cli_configs import (
     writes_folder,
 )
 from ddim_pl.cli_environment import options_by, variable_of, with_environment
-from ddim_pl.cli_errors import run_message
+from ddim_pl.cli_errors import plain_warnings, run_message
 from ddim_pl.cli_resuming import tell_of_idleness, tell_of_resuming
 from ddim_pl.commands import ALONE, COMMANDS
 from ddim_pl.commands import Trainer as TrainerWithCommands
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.evaluation.manifest import LONG, sampling_of
-from ddim_pl.evaluation.measure import ChecksBeforeRun
+from ddim_pl.evaluation.measure import ChecksBeforeRun, records_of
 from ddim_pl.evaluation.tables import write_text
 from ddim_pl.evaluation.worker import precision_of
 from ddim_pl.files import check_writable
@@ -409,6 +409,9 @@ class DiffusionCLI(LightningCLI):
             "precision": precision_of(self.trainer, module),
         }
         rows |= {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        stage = "val" if self.subcommand == "validate" else "test"
+        if isinstance(self.datamodule, ImageDataModule):
+            rows |= records_of(self.trainer, self.datamodule, stage)
         width = max(map(len, rows))
         shown = {name: value for name, value in rows.items() if name not in LONG}
         lines = [f"{name:<{width}}  {_format(value)}" for name, value in shown.items()]
@@ -573,7 +576,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         args = with_environment([arg for arg in args if arg != "--trust"], os.environ)
         args = with_homes(args)
-        with trusting(*trusted), signals.handled():
+        with plain_warnings(), trusting(*trusted), signals.handled():
             if args[0] in ALONE:
                 run_alone(*args)
             else:

@@ -8,7 +8,9 @@ import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
@@ -20,6 +22,9 @@ from ddim_pl.shipped import CONFIGS, config_name
 OURS, FEATURES = ("ddim_pl.", "callbacks."), ("ddim_pl.metrics.",)
 MOST_NAMES = 12
 """Names that a message lists at most."""
+
+PACKAGES = ("ddim_pl/", "callbacks/")
+"""Where the code of this project lies, beside each other."""
 
 LISTS = "--help and --print_config list what there is"
 FULL = r"os error \d+|No space left|PytorchStreamWriter failed"
@@ -152,6 +157,34 @@ def _file_message(error: OSError, options: Iterable[tuple[str, str]]) -> str:
 def one_line(message: str) -> str:
     """The message without line breaks."""
     return " ".join(message.split())
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print each warning of this package as one line, once; those of others as Python does."""
+    before, said = warnings.formatwarning, set[str]()
+    root = Path(__file__).resolve().parents[1]
+    ours = tuple(f"{root}/{each}" for each in PACKAGES)
+
+    def formatted(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if not str(Path(filename).resolve()).startswith(ours):
+            return before(message, category, filename, lineno, line)
+        text = f"warning: {one_line(str(message))}\n"
+        is_new = text not in said
+        said.add(text)
+        return text if is_new else ""
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def exit_if_callbacks_are_shadowed() -> None:

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from ddim_pl.cli import main
+from ddim_pl.cli_errors import plain_warnings
 
 ROOT = Path(__file__).parents[1]
 BEGIN = ["fit", "--config", str(ROOT / "configs/digits/ddpm.yaml")]
@@ -139,3 +141,17 @@ def test_another_package_called_callbacks_is_named(tmp_path):
     assert done.stderr.startswith("error: the package callbacks must be")
     assert str(tmp_path / "callbacks") in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_warnings_of_this_package_are_one_line_and_said_once():
+    before = warnings.formatwarning
+    place = (UserWarning, str(ROOT / "ddim_pl" / "x.py"), 3)
+    with plain_warnings():
+        assert warnings.formatwarning("two\n  lines", *place) == "warning: two lines\n"
+        assert warnings.formatwarning("two\n  lines", *place) == ""
+        assert warnings.formatwarning("other", *place) == "warning: other\n"
+        theirs = ("theirs", UserWarning, "/elsewhere/ddim_pl/x.py", 3, "code()")
+        assert warnings.formatwarning(*theirs) == before(*theirs)
+        with pytest.warns(UserWarning, match="seen"):
+            warnings.warn("seen", stacklevel=1)
+    assert warnings.formatwarning is before

@@ -16,7 +16,7 @@ from ddim_pl.evaluation.measure import resize_of, weights_of
 from ddim_pl.evaluation.sides import Side, open_side
 from ddim_pl.evaluation.tables import write_text
 from ddim_pl.files import check_writable
-from ddim_pl.metrics.inception import InceptionFeatures
+from ddim_pl.metrics.inception import InceptionFeatures, otherwise
 from ddim_pl.metrics.quality import OF_FEATURES, SampleQuality, check_metrics
 
 
@@ -35,7 +35,8 @@ def measure(
     """Measure the distance of two sets of images or of their statistics, without a model.
 
     Prints JSON: the numbers, and the extractor, its weights, its resize, precision and how many
-    images of which size they are of.
+    images of which size they are of; of "kid" also how many subsets of how many images. Of a
+    single subset there is no deviation.
 
     Args:
         a: The generated side: a folder of images, an NPZ of images `arr_0`, or an NPZ of
@@ -68,11 +69,13 @@ def measure(
             _check_of_inception(side)
     extractor = make_extractor(features, weights)
     quality = SampleQuality(extractor, metrics, seed=seed)
-    _check_counts(quality, sides)
+    counts = {real: _count_of(quality, side, real=real) for real, side in sides.items()}
+    _check_counts(quality, counts)
     digest = weights_of(extractor)
     for side in sides.values():
         _check_side(quality, side, digest)
     quality.to(device_of(device))
+    quality.warn_of_few(counts[False], counts[True])
     for real, side in sides.items():
         add_side(quality, side, batch_size, real=real)
     numbers = {name: float(value) for name, value in quality.compute().items()}
@@ -88,7 +91,11 @@ def make_extractor(features: Callable[..., nn.Module] | None, weights: str | Non
     Raises:
         ValueError: If it takes no weights, or they cannot be read.
     """
-    make: Callable[..., nn.Module] = features or InceptionFeatures
+    with otherwise("give its path as --weights, or another extractor as --features"):
+        return _made(features or InceptionFeatures, weights)
+
+
+def _made(make: Callable[..., nn.Module], weights: str | None) -> nn.Module:
     if weights is None:
         return make()
     for name in ("weights_path", "weights"):
@@ -163,14 +170,18 @@ def _check_images(side: Side, metrics: Sequence[str], *, real: bool) -> None:
     )
 
 
-def _check_counts(quality: SampleQuality, sides: dict[bool, Side]) -> None:
-    for real, check in ((True, quality.check_num_real), (False, quality.check_num_samples)):
-        side = sides[real]
-        count = side.num_images
-        if side.statistics is not None and not _uses_images(quality.metrics, real=real):
-            count = side.statistics.num_images or 0
-        if count or side.size is not None:
-            check(count)
+def _count_of(quality: SampleQuality, side: Side, *, real: bool) -> int | None:
+    """How many images the numbers are of; None if a file of statistics does not say."""
+    if side.statistics is not None and not _uses_images(quality.metrics, real=real):
+        return side.statistics.num_images or None
+    return side.num_images
+
+
+def _check_counts(quality: SampleQuality, counts: dict[bool, int | None]) -> None:
+    if counts[True] is not None:
+        quality.check_num_real(counts[True], "the number of images of b")
+    if counts[False] is not None:
+        quality.check_num_samples(counts[False], "the number of images of a")
 
 
 def _check_side(quality: SampleQuality, side: Side, digest: str) -> None:
@@ -190,8 +201,10 @@ def _check_output(output: str) -> None:
 def _content(
     quality: SampleQuality, sides: dict[bool, Side], digest: str, numbers: dict[str, float]
 ) -> dict[str, Any]:
+    subsets = quality.kid_subsets
     return {
         **numbers,
+        **({"kid_subsets": {"count": subsets[0], "size": subsets[1]}} if subsets else {}),
         "a": sides[False].record(),
         "b": sides[True].record(),
         "extractor": quality.extractor.name,

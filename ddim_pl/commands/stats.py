@@ -56,9 +56,10 @@ def stats(
     extractor = make_extractor(features, weights)
     quality = SampleQuality(extractor)
     count, shape, batches = _source(quality, side, data, batch_size)
-    quality.check_num_real(count)
+    quality.check_num_real(count, "the number of images")
     quality.check_shape(shape)
     quality.to(device_of(device))
+    quality.warn_of_few(num_real=count)
     for each in tqdm(batches, total=-(-count // batch_size), desc="features", leave=False):
         quality.update(each, real=True)
     sums = quality.real_sums()

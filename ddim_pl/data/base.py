@@ -346,10 +346,13 @@ class ImageDataModule(LightningDataModule, ABC):
         """Load both sets, except for prediction; a second call does nothing."""
         if stage == "predict":
             return
-        if self._train_set is None:
-            self._train_set = self.load(train=True)
-        if self._val_set is None:
-            self._val_set = self.load(train=False)
+        # Commands load images in Lightning's inference mode. A tensor that is made in it cannot be
+        # filled by threads, which are not in it, nor changed afterwards.
+        with torch.inference_mode(False):
+            if self._train_set is None:
+                self._train_set = self.load(train=True)
+            if self._val_set is None:
+                self._val_set = self.load(train=False)
 
     @property
     def predicting(self) -> bool:

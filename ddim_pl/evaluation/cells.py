@@ -28,6 +28,7 @@ from ddim_pl.evaluation.tables import markdown, write_csv, write_text
 from ddim_pl.evaluation.worker import Worker, precision_of
 from ddim_pl.guidance import Guidance
 from ddim_pl.images import read_png, write_png
+from ddim_pl.metrics.inception import otherwise
 from ddim_pl.rng import NoiseSource
 from ddim_pl.samplers import Sampler
 from ddim_pl.schedules import NoiseSchedule
@@ -143,7 +144,8 @@ def cell_settings(
         min(num_shown, count),
         model.noise_source,
     )
-    _ = settings.measure.quality  # loaded before anything is sampled
+    with otherwise("give other features, such as --features DigitsFeatures"):
+        _ = settings.measure.quality  # loaded before anything is sampled
     return settings
 
 

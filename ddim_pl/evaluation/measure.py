@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import lightning as L
 import torch
@@ -84,12 +84,16 @@ class MeasureSettings:
     def check(self, data: ImageDataModule) -> None:
         """Check that the images of a data module, which is set up, can be measured.
 
+        Warns of few images, see `SampleQuality.warn_of_few`.
+
         Raises:
             ValueError: If not; see `SampleQuality`.
         """
-        if self.reference is None:
-            self.quality.check_num_real(data.num_reference)
+        num_real = None if self.reference is not None else data.num_reference
+        if num_real is not None:
+            self.quality.check_num_real(num_real)
         self.quality.check_shape(data.shape)
+        self.quality.warn_of_few(self.num_samples, num_real)
 
     @cached_property
     def extractor(self) -> str:
@@ -108,6 +112,32 @@ class MeasureSettings:
             count = self.reference.num_images or "an unknown number of"
             text += f", real side {self.reference.source} of {count} images"
         return text
+
+    def record(self, data: ImageDataModule) -> dict[str, Any]:
+        """What a measured distance is of, by its name and words, for results of a test.
+
+        Args:
+            data: The real images, set up.
+
+        Returns:
+            "<name> extractor", "<name> num_samples" and, where real images are used,
+            "<name> num_real", a number or "unknown", the file of "<name> statistics", and the
+            "<name> kid_subsets" of what was measured last.
+        """
+        extractor = self.quality.extractor
+        resize = resize_of(extractor)
+        found: dict[str, Any] = {
+            "extractor": extractor.name + (f" ({resize})" if resize else ""),
+            "num_samples": self.num_samples,
+        }
+        if self.reference is not None:
+            found["num_real"] = self.reference.num_images or "unknown"
+            found["statistics"] = Path(self.reference.source).name
+        elif self.quality.needs_real:
+            found["num_real"] = data.num_reference
+        if self.quality.kid_subsets is not None:
+            found["kid_subsets"] = "{} of {} images".format(*self.quality.kid_subsets)
+        return {f"{self.quality.keys[0]} {name}": value for name, value in found.items()}
 
 
 def weights_of(extractor: nn.Module) -> str:
@@ -154,6 +184,18 @@ def settings_of(trainer: L.Trainer) -> MeasureSettings:
     """The settings of the config's callback that measures, or the default ones."""
     found = (getattr(callback, "settings", None) for callback in callbacks_of(trainer))
     return next((each for each in found if isinstance(each, MeasureSettings)), MeasureSettings())
+
+
+def records_of(trainer: L.Trainer, data: ImageDataModule, stage: str) -> dict[str, Any]:
+    """The records of the callbacks that have measured in "val" or "test"."""
+    found: dict[str, Any] = {}
+    for callback in callbacks_of(trainer):
+        settings = getattr(callback, "settings", None)
+        if not isinstance(settings, MeasureSettings):
+            continue
+        if f"{stage}/{settings.quality.keys[0]}" in trainer.callback_metrics:
+            found |= settings.record(data)
+    return found
 
 
 class Measured(NamedTuple):

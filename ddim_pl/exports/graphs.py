@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ddim_pl.clipping import Clipping
 from ddim_pl.damage import reason_of
 from ddim_pl.exports.loader import Step
+from ddim_pl.networks.diffusers import DiffusersUNet
 
 ONNX = ("onnx", "onnxscript")
 """Packages that write ONNX."""
@@ -72,10 +73,12 @@ def write_graphs(
         onnx: The format.
 
     Raises:
-        ValueError: If PyTorch cannot trace the network.
+        ValueError: If PyTorch cannot trace the network for any number of images.
     """
     network = copy.deepcopy(network).float().cpu().eval().requires_grad_(False)
     network.to(memory_format=torch.contiguous_format)
+    if isinstance(network, DiffusersUNet):
+        network.take_any_batch()
     stochastic = any(step["noise_weight"] for step in steps)
     labels = {"label": torch.zeros(2, dtype=torch.long)}
     more = labels if getattr(network, "num_classes", None) else {}
@@ -92,9 +95,19 @@ def write_graphs(
             write(folder / name, module, inputs)
         except Exception as error:  # of whatever a network does
             raise ValueError(
-                f"network must be one that torch.export can trace, got {type(network).__name__} "
-                f"({reason_of(error)}): its forward may not branch on values of tensors"
+                f"network must be one that torch.export can trace for any number of images, got "
+                f"{type(network).__name__} ({reason_of(error)}): {_remedy(network, error)}"
             ) from error
+
+
+def _remedy(network: nn.Module, error: Exception) -> str:
+    """What could be done, by what PyTorch says."""
+    other = "diffusers" if isinstance(network, DiffusersUNet) else "checkpoint"
+    if "Constraints violated" in str(error):
+        return f"its forward branches on that number; change it, or use format {other}"
+    if "data-dependent" in str(error):
+        return f"its forward branches on values of tensors; change it, or use format {other}"
+    return f"use format {other}"
 
 
 def _exported(module: nn.Module, inputs: dict[str, Tensor]) -> torch.export.ExportedProgram:

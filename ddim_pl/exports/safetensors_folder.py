@@ -16,6 +16,7 @@ from torch import nn
 
 import ddim_pl.exports.loader
 from ddim_pl.clipping import Clipping
+from ddim_pl.networks.diffusers import DiffusersUNet
 from ddim_pl.networks.songunet import SongUNet
 from ddim_pl.networks.unet import UNet
 
@@ -34,10 +35,10 @@ def check_network(network: nn.Module) -> None:
     """
     if type(network) not in NETWORKS:
         names = " or ".join(kind.__name__ for kind in NETWORKS)
+        other = "diffusers" if isinstance(network, DiffusersUNet) else "torch_export or onnx"
         raise ValueError(
             f"network must be a {names} for format safetensors, got {type(network).__name__}, "
-            "whose code needs other packages: use format torch_export or onnx, or diffusers for "
-            "a DiffusersUNet"
+            f"whose code needs other packages: use format {other}"
         )
 
 

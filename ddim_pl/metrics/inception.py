@@ -31,6 +31,18 @@ RESIZES = {
 """What each does with pixels from 0 to 255."""
 
 
+class InceptionWeightsError(ValueError):
+    """The weights cannot be downloaded or read.
+
+    Args:
+        what: What is wrong and what helps everywhere; `otherwise` adds what else does.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}, or give its path as weights_path")
+        self.what = what
+
+
 class InceptionFeatures(nn.Module):
     """Pool features of Inception-v3, as in the FID of [FID].
 
@@ -48,7 +60,8 @@ class InceptionFeatures(nn.Module):
             clean-fid ([CleanFID]), slower, on the CPU.
 
     Raises:
-        ValueError: If the weights cannot be downloaded or read, or `resize` is unknown.
+        InceptionWeightsError: If the weights cannot be downloaded or read.
+        ValueError: If `resize` is unknown.
     """
 
     name = "inception"
@@ -69,7 +82,7 @@ class InceptionFeatures(nn.Module):
                     antialias=False,
                 )
         except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError
-            raise ValueError(_no_weights(weights_path, error)) from error
+            raise InceptionWeightsError(_no_weights(weights_path, error)) from error
         fold(self.network)
         self._order()
 
@@ -133,11 +146,21 @@ def _no_weights(given: str | None, error: Exception) -> str:
     reason = str(error) if isinstance(error, DamagedError) else reason_of(error)
     return (
         f"the Inception weights could not be {what} ({reason}): download {WEIGHTS} from the "
-        "releases of torch-fidelity, and put it in "
-        f"{torch.hub.get_dir()}/checkpoints or give its path as the weights_path of "
-        "InceptionFeatures (--weights of measure and stats), or leave FrechetDistance out of the "
-        "callbacks"
+        f"releases of torch-fidelity, and put it in {torch.hub.get_dir()}/checkpoints"
     )
+
+
+@contextmanager
+def otherwise(remedy: str) -> Iterator[None]:
+    """What who asks for the weights of Inception can do without them, for the error.
+
+    Raises:
+        ValueError: In place of `InceptionWeightsError`.
+    """
+    try:
+        yield
+    except InceptionWeightsError as error:
+        raise ValueError(f"{error.what}, or {remedy}") from error
 
 
 @torch.no_grad()

@@ -69,7 +69,8 @@ class SampleQuality:
 
     - "fd", the Fréchet distance ([FID]), from running sums;
     - "kid", the unbiased squared MMD with the cubic kernel ([KID]), which may be negative: mean
-      and standard deviation over subsets of 1000 images, or of all if there are fewer;
+      and standard deviation over 100 subsets of 1000 images, or of all if there are fewer. Where
+      every subset would be all images of both sides there is one, and no deviation;
     - "inception_score" ([IS]): mean and standard deviation over ten splits of the generated
       images. It uses no real images and grows with the number of images;
     - "precision_recall" ([PR]), with 3 neighbours;
@@ -123,10 +124,12 @@ class SampleQuality:
         self._real_radii: dict[int, Tensor] = {}
         self.num_real = 0
         """Number of real images that this process has seen, or of all if their sums were given."""
+        self.kid_subsets: tuple[int, int] | None = None
+        """Number and size of the subsets of the newest "kid"."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Names of the numbers that `compute` returns, in the order of the metrics."""
+        """Names of the numbers that `compute` can return, in the order of the metrics."""
         return tuple(self._key(number) for name in self.metrics for number in NUMBERS[name])
 
     @property
@@ -134,32 +137,31 @@ class SampleQuality:
         """Whether any of the metrics uses real images."""
         return self.metrics != ("inception_score",)
 
-    def check_num_samples(self, num_samples: int) -> None:
+    def check_num_samples(self, num_samples: int, name: str = "num_samples") -> None:
         """Check the number of generated images over all ranks.
 
-        Warns if "fd" has no more images than features.
+        Args:
+            num_samples: The number.
+            name: What it is called, for the error.
 
         Raises:
             ValueError: If the number is too small for a metric.
         """
-        if "fd" in self.metrics and num_samples <= self.extractor.num_features:
-            rank_zero_warn(
-                f"{num_samples} samples give a singular covariance of "
-                f"{self.extractor.num_features} features: take the distance as a rough guide"
-            )
         least = PRECISION_NEIGHBOURS + 1 if "precision_recall" in self.metrics else 2
         if "inception_score" in self.metrics:  # a split of one image always has score 1
             least = max(least, 2 * SCORE_SPLITS)
         if num_samples < least:
             raise ValueError(
-                f"num_samples must be at least {least} for {', '.join(self.metrics)}, got "
-                f"{num_samples}"
+                f"{name} must be at least {least} for {', '.join(self.metrics)}, got "
+                f"{num_samples}: give more, or leave metrics out"
             )
 
-    def check_num_real(self, num_real: int) -> None:
+    def check_num_real(self, num_real: int, name: str = "the number of real images") -> None:
         """Check the number of real images over all ranks.
 
-        Warns if "fd" has no more images than features.
+        Args:
+            num_real: The number.
+            name: What it is called, for the error.
 
         Raises:
             ValueError: If the number is too small for a metric.
@@ -168,15 +170,23 @@ class SampleQuality:
         least = 1 + max(needed.get(name, 1) for name in self.metrics)
         if self.needs_real and num_real < least:
             raise ValueError(
-                f"the number of real images must be at least {least} for "
-                f"{', '.join(self.metrics)}, got {num_real}: give more training images, or leave "
-                "metrics out"
+                f"{name} must be at least {least} for {', '.join(self.metrics)}, got {num_real}: "
+                "give more, or leave metrics out"
             )
-        if "fd" in self.metrics and num_real <= self.extractor.num_features:
-            rank_zero_warn(
-                f"{num_real} real images give a singular covariance of "
-                f"{self.extractor.num_features} features: take the distance as a rough guide"
-            )
+
+    def warn_of_few(self, num_samples: int | None = None, num_real: int | None = None) -> None:
+        """Warn if "fd" has no more images of a side than features, once all else is checked.
+
+        Args:
+            num_samples: Number of generated images; None if there is nothing to say of them.
+            num_real: Number of real images, likewise.
+        """
+        for count, what in ((num_samples, "samples"), (num_real, "real images")):
+            if "fd" in self.metrics and count and count <= self.extractor.num_features:
+                rank_zero_warn(
+                    f"{count} {what} give a singular covariance of "
+                    f"{self.extractor.num_features} features: take the distance as a rough guide"
+                )
 
     @torch.no_grad()
     def check_shape(self, shape: tuple[int, int, int]) -> None:
@@ -308,6 +318,8 @@ class SampleQuality:
     def compute(self) -> dict[str, Tensor]:
         """Return the numbers of all ranks' images, float32 scalars, by the names in `keys`.
 
+        The deviation of "kid" is left out where there is a single subset.
+
         Raises:
             RuntimeError: If a side that is needed has fewer than two images.
             ValueError: If there are too few images for one of the metrics.
@@ -320,7 +332,10 @@ class SampleQuality:
             "density_coverage": partial(self._with_radii, density_coverage, DENSITY_NEIGHBOURS),
         }
         values = [value for name in self.metrics for value in compute[name]()]
-        return {key: value.float() for key, value in zip(self.keys, values, strict=True)}
+        found = {key: value.float() for key, value in zip(self.keys, values, strict=True)}
+        if "kid" in self.metrics and self.kid_subsets is not None and self.kid_subsets[0] == 1:
+            del found[self._key("kid_std")]
+        return found
 
     def reset_samples(self) -> None:
         """Remove the generated images; the statistics of the real ones stay."""
@@ -342,9 +357,11 @@ class SampleQuality:
     def _kid(self) -> tuple[Tensor, ...]:
         real, fake = self._real.of_all_ranks(), self._fake.of_all_ranks()
         size = min(KID_SUBSET_SIZE, len(real), len(fake))
+        count = 1 if size == len(real) == len(fake) else KID_SUBSETS
+        self.kid_subsets = count, size
         with self._random():
             kids = torch.stack(
-                [poly_mmd(_subset(real, size), _subset(fake, size)) for _ in range(KID_SUBSETS)]
+                [poly_mmd(_subset(real, size), _subset(fake, size)) for _ in range(count)]
             )
         return kids.mean(), kids.std(unbiased=False)
 

@@ -4,9 +4,11 @@ It is for what `UNet` lacks: other embeddings of the time, other blocks. Needs t
 `ddim_pl[diffusers]`.
 """
 
+from functools import partial
 from typing import Any, Final
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ddim_pl.checks import check_at_least
 from ddim_pl.networks.unet import check_null_class
@@ -69,6 +71,18 @@ class DiffusersUNet(nn.Module):
         output: Tensor = self.unet(z, t, class_labels=label).sample
         return output
 
+    def take_any_batch(self) -> None:
+        """Leave out what ties a traced graph to a number of images, without another output.
+
+        diffusers' upsampling copies batches of 64 images and more, for old versions of PyTorch. A
+        graph traced with fewer would refuse those.
+        """
+        from diffusers.models.upsampling import Upsample2D
+
+        for each in self.unet.modules():
+            if type(each) is Upsample2D and each.norm is None and not each.use_conv_transpose:
+                each.forward = partial(_upsampled, each)
+
 
 def _check(arguments: dict[str, Any]) -> None:
     """Check what diffusers would take and we could not use."""
@@ -105,3 +119,14 @@ def _made(arguments: dict[str, Any], dropout: float) -> Any:
         raise ValueError(
             f"arguments must be those of diffusers' UNet2DModel, got {arguments}: {error}"
         ) from None
+
+
+def _upsampled(module: Any, z: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+    """`Upsample2D.forward` of diffusers without its copies."""
+    if module.interpolate and output_size is None:
+        z = F.interpolate(z, scale_factor=2.0, mode="nearest")
+    elif module.interpolate:
+        z = F.interpolate(z, size=output_size, mode="nearest")
+    if module.use_conv:
+        z = module.conv(z) if module.name == "conv" else module.Conv2d_0(z)
+    return z

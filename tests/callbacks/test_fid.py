@@ -11,7 +11,7 @@ from callbacks import FrechetDistance, SampleGrid
 from ddim_pl.cli import main
 from ddim_pl.data.base import TensorImages
 from ddim_pl.data.digits import DigitsDataModule
-from ddim_pl.evaluation.measure import weights_of
+from ddim_pl.evaluation.measure import records_of, weights_of
 from ddim_pl.images import grid, read_png, to_uint8
 from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.metrics.quality import NUMBERS, SampleQuality
@@ -186,7 +186,7 @@ def test_missing_weights_are_an_error_before_the_data_are_prepared(tmp_path, mon
         "init_args": {"weights_path": str(tmp_path / "nowhere.pth")},
     }
     config["trainer"]["callbacks"][0]["init_args"]["features"] = features
-    with pytest.raises(SystemExit, match="the Inception weights could not be read"):
+    with pytest.raises(SystemExit, match=r"could not be read.* leave FrechetDistance out"):
         main(["fit", "--config", write_config(config, tmp_path / "config.yaml")])
     assert prepared == []
     assert sorted(f.name for f in tmp_path.iterdir()) == ["config.yaml"]
@@ -254,6 +254,11 @@ def test_statistics_in_place_of_the_real_images_give_the_same_distance(tmp_path)
         t = trainer(tmp_path, callback)
         t.test(module, data, verbose=False)
         found.append(float(t.callback_metrics["test/digits_fd"]))
+        known = {"digits_fd extractor": "digits", "digits_fd num_samples": 50}
+        known |= {"digits_fd num_real": 1797}
+        known |= {} if file is None else {"digits_fd statistics": "real.npz"}
+        assert records_of(t, data, "test") == known
+        assert records_of(t, data, "val") == {}
     assert CountingFeatures.seen == PROBE + 50  # no real ones
     assert found[1] == pytest.approx(found[0], rel=1e-6)
 

@@ -80,6 +80,10 @@ def test_test_prints_a_table_from_the_checkpoint_alone(run, capsys):
     assert "DDIM(eta=0.0)" in out
     results = json.loads((version / "test-results.json").read_text())
     assert results["test/digits_fd"] > 0
+    assert results["digits_fd num_samples"] == 41
+    assert results["digits_fd num_real"] == 1797
+    assert results["digits_fd extractor"] == "digits"
+    assert re.search(r"digits_fd num_samples\s+41\b", out)
     assert (version / "samples" / "test.png").exists()
     assert [f.name for f in version.parent.iterdir()] == ["version_0"]
 

@@ -1,7 +1,11 @@
 """Distances of two sides without a model."""
 
 import json
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from ddim_pl.metrics.digits import WEIGHTS, DigitsFeatures
 from ddim_pl.metrics.quality import NUMBERS, SampleQuality
 from ddim_pl.metrics.statistics import FeatureStatistics
 
+ROOT = Path(__file__).parents[2]
 NUM_REAL, NUM_FAKE = 120, 90
 
 
@@ -144,15 +149,24 @@ def test_of_a_reference_batch_the_distance_takes_the_statistics(folders, tmp_pat
         ("fake", "real", {"metrics": ["inception_score"]}, "one that compares a and b"),
         ("fake", "real", {"metrics": ["fid"]}, "metrics must be one or more of fd"),
         ("fake", "rgb.npz", {}, "features must take uint8 images|images must have shape"),
-        ("fake", "one.npz", {}, "the number of real images must be at least 2"),
-        ("one.npz", "real", {}, "num_samples must be at least 2"),
+        (
+            "fake",
+            "one.npz",
+            {},
+            "the number of images of b must be at least 2 for fd, got 1: give",
+        ),
+        (
+            "one.npz",
+            "real",
+            {},
+            "the number of images of a must be at least 2 for fd, got 1: give",
+        ),
         ("fake", "real", {"device": "nowhere"}, "device must be one that works, got 'nowhere'"),
         ("fake", "real", {"output": "x.txt"}, "output must end in .json"),
         ("fake", "real", {"batch_size": 0}, "batch_size must be at least 1"),
         ("fake", "real", {"weights": "nowhere.safetensors"}, "nowhere.safetensors"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*singular covariance")
 def test_what_cannot_be_measured_is_an_error(folders, a, b, arguments, message):
     np.savez(folders / "wide.npz", mu=np.zeros(7), sigma=np.eye(7))
     np.savez(folders / "rgb.npz", np.zeros((40, 8, 8, 3), np.uint8))
@@ -162,9 +176,18 @@ def test_what_cannot_be_measured_is_an_error(folders, a, b, arguments, message):
         measure(str(folders / a), str(folders / b), **settings)
 
 
+def test_a_single_subset_has_no_deviation(folders, capsys):
+    found = measured(folders, "real", "real", capsys, metrics=["kid"])
+    assert found["kid_subsets"] == {"count": 1, "size": NUM_REAL}
+    assert "digits_kid" in found
+    assert "digits_kid_std" not in found
+    assert "kid_subsets" not in measured(folders, "real", "real", capsys)
+
+
 def test_weights_are_given_under_either_name():
     assert make_extractor(DigitsFeatures, str(WEIGHTS)).name == "digits"
-    with pytest.raises(ValueError, match=r"the Inception weights could not be read from nowhere"):
+    message = r"could not be read from nowhere.*/checkpoints, or give its path as --weights, or an"
+    with pytest.raises(ValueError, match=f"the Inception weights {message}"):
         make_extractor(None, "nowhere.pth")
     with pytest.raises(ValueError, match="weights must be left out for an extractor without"):
         make_extractor(lambda: DigitsFeatures(), "x")
@@ -176,6 +199,7 @@ def test_the_command_line(folders, tmp_path, capsys, monkeypatch):
     main(["measure", *arguments, "--metrics", "[fd,kid]", "--device", "cpu"])
     found = json.loads(capsys.readouterr().out)
     assert {"digits_fd", "digits_kid", "digits_kid_std"} <= set(found)
+    assert found["kid_subsets"] == {"count": 100, "size": NUM_FAKE}
     main(["measure", *arguments, "--weights", str(WEIGHTS), "--device=cpu"])
     assert json.loads(capsys.readouterr().out)["digits_fd"] == found["digits_fd"]
     assert not list(tmp_path.iterdir())
@@ -194,6 +218,22 @@ def test_the_command_line(folders, tmp_path, capsys, monkeypatch):
         text = stop.value.code if isinstance(stop.value.code, str) else said
         (line,) = [line for line in text.splitlines() if line.startswith("error")]
         assert message in line
+
+
+def test_a_warning_is_one_line_and_said_once(folders, tmp_path):
+    for index in range(20):
+        write_png(torch.full((1, 8, 8), index, dtype=torch.uint8), tmp_path / f"{index}.png")
+    arguments = ["measure", tmp_path, folders / "real", "--features", "DigitsFeatures"]
+    command = [sys.executable, ROOT / "main.py", *arguments, "--device", "cpu"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    said = [line for line in done.stderr.splitlines() if "singular" in line]
+    (line,) = said
+    assert line.endswith(
+        "warning: 20 samples give a singular covariance of 32 features: take the "
+        "distance as a rough guide"
+    )
+    assert "rank_zero_warn" not in done.stderr
 
 
 def test_statistics_of_another_extractor_are_found_before_a_download(folders, tmp_path):

@@ -15,7 +15,9 @@ from tiny import some_ddpm
 from ddim_pl.cli import main
 from ddim_pl.commands import COMMANDS
 from ddim_pl.data.digits import DigitsDataModule
+from ddim_pl.data.image_folder import ImageFolderDataModule
 from ddim_pl.images import write_png
+from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.samplers import DDIM, Ancestral
 
 ROOT = Path(__file__).parents[2]
@@ -176,3 +178,29 @@ def test_a_moved_checkpoint_has_one_folder_of_its_own(checkpoint, tmp_path, caps
     assert cell.stat().st_mtime_ns == written
     assert {f.name for f in checkpoint.parents[2].iterdir()} == runs
     assert {f.name for f in tmp_path.iterdir()} == {"moved.ckpt", "moved-run"}
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("sweep", {"timesteps": ["linear"], "num_steps": [2], "num_samples": 8}),
+        ("reconstruct", {"num_steps": [2]}),
+        ("interpolate", {"from_data": True, "num_pairs": 1, "num_points": 3}),
+        ("invert", {"num_images": 2, "num_steps": 2, "num_updates": 1}),
+        ("inpaint", {"num_images": 2, "num_fills": 1, "jump_length": 1, "num_resamples": 1}),
+        ("forward", {"num_images": 2, "num_steps": 3, "num_points": 2}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*singular covariance")
+def test_real_images_may_come_from_a_folder(tmp_path, command, arguments):
+    """They are decoded in threads, which are not in the inference mode of the command."""
+    for number in range(8):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        pixels = torch.full((1, 8, 8), 30 * number, dtype=torch.uint8)
+        write_png(pixels, tmp_path / "images" / f"{number}.png")
+    if command == "sweep":
+        arguments = {**arguments, "features": DigitsFeatures, "num_shown": 2}
+    data = ImageFolderDataModule(str(tmp_path / "images"), 8, channels=1)
+    made = tmp_path / "made"
+    getattr(trainer(tmp_path), command)(some_ddpm(), data, output=str(made), **arguments)
+    assert list(made.rglob("*.png"))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.datasets import CelebA
 from torchvision.transforms import functional
 
+from data.inference import check_loads_in_inference_mode
 from ddim_pl.data import celeba, image_folder
 from ddim_pl.data.celeba import ARCHIVE, IMAGES, PARTITION, CelebADataModule
 from ddim_pl.data.image_folder import decode
@@ -262,3 +263,10 @@ def test_arguments_out_of_range_are_refused() -> None:
         CelebADataModule(image_size=0)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         CelebADataModule(batch_size=0)
+
+
+def test_a_command_loads_images_in_its_inference_mode(
+    tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    put(tmp_path, files)
+    check_loads_in_inference_mode(lambda: CelebADataModule(str(tmp_path), image_size=8))

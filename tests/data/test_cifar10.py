@@ -12,6 +12,7 @@ import torch
 import torchvision.datasets.utils
 from torchvision.datasets import CIFAR10
 
+from data.inference import check_loads_in_inference_mode
 from ddim_pl.data.cifar10 import CIFAR10DataModule
 
 PER_FILE = 3
@@ -101,3 +102,8 @@ def test_a_partial_archive_is_never_used(tmp_path: Path, archive: bytes) -> None
             CIFAR10DataModule(str(tmp_path), download).prepare_data()
     path.write_bytes(archive)
     CIFAR10DataModule(str(tmp_path)).prepare_data()
+
+
+def test_a_command_loads_images_in_its_inference_mode(tmp_path: Path, archive: bytes) -> None:
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive)
+    check_loads_in_inference_mode(lambda: CIFAR10DataModule(str(tmp_path)))

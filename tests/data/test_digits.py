@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from data.inference import check_loads_in_inference_mode
 from ddim_pl.data.digits import DigitsDataModule, digits_arrays, digits_split
 
 
@@ -47,3 +48,7 @@ def test_digits_are_never_mirrored() -> None:
     assert {image.numpy().tobytes() for image in batch.images} == originals
     with pytest.raises(TypeError, match="flip"):
         DigitsDataModule(flip=True)
+
+
+def test_a_command_loads_images_in_its_inference_mode() -> None:
+    check_loads_in_inference_mode(DigitsDataModule)

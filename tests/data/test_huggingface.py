@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.inference import check_loads_in_inference_mode
 from ddim_pl.data import image_folder
 from ddim_pl.data.huggingface import HuggingFaceDataModule
 
@@ -378,3 +379,14 @@ def test_what_was_downloaded_is_read_without_a_network(
 def test_without_the_library_the_error_names_the_command() -> None:
     with pytest.raises(ValueError, match=r"pip install 'ddim_pl\[datasets\]'"):
         HuggingFaceDataModule("owner/name", SIZE).prepare_data()
+
+
+@pytest.mark.parametrize("limit", [0, image_folder.MEMORY_LIMIT], ids=["files", "memory"])
+def test_a_command_loads_images_in_its_inference_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(image_folder, "MEMORY_LIMIT", limit)
+    folder = write(tmp_path / "set")
+    check_loads_in_inference_mode(
+        lambda: HuggingFaceDataModule(str(folder), SIZE, val_split="test")
+    )

@@ -8,6 +8,7 @@ from PIL import EpsImagePlugin, Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from torchvision.transforms.functional import pil_to_tensor
 
+from data.inference import check_loads_in_inference_mode
 from ddim_pl.data import image_folder
 from ddim_pl.data.encoded import Encoded
 from ddim_pl.data.image_folder import ImageFolderDataModule, check_header, decode
@@ -233,3 +234,14 @@ def test_no_program_in_an_image_is_run(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(ValueError, match=r"a\.png cannot be read \(EPS is a program"):
             check_header(image, 8, False)
     assert not mark.exists()
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_command_loads_images_in_its_inference_mode(tmp_path: Path, cached: bool) -> None:
+    for name in ("a/1.png", "a/2.png", "b/3.png"):
+        write(tmp_path / "images" / name)
+    cache = str(tmp_path / "maps") if cached else None
+    check_loads_in_inference_mode(
+        lambda: ImageFolderDataModule(str(tmp_path / "images"), SIZE, cache=cache)
+    )

@@ -14,6 +14,7 @@ import PIL.Image
 import pytest
 import torch
 
+from data.inference import check_loads_in_inference_mode
 from ddim_pl.data import image_folder
 from ddim_pl.data.image_zip import ImageZipDataModule, ZipImages
 
@@ -312,3 +313,9 @@ def test_sizes_are_checked_or_changed_as_of_files(tmp_path: Path) -> None:
     data = ImageZipDataModule(str(path), 4, channels=1)
     data.setup()
     assert data.shape == (1, 4, 4)
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_command_loads_images_in_its_inference_mode(tmp_path: Path) -> None:
+    path = write(tmp_path / "set.zip")
+    check_loads_in_inference_mode(lambda: ImageZipDataModule(str(path), SIZE))

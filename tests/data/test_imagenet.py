@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.inference import check_loads_in_inference_mode
 from ddim_pl.data import imagenet
 from ddim_pl.data.imagenet import ImageNetDataModule
 
@@ -204,3 +205,10 @@ def test_flat_folders_are_refused_where_they_differ(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8)).save(tmp_path / place)
     with pytest.raises(ValueError, match=r"val/b/1\.png must lie in a subfolder named like a tr"):
         prepared(tmp_path)
+
+
+def test_a_command_loads_images_in_its_inference_mode(
+    tmp_path: Path, archives: dict[str, bytes]
+) -> None:
+    put(tmp_path, archives)
+    check_loads_in_inference_mode(lambda: ImageNetDataModule(str(tmp_path), 8))

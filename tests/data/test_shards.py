@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.inference import check_loads_in_inference_mode
 from data.test_base import Recorder, make_trainer, saved_at_with, with_ranks
 from ddim_pl.data.shards import ShardDataModule
 
@@ -346,3 +347,7 @@ def test_numbers_out_of_range_are_refused(name: str) -> None:
     arguments: dict[str, Any] = {"image_size": 8, name: 0}
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         ShardDataModule("anywhere", **arguments)
+
+
+def test_a_command_loads_images_in_its_inference_mode(written: Path) -> None:
+    check_loads_in_inference_mode(lambda: module(written / "shards"))

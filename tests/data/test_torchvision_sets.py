@@ -23,6 +23,7 @@ import torchvision.datasets.utils
 from PIL import Image
 from torchvision.datasets import CIFAR100, MNIST, SVHN, FashionMNIST
 
+from data.inference import check_loads_in_inference_mode
 from ddim_pl.data import torchvision_sets
 from ddim_pl.data.torchvision_sets import TorchvisionDataModule
 
@@ -303,3 +304,11 @@ def test_a_folder_that_cannot_be_written_to_is_read(
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(torchvision_sets, "alone_in", None)
     torchvision_sets.prepare("MNIST", str(tmp_path), False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_command_loads_images_in_its_inference_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any
+) -> None:
+    put(tmp_path, published(name, monkeypatch))
+    check_loads_in_inference_mode(lambda: TorchvisionDataModule(name, str(tmp_path)))

@@ -43,7 +43,7 @@ def test_a_card_has_metadata_and_all_that_was_asked_for():
         make_export(model, "diffusers"),
         model,
         name="me/student",
-        metrics={"test/digits_fd": 0.123456, "precision": "32-true"},
+        metrics={"test/digits_fd": 0.123456, "digits_fd num_samples": 50000},
         config={"data": {"class_path": "Digits"}, "model": {"class_path": "DDPM"}, "trainer": {}},
         license="apache-2.0",
     )
@@ -65,6 +65,7 @@ def test_a_card_has_metadata_and_all_that_was_asked_for():
         "| sampler | DDIM(eta=0.0) |",
         "| prediction | eps |",
         "| test/digits_fd | 0.1235 |",
+        "| digits_fd num_samples | 50000 |",
         "class_path: Digits",
         "class_path: DDPM",
         "## Licence\n\napache-2.0",

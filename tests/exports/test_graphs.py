@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import random_weights
+from foreign import OWN_DEFAULTS, random_weights
 from tiny import tiny_ddpm, tiny_unet
 from torch import nn
 from without_ddim_pl import run
@@ -14,6 +14,7 @@ from without_ddim_pl import run
 from ddim_pl.clipping import DynamicThreshold
 from ddim_pl.exports.graphs import check_onnx, write_graphs
 from ddim_pl.exports.steps import step_numbers
+from ddim_pl.networks.diffusers import DiffusersUNet
 from ddim_pl.samplers import Ancestral
 from ddim_pl.schedules import CosineLogSNRSchedule
 
@@ -94,18 +95,64 @@ def test_onnx_draws_the_same_images(settings, tmp_path):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-class Branching(nn.Module):
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the converter
+@pytest.mark.parametrize("onnx", [False, True])
+def test_a_network_of_diffusers_takes_any_number_of_images(onnx, tmp_path):
+    """diffusers branches on 64 images."""
+    pytest.importorskip("onnxscript" if onnx else "diffusers")
+    network = DiffusersUNet(OWN_DEFAULTS).eval()
+    random_weights(network)
+    model = tiny_ddpm(network=network, num_steps=2)
+    write_graphs(tmp_path, network, (1, 8, 8), step_numbers(model), None, onnx=onnx)
+    if onnx:
+        session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "network.onnx")
+    else:
+        program = torch.export.load(tmp_path / "network.pt2").module()
+    for count in (1, 70):
+        z, t = torch.randn(count, 1, 8, 8), torch.linspace(0, 999, count)
+        with torch.no_grad():
+            wanted = network(z, t)
+            if onnx:
+                (found,) = session.run(None, {"z": z.numpy(), "t": t.numpy()})
+                found = torch.from_numpy(found)
+            else:
+                found = program(z, t)
+        assert wanted.std() > 0.1
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+class Values(nn.Module):
     """What no graph can hold."""
 
     def forward(self, z, t):
         return z if z.sum() > 0 else -z
 
 
-def test_a_network_that_cannot_be_traced_is_refused(tmp_path):
+class Count(nn.Module):
+    """What a graph can hold for some numbers of images alone."""
+
+    def forward(self, z, t):
+        return z if len(z) < 64 else -z
+
+
+class Failing(nn.Module):
+    def forward(self, z, t):
+        raise RuntimeError("no such weights")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Values, r"got Values .*: its forward branches on values of tensors; change it, or use"),
+        (Count, r"got Count .*: its forward branches on that number; change it, or use format ch"),
+        (Failing, r"got Failing \(.*no such weights.*\): use format checkpoint"),
+    ],
+)
+def test_a_network_that_cannot_be_traced_is_refused_with_the_reason(kind, message, tmp_path):
     steps = step_numbers(tiny_ddpm())
-    message = "network must be one that torch.export can trace, got Branching"
-    with pytest.raises(ValueError, match=message):
-        write_graphs(tmp_path, Branching(), (1, 8, 8), steps, None, onnx=False)
+    with pytest.raises(ValueError, match="(?s)can trace for any number of images, " + message):
+        write_graphs(tmp_path, kind(), (1, 8, 8), steps, None, onnx=False)
 
 
 def test_without_onnx_the_error_says_what_to_install(monkeypatch):

@@ -75,12 +75,15 @@ def test_the_loader_draws_the_same_images(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "network", [functools.partial(nn.Conv2d, 1, 1, 1), functools.partial(DiffusersUNet, TINY)]
+    ("network", "other"),
+    [
+        (functools.partial(nn.Conv2d, 1, 1, 1), "torch_export or onnx"),
+        (functools.partial(DiffusersUNet, TINY), "diffusers"),
+    ],
 )
-def test_networks_whose_code_needs_more_are_refused(network):
-    with pytest.raises(
-        ValueError, match="network must be a UNet or SongUNet for format safetensors"
-    ):
+def test_networks_whose_code_needs_more_are_refused(network, other):
+    message = f"network must be a UNet or SongUNet for format safetensors.*use format {other}$"
+    with pytest.raises(ValueError, match=message):
         check_network(network())
 
 

@@ -29,6 +29,18 @@ def test_it_answers_as_the_network_itself():
         assert torch.equal(ours(z, t), theirs(z, t).sample)
 
 
+@pytest.mark.parametrize("count", [2, 64])
+@pytest.mark.parametrize("upsample_type", ["conv", "resnet"])
+def test_it_answers_the_same_when_it_is_made_ready_for_a_graph(count, upsample_type):
+    network = DiffusersUNet({**OWN_DEFAULTS, "upsample_type": upsample_type}).eval()
+    random_weights(network)
+    z = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = network(z, torch.arange(count))
+        network.take_any_batch()
+        assert torch.equal(network(z, torch.arange(count)), before)
+
+
 def test_dropout_is_an_argument_of_its_own():
     network = DiffusersUNet({**OWN_DEFAULTS, "dropout": 0.5}, dropout=0.2)
     assert {each.p for each in network.modules() if isinstance(each, torch.nn.Dropout)} >= {0.2}
