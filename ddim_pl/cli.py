@@ -522,6 +522,8 @@ def run_alone(command: str, *args: str) -> None:
     """Run a command that needs neither trainer nor model."""
     set_import_policy(dotted_paths([value for _, value in options(args)]), strict=False)
     parser = alone_parser(command)
+    set_by = options_by(os.environ, command=command)
+    parser.variables = [variable_of(name[2:], command) for name in set_by]
     arguments = parser.instantiate(parser.parse_args(classes_first(args)))
     ALONE[command](**vars(arguments))
 

@@ -34,7 +34,12 @@ BEGIN = ["fit", "--config", str(ROOT / "configs/digits/ddpm.yaml")]
             "cannot be no.such.Thing: known are",
         ),
         (["--data.flip", "true"], "flip is no argument of DigitsDataModule: it has batch_size"),
-        (["--nonsense", "1"], "unrecognized arguments: --nonsense 1"),
+        (["--nonsense", "1"], "unrecognized arguments: --nonsense 1 (--help"),
+        (["--trainer.max_step", "3"], "max_step 3: did you mean --trainer.max_steps?"),
+        (["--trainer.max_stpes=3"], "did you mean --trainer.max_steps?"),
+        (["--trainr.max_steps=3"], "did you mean --trainer.max_steps?"),
+        (["--mode.num_steps", "3"], "did you mean --model.num_steps?"),
+        (["--seed", "3"], "unrecognized arguments: --seed 3: did you mean --seed_everything?"),
     ],
 )
 def test_a_wrong_name_is_answered_by_the_nearest(arguments, message, capsys):
