@@ -28,7 +28,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import ddim_pl.data
 import ddim_pl.metrics
@@ -429,6 +429,11 @@ def _check_fit(module: DiffusionModule, data: ImageDataModule, *, trains: bool) 
         raise ValueError(
             f"the data has {data.num_classes} classes but the network num_classes="
             f"{module.num_classes}: set it to {data.num_classes}, or to null for no classes"
+        )
+    if trains and module.num_classes is None and data.labels_given:
+        rank_zero_warn(
+            f"data.{data.labels_given} has no effect: the network has num_classes=null and takes "
+            f"no labels; set it to {data.num_classes} to train on them, or leave the labels out"
         )
     if trains and data.num_classes == 1 and (module.num_classes or 1) > 1:
         raise ValueError(

@@ -326,6 +326,11 @@ class ImageDataModule(LightningDataModule, ABC):
         """What the pixels depend on beside the source, in the name of the data."""
         return ""
 
+    @property
+    def labels_given(self) -> str | None:
+        """The argument, with its value, by which labels are asked for; None where they are not."""
+        return None
+
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: Lightning's would build whatever classes the file names.

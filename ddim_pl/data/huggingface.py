@@ -27,6 +27,9 @@ ON_THE_HUB = r"(?!buckets/)\w[\w.-]*/\w[\w.-]*"
 CARD, SETTINGS = "README.md", ".huggingface.yaml"
 """Where a folder says which files are of which split."""
 
+LABEL_COLUMN = "label"
+"""Where most data sets have their classes."""
+
 BINARY = ("binary", "large_binary")
 
 
@@ -119,7 +122,7 @@ class HuggingFaceDataModule(FileDataModule):
         split: str = "train",
         val_split: str | None = None,
         image_column: str | None = None,
-        label_column: str | None = "label",
+        label_column: str | None = LABEL_COLUMN,
         download: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -136,6 +139,12 @@ class HuggingFaceDataModule(FileDataModule):
     def validates_apart(self) -> bool:
         """Whether there is a `val_split`."""
         return self.val_split is not None
+
+    @property
+    def labels_given(self) -> str | None:
+        """The column of labels, where it is not the default."""
+        column = self.label_column
+        return None if column in (None, LABEL_COLUMN) else f"label_column {column}"
 
     def labelled(self, train: bool, *, report: bool) -> LabelledFiles:
         """The images of `split` or of `val_split`."""

@@ -397,6 +397,11 @@ class ImageFolderDataModule(FileDataModule):
         """Whether there is a `val_root`."""
         return self.val_root is not None
 
+    @property
+    def labels_given(self) -> str | None:
+        """The file of labels; subfolders alone may be there for other reasons."""
+        return None if self.label_file is None else f"labels {self.label_file}"
+
     def labelled(self, train: bool, *, report: bool) -> LabelledFiles:
         """The files of `root` or of `val_root`."""
         files = find_images(Path(self.root).expanduser(), report=report)
