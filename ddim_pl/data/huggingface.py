@@ -160,7 +160,10 @@ class HuggingFaceDataModule(FileDataModule):
             rank_zero_info(f"{self.source}, {dataset.split}: {len(dataset)} images, {found}")
         root = Path(self.source).expanduser()
         name = f"{root.name}-{re.sub(r'[^A-Za-z0-9]+', '-', str(dataset.split))}"
-        return LabelledFiles(TableImages(root, dataset, column), labels, len(classes), name)
+        given = getattr(dataset.features.get(self.label_column), "names", None)
+        names = () if self.label_column is None else tuple(map(str, given or classes))
+        images = TableImages(root, dataset, column)
+        return LabelledFiles(images, labels, len(classes), name, names)
 
     def _open(self, split: str) -> Any:
         """A split of the data set."""

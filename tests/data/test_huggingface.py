@@ -112,6 +112,20 @@ def test_a_folder_of_parquet_is_read_by_its_splits(
     assert data.num_classes == data.val_set.num_classes == num_classes
 
 
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("classes", ("a", "b", "c", "d")),
+        ("names", ("bat", "cat", "cow")),
+        ("numbers", ("0", "1", "2")),
+    ],
+)
+def test_classes_have_names(tmp_path: Path, kind: str, names: tuple[str, ...]) -> None:
+    folder = write(tmp_path / "set", kind)
+    assert module(folder).class_names == names
+    assert module(folder, label_column=None).class_names == ()
+
+
 def test_a_part_of_a_split_is_a_split(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", column="img")
     data = module(folder, split="train[2:5]", val_split="train[5:]", label_column=None)
