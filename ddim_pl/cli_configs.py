@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from ddim_pl.cli_errors import parser_message
 from ddim_pl.lightning_internals import FILE_LOGGERS
+from ddim_pl.runs import run_of, version_of
 from ddim_pl.shipped import CONFIGS
 
 DEFAULTS = CONFIGS / "default.yaml"
@@ -259,6 +260,26 @@ def with_folder(loggers: Sequence[Namespace]) -> list[Namespace]:
     names = (settings.get(key) for key in ("project", "experiment_name", "name"))
     arguments = Namespace(save_dir="runs", name=next(filter(None, names), "lightning_logs"))
     return [Namespace(class_path=TABLE, init_args=arguments), *ordered]
+
+
+def log_into_run(logger: Namespace, checkpoint: Path, *, fits: bool) -> None:
+    """Let a logger write into a checkpoint's run; a fit from another's begins a new one.
+
+    Args:
+        logger: Its arguments, which are changed.
+        checkpoint: The checkpoint.
+        fits: Whether the command is fit.
+    """
+    found = version_of(checkpoint)
+    if fits:
+        root = Path(logger.get("save_dir", "runs"), logger.get("name") or "")
+        if found is not None and root.absolute() == found[0]:
+            logger["version"] = found[1]
+        return
+    run = run_of(checkpoint)
+    folder, version = found or (run, "")
+    logger["save_dir"], logger["name"] = str(folder.parent), folder.name
+    logger["version"] = version
 
 
 def options(args: Sequence[str]) -> list[tuple[str, str]]:
