@@ -519,7 +519,8 @@ def _format(value: Any) -> str:
 
 def alone_parser(command: str) -> AloneParser:
     """The parser of a command that needs neither trainer nor model."""
-    parser = AloneParser(prog=f"main.py {command}", description=DESCRIPTIONS[command])
+    parser = AloneParser(description=DESCRIPTIONS[command])
+    parser.prog = f"{parser.prog} {command}"
     parser.add_function_arguments(ALONE[command], as_positional=True)
     return parser
 

@@ -22,6 +22,7 @@ MOST_NAMES = 12
 """Names that a message lists at most."""
 
 LISTS = "--help and --print_config list what there is"
+HELP_LISTS = "--help lists what there is"
 FULL = r"os error \d+|No space left|PytorchStreamWriter failed"
 """What the writers of tensors say where others raise an OSError."""
 
@@ -73,6 +74,7 @@ def parser_message(
     close = _close_option(unknown[1], known) if unknown else None
     if close is not None:
         return f"{one_line(message)}: did you mean {close}?"
+    lists = LISTS if not known or "--print_config" in known else HELP_LISTS
     missing = re.search(NO_FILE, message)
     if missing:
         return _no_config(Path(missing[1]))
@@ -83,7 +85,7 @@ def parser_message(
         owner = _last(OWNER, message[: option.start()])
         kind = _imported(owner) if owner else None
         name = owner.rpartition(".")[2] if owner else "this command"
-        hint = _hint(option[1].partition(".")[0], _arguments(kind)) if kind else LISTS
+        hint = _hint(option[1].partition(".")[0], _arguments(kind)) if kind else lists
         return f"{option[1]} is no argument of {name}: {hint}"
     wrong = re.search(WRONG_CLASS, message)
     if wrong:
@@ -96,7 +98,7 @@ def parser_message(
     reason, key = one_line(_reason(message)).rstrip("."), _last(KEY, message)
     if key is not None and "Parser key" not in reason:
         reason = f"{key}: {reason}"
-    return f"{reason} ({LISTS})"
+    return f"{reason} ({lists})"
 
 
 def _close_option(given: str, known: Sequence[str]) -> str | None:

@@ -11,6 +11,7 @@ import yaml
 
 from ddim_pl.damage import read_archive
 from ddim_pl.loggers import RUNS
+from ddim_pl.teachers.diffusers_folder import is_diffusers
 from ddim_pl.training.hyperparameters import CONFIG_KEY
 from ddim_pl.trust import (
     check_classes,
@@ -189,9 +190,11 @@ def read_checkpoint(
     """
     if not path.is_file():
         problem = "which is a folder" if path.is_dir() else "which is not a file"
-        raise FileNotFoundError(
-            f"{name} must be a checkpoint, got {path}, {problem}: give a file or 'last'"
-        )
+        remedy = "give a file or 'last'"
+        if is_diffusers(path):
+            problem = "which is a folder of diffusers"
+            remedy = f"make one of it by main.py import {path} --output FILE"
+        raise FileNotFoundError(f"{name} must be a checkpoint, got {path}, {problem}: {remedy}")
     checkpoint = read_archive(path, name, keep=keep)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(

@@ -144,3 +144,18 @@ def test_another_package_called_callbacks_is_named(tmp_path):
     assert done.stderr.startswith("error: the package callbacks must be")
     assert str(tmp_path / "callbacks") in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lists"),
+    [
+        (["import", "a"], "(--help lists what there is)"),
+        (["measure", "a"], "(--help lists what there is)"),
+        (["fit", "--nonsense", "1"], "(--help and --print_config list what there is)"),
+    ],
+)
+def test_an_error_names_options_that_the_command_has(arguments, lists, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.strip().endswith(lists)

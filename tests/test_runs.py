@@ -12,7 +12,7 @@ from tiny import tiny_config, write_config
 
 from ddim_pl.cli import main
 from ddim_pl.locks import alone_in
-from ddim_pl.runs import claim_version, newest_checkpoint
+from ddim_pl.runs import claim_version, newest_checkpoint, read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +51,15 @@ def test_last_does_not_skip_a_newer_run_without_a_checkpoint(tmp_path):
     (begun / "config.yaml").touch()
     with pytest.raises(ValueError, match=r"version_1, which has no checkpoint yet.*version_0"):
         newest_checkpoint(tmp_path)
+
+
+def test_a_folder_of_diffusers_is_to_be_imported(tmp_path):
+    with pytest.raises(FileNotFoundError, match="which is a folder: give a file or 'last'"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "model_index.json").touch()
+    wanted = rf"which is a folder of diffusers: .* main.py import {tmp_path} --output FILE"
+    with pytest.raises(FileNotFoundError, match=wanted):
+        read_checkpoint(tmp_path)
 
 
 FAILING = """
