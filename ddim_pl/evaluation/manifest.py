@@ -76,7 +76,7 @@ def write_manifest(
         "checkpoint": None if ckpt_path is None else str(ckpt_path),
         "fingerprint": fingerprint(model),
         "updates": model.checkpoint_step or None,
-        "weights": f"averaged, ema_decay {model.average.decay:g}",
+        "weights": _kind_of_weights(model),
         "sampler": str(model.sampler),
         "clip": model.clip if isinstance(model.clip, bool) else str(model.clip),
         "timesteps": model.timesteps if isinstance(model.timesteps, str) else "list",
@@ -94,3 +94,11 @@ def write_manifest(
         "sampling_precision": model.sampling_precision,
     }
     write_text(file, json.dumps(sealed(content), indent=1))
+
+
+def _kind_of_weights(model: DiffusionModule) -> str:
+    """Which weights draw: an imported model's are those that the other program has chosen."""
+    last = (*model.whole_origin(),)[-1:]
+    if last and isinstance(last[0], dict) and last[0].get("by") == "import":
+        return "as imported"
+    return f"averaged, ema_decay {model.average.decay:g}"
