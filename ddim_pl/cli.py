@@ -27,7 +27,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import ddim_pl.data
 import ddim_pl.metrics
@@ -51,6 +51,7 @@ from ddim_pl.cli_configs import (
     callback_lists,
     classes_first,
     dotted_paths,
+    log_into_run,
     logger_name,
     loggers_of,
     options,
@@ -76,6 +77,7 @@ from ddim_pl.lightning_internals import (
     keep_table,
     set_version,
     slow_down_progress_bar,
+    trains_elsewhere,
     version_given,
 )
 from ddim_pl.locks import alone_in
@@ -94,8 +96,8 @@ from ddim_pl.runs import (
     experiments_of_mlflow,
     newest_checkpoint,
     read_checkpoint,
+    removed_if_in_vain,
     run_of,
-    version_of,
 )
 from ddim_pl.shipped import with_shipped_configs
 from ddim_pl.training import DiffusionModule
@@ -112,6 +114,13 @@ for _package in (ddim_pl.data, ddim_pl.metrics, ddim_pl.networks):
 
 class _SaveConfig(SaveConfigCallback):
     """Puts the resolved config beside a fit's checkpoints, and into each of them."""
+
+    begun = False
+    """Whether training has begun in this process."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember that there is something to keep."""
+        self.begun = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write `config.yaml` in fit; a resumed run keeps its own, and gets a second file."""
@@ -250,7 +259,7 @@ class DiffusionCLI(LightningCLI):
         config.ckpt_path = checkpoint
         files = [each.init_args for each in loggers if writes_folder(each)]
         for each in files:
-            _log_into_run(each, Path(checkpoint), fits=command == "fit")
+            log_into_run(each, Path(checkpoint), fits=command == "fit")
         if files and (command != "fit" or files[0].get("version") is not None):
             _go_on_elsewhere(loggers, run_of(Path(checkpoint)))
 
@@ -341,8 +350,10 @@ class DiffusionCLI(LightningCLI):
         if not loggers or getattr(rank_zero_only, "rank", 0) != 0:
             self.trainer.fit(**kwargs)
             return
+        experiment = Path(loggers[0].root_dir)
+        made = [each for each in (experiment, *experiment.parents) if not each.exists()]
         if all(version_given(each) is None for each in loggers):
-            number = claim_version(Path(loggers[0].root_dir))
+            number = claim_version(experiment)
             for each in loggers:
                 set_version(each, number)
         run = Path(loggers[0].log_dir)
@@ -351,12 +362,16 @@ class DiffusionCLI(LightningCLI):
                 f"trainer.logger.version must be that of a new run, got {run}: leave it out, or "
                 "go on with that run by --ckpt_path"
             )
-        run.mkdir(parents=True, exist_ok=True)
-        with alone_in(run, ".fit-lock"):
+        with removed_if_in_vain(run, made, self._has_begun), alone_in(run, ".fit-lock"):
             self._prepare_logs()
             remember_runs(run, self.trainer.loggers)
             log_settings(self.trainer.loggers, flat_settings(self._settings()))
             self.trainer.fit(**kwargs)
+
+    def _has_begun(self) -> bool:
+        """Whether training has begun, or may have begun in processes that this one started."""
+        found = (each for each in callbacks_of(self.trainer) if isinstance(each, _SaveConfig))
+        return trains_elsewhere(self.trainer) or any(each.begun for each in found)
 
     def _settings(self) -> dict[str, Any]:
         """What was given and what the model found for itself, as plain data."""
@@ -436,6 +451,11 @@ def _check_fit(module: DiffusionModule, data: ImageDataModule, *, trains: bool) 
             f"the data has {data.num_classes} classes but the network num_classes="
             f"{module.num_classes}: set it to {data.num_classes}, or to null for no classes"
         )
+    if trains and module.num_classes is None and data.labels_given:
+        rank_zero_warn(
+            f"data.{data.labels_given} has no effect: the network has num_classes=null and takes "
+            f"no labels; set it to {data.num_classes} to train on them, or leave the labels out"
+        )
     if trains and data.num_classes == 1 and (module.num_classes or 1) > 1:
         raise ValueError(
             "the data has no classes, or one, but the network num_classes="
@@ -493,20 +513,6 @@ def _go_on_elsewhere(loggers: list[Namespace], run: Path) -> None:
                 settings[argument] = found
 
 
-def _log_into_run(logger: Namespace, checkpoint: Path, *, fits: bool) -> None:
-    """Let a logger write into a checkpoint's run; a fit from another's begins a new one."""
-    found = version_of(checkpoint)
-    if fits:
-        root = Path(logger.get("save_dir", "runs"), logger.get("name") or "")
-        if found is not None and root.absolute() == found[0]:
-            logger["version"] = found[1]
-        return
-    run = run_of(checkpoint)
-    folder, version = found or (run, "")
-    logger["save_dir"], logger["name"] = str(folder.parent), folder.name
-    logger["version"] = version
-
-
 def _as_list(loggers: Any) -> list[dict[str, Any]]:
     """The loggers of a dumped config; `true` and `false` have no settings and are left out."""
     loggers = loggers if isinstance(loggers, list) else [loggers]
@@ -524,7 +530,8 @@ def _format(value: Any) -> str:
 
 def alone_parser(command: str) -> AloneParser:
     """The parser of a command that needs neither trainer nor model."""
-    parser = AloneParser(prog=f"main.py {command}", description=DESCRIPTIONS[command])
+    parser = AloneParser(description=DESCRIPTIONS[command])
+    parser.prog = f"{parser.prog} {command}"
     parser.add_function_arguments(ALONE[command], as_positional=True)
     return parser
 
@@ -533,6 +540,8 @@ def run_alone(command: str, *args: str) -> None:
     """Run a command that needs neither trainer nor model."""
     set_import_policy(dotted_paths([value for _, value in options(args)]), strict=False)
     parser = alone_parser(command)
+    set_by = options_by(os.environ, command=command)
+    parser.variables = [variable_of(name[2:], command) for name in set_by]
     arguments = parser.instantiate(parser.parse_args(classes_first(args)))
     ALONE[command](**vars(arguments))
 

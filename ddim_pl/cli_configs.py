@@ -7,6 +7,7 @@ merge callbacks of one class, and find the checkpoint whose config is the base.
 import argparse
 import importlib
 import re
+from argparse import SUPPRESS
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from ddim_pl.cli_errors import parser_message
 from ddim_pl.lightning_internals import FILE_LOGGERS
+from ddim_pl.runs import run_of, version_of
 from ddim_pl.shipped import CONFIGS
 
 DEFAULTS = CONFIGS / "default.yaml"
@@ -26,14 +28,15 @@ DEFAULTS = CONFIGS / "default.yaml"
 TABLE = "lightning.pytorch.loggers.CSVLogger"
 
 
-class CommandParser(LightningArgumentParser):
-    """Reports an error in one line, and prints a config as it will be used."""
-
-    callback_lists: Sequence[int] = ()
-    """Lengths of the lists that the callbacks come from, see `merge_repeated`."""
+class _Strict(ArgumentParser):
+    """Takes whole names of options alone, and reports an error in one line."""
 
     variables: Sequence[str] = ()
     """Environment variables that set options of this command, for the errors."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make a parser that takes no beginning of a name for the name, as argparse would."""
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     not_in_help: Sequence[argparse.Action] = ()
     """Arguments that the help leaves out, though the parser knows them."""
@@ -55,10 +58,19 @@ class CommandParser(LightningArgumentParser):
             super().error(message, ex)
         # internal: jsonargparse 4 has no public place for the annotations of arguments.
         types = {each.dest: getattr(each, "_typehint", None) for each in self._actions}
-        line = parser_message(message, types)
+        shown = [each for each in self._actions if each.help != SUPPRESS]
+        known = [name for each in shown for name in each.option_strings]
+        line = parser_message(message, types, known)
         named = [each for each in self.variables if each.lower().rpartition("__")[2] in line]
         source = f" (set by {', '.join(named)})" if named else ""
         self.exit(2, f"error: {line}{source}\n")
+
+
+class CommandParser(_Strict, LightningArgumentParser):
+    """Parses the arguments of a command, and prints a config as it will be used."""
+
+    callback_lists: Sequence[int] = ()
+    """Lengths of the lists that the callbacks come from, see `merge_repeated`."""
 
     def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         """Merge repeated callbacks before jsonargparse fills in their default arguments."""
@@ -74,16 +86,8 @@ class CommandParser(LightningArgumentParser):
         return super()._parse_common(cfg, *args, **kwargs)
 
 
-class AloneParser(ArgumentParser):
-    """Parses the arguments of a function alone; an error is one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and exit with status 2; a nested parser raises, as in jsonargparse."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        # internal: as in `CommandParser`.
-        types = {each.dest: getattr(each, "_typehint", None) for each in self._actions}
-        self.exit(2, f"error: {parser_message(message, types)}\n")
+class AloneParser(_Strict):
+    """Parses the arguments of a function alone."""
 
 
 @dataclass
@@ -271,6 +275,26 @@ def with_folder(loggers: Sequence[Namespace]) -> list[Namespace]:
     names = (settings.get(key) for key in ("project", "experiment_name", "name"))
     arguments = Namespace(save_dir="runs", name=next(filter(None, names), "lightning_logs"))
     return [Namespace(class_path=TABLE, init_args=arguments), *ordered]
+
+
+def log_into_run(logger: Namespace, checkpoint: Path, *, fits: bool) -> None:
+    """Let a logger write into a checkpoint's run; a fit from another's begins a new one.
+
+    Args:
+        logger: Its arguments, which are changed.
+        checkpoint: The checkpoint.
+        fits: Whether the command is fit.
+    """
+    found = version_of(checkpoint)
+    if fits:
+        root = Path(logger.get("save_dir", "runs"), logger.get("name") or "")
+        if found is not None and root.absolute() == found[0]:
+            logger["version"] = found[1]
+        return
+    run = run_of(checkpoint)
+    folder, version = found or (run, "")
+    logger["save_dir"], logger["name"] = str(folder.parent), folder.name
+    logger["version"] = version
 
 
 def options(args: Sequence[str]) -> list[tuple[str, str]]:

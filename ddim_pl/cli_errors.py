@@ -27,6 +27,7 @@ PACKAGES = ("ddim_pl/", "callbacks/")
 """Where the code of this project lies, beside each other."""
 
 LISTS = "--help and --print_config list what there is"
+HELP_LISTS = "--help lists what there is"
 FULL = r"os error \d+|No space left|PytorchStreamWriter failed"
 """What the writers of tensors say where others raise an OSError."""
 
@@ -35,6 +36,7 @@ WORKER_DIED = r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)"
 PEER_DIED = r"gloo|Connection (closed|reset) by peer|NCCL|TCPStore"
 """What libraries say when another process is gone."""
 
+UNKNOWN = r"unrecognized arguments: (-[\w.+-]+)"
 KEY, OWNER = r'Parser key "([\w.]+)":', r"Problem with given class_path '([\w.]+)':"
 WRONG_CLASS = (
     r"Expected a dot import path string: (\S+)|module '?[\w.]+'? has no attribute '(\w+)'"
@@ -61,13 +63,23 @@ WORDS = {int: ("an integer", "integers"), float: ("a number", "numbers"), str: (
 """What types are called: of one value, and of several."""
 
 
-def parser_message(message: str, types: Mapping[str, Any] = MappingProxyType({})) -> str:
+def parser_message(
+    message: str,
+    types: Mapping[str, Any] = MappingProxyType({}),
+    known: Sequence[str] = (),
+) -> str:
     """Say what is wrong with the arguments, in one line.
 
     Args:
         message: What jsonargparse says: nested text, each level a key or a class, the reason last.
         types: Annotations of the command's own arguments, by their names.
+        known: The command's own options, such as "--trainer.max_steps".
     """
+    unknown = re.match(UNKNOWN, message)
+    close = _close_option(unknown[1], known) if unknown else None
+    if close is not None:
+        return f"{one_line(message)}: did you mean {close}?"
+    lists = LISTS if not known or "--print_config" in known else HELP_LISTS
     missing = re.search(NO_FILE, message)
     if missing:
         return _no_config(Path(missing[1]))
@@ -78,7 +90,7 @@ def parser_message(message: str, types: Mapping[str, Any] = MappingProxyType({})
         owner = _last(OWNER, message[: option.start()])
         kind = _imported(owner) if owner else None
         name = owner.rpartition(".")[2] if owner else "this command"
-        hint = _hint(option[1].partition(".")[0], _arguments(kind)) if kind else LISTS
+        hint = _hint(option[1].partition(".")[0], _arguments(kind)) if kind else lists
         return f"{option[1]} is no argument of {name}: {hint}"
     wrong = re.search(WRONG_CLASS, message)
     if wrong:
@@ -91,7 +103,19 @@ def parser_message(message: str, types: Mapping[str, Any] = MappingProxyType({})
     reason, key = one_line(_reason(message)).rstrip("."), _last(KEY, message)
     if key is not None and "Parser key" not in reason:
         reason = f"{key}: {reason}"
-    return f"{reason} ({LISTS})"
+    return f"{reason} ({lists})"
+
+
+def _close_option(given: str, known: Sequence[str]) -> str | None:
+    """The option that may be meant: one of these, or one below a name that is among them."""
+    heads = {name.partition(".")[0] for name in known if name.startswith("--")}
+    head, dot, rest = given.partition(".")
+    if dot and head not in heads:
+        owner = difflib.get_close_matches(head, heads, n=1, cutoff=0.7)
+        return f"{owner[0]}.{rest}" if owner else None
+    begun = [name for name in known if name.startswith(given)]
+    close = begun or difflib.get_close_matches(given, known, n=1, cutoff=0.7)
+    return min(close, key=len, default=None)
 
 
 def run_message(error: Exception, options: Iterable[tuple[str, str]] = ()) -> str:

@@ -26,12 +26,33 @@ KNOWN = {
     r"TorchScript archives": "it is a program of TorchScript, not a file of weights",
     r"GLOBAL ([\w.]+)": "it names {}, which a file of weights may not",
     r"Weights only load failed": "torch.save has not written it",
+    r"^KeyError: \d+$|^IndexError: (?:pop from empty list|(?:list )?index out of range)$"
+    r"|^error: unpack requires|Invalid magic number": "torch.save has not written it",
     r"PytorchStreamReader failed": "a part of it is missing or damaged",
+    r"inline_container|hasRecord|^RuntimeError: mmap can only": "it is a zip archive of others",
+    r"^BadZipFile: File is not a zip": "it is no zip archive, or the end of one is missing",
+    r"^EOFError|unexpected EOF|data was truncated|^SafetensorError: .*(?:header too small"
+    r"|incomplete metadata|invalid header length)": "it is empty, or its end is missing",
+    r"^SafetensorError: .*header": "it is no file of safetensors",
+    r"^UnpicklingError: (an? .*)": "it holds {}",
+    r"^UnpicklingError|^MemoryError|^OverflowError: (?:FRAME|BIN)|unregistered extension code": (
+        "it is no pickle"
+    ),
+    r"invalid literal for int|could not convert string to": "it holds no number where there "
+    "should be one",
+    r"^JSONDecodeError: .*(line \d+ column \d+)": "it is no JSON from {} on",
+    r"^UnicodeDecodeError": "it holds no text where there should be one",
+    r"^OfflineModeIsEnabled|offline mode is enabled": "the Hub is not asked",
+    r"^LocalEntryNotFoundError": "the Hub cannot be reached",
     r'Missing key\(s\) in state_dict: "([^"]+)"': "it has no weight {}",
     r'Unexpected key\(s\) in state_dict: "([^"]+)"': "its weight {} is not known",
     r"size mismatch for ([\w.]+):": "its weight {} has another shape",
 }
-"""What PyTorch says at length, or with advice that is none, and what that means."""
+"""What libraries say at length, or in their own words alone, and what that means."""
+
+
+LONGEST = 200
+"""Letters of a reason."""
 
 
 class DamagedError(ValueError):
@@ -198,11 +219,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def reason_of(error: Exception) -> str:
     """What an error says, in one short line."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     for pattern, meaning in KNOWN.items():
-        found = re.search(pattern, str(error))
+        found = re.search(pattern, text)
         if found:
-            return meaning.format(*found.groups())
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return meaning.format(*(each[:LONGEST] for each in found.groups()))
+    return text[:LONGEST]
 
 
 def _digest_of_json(content: Mapping[str, Any]) -> str:
@@ -224,6 +246,7 @@ def _damage_of(path: str | Path) -> str | None:
 def _no_checkpoint(path: str | Path, name: str, reason: str) -> str:
     """The message on a checkpoint, with a whole one that lies beside it, if there is one."""
     beside = [each for each in Path(path).parent.glob("*.ckpt") if each.is_file()]
+    beside = [each for each in beside if each.name != Path(path).name]
     beside.sort(key=lambda each: each.stat().st_mtime, reverse=True)
     whole = next((each for each in beside if _damage_of(each) is None), None)
     hint = "" if whole is None else f", such as {whole}, which is whole"

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMPr
 from lightning.pytorch.core import saving
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.parsing import collect_init_args
 
@@ -269,6 +270,11 @@ def forget_foreign_files(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None
 def forwarder(trainer: L.Trainer) -> Callable[[int], Any] | None:
     """What sends a signal to the other processes that the trainer started, if it did."""
     return getattr(trainer.strategy.launcher, "kill", None)
+
+
+def trains_elsewhere(trainer: L.Trainer) -> bool:
+    """Whether a fit is made by processes that the trainer starts while this one waits."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def add_callback_states(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:

@@ -2,13 +2,16 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ddim_pl.damage import read_archive
+from ddim_pl.loggers import RUNS
+from ddim_pl.teachers.diffusers_folder import is_diffusers
 from ddim_pl.training.hyperparameters import CONFIG_KEY
 from ddim_pl.trust import (
     check_classes,
@@ -24,6 +27,13 @@ SHARED = ("seed_everything", "trainer", "model", "data")
 
 DEEPEST = 4
 """Folders between `save_dir` and a run at most: a name may hold slashes."""
+
+
+AT_THE_START = (
+    *("events.out.tfevents.*", "hparams.yaml", "metrics.csv", RUNS),
+    *("config.yaml", "config-resumed.yaml"),
+)
+"""Files of a run that stand there before it trains: those of loggers, and the config."""
 
 
 def newest_checkpoint(root: Path, name: str | None = None, *more: Path) -> Path:
@@ -110,6 +120,39 @@ def claim_version(experiment: Path) -> int:
             return number
 
 
+@contextlib.contextmanager
+def removed_if_in_vain(
+    run: Path, made: Iterable[Path], has_begun: Callable[[], bool]
+) -> Iterator[None]:
+    """Make a run's folder; remove it if what is done there fails before it has begun.
+
+    The next one gets its number then. What held anything before stays, and so does a folder with
+    anything but the files of loggers and the config.
+
+    Args:
+        run: The folder.
+        made: Folders that were made for it, the lowest first, and are removed if they are empty.
+        has_begun: Whether there is something to keep.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    is_new = next(run.iterdir(), None) is None
+    try:
+        yield
+    except BaseException:  # a signal too
+        if is_new and not has_begun() and _holds_nothing(run):
+            shutil.rmtree(run, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
+        raise
+
+
+def _holds_nothing(run: Path) -> bool:
+    """Whether a folder holds only what is written before a training."""
+    files = [path for path in run.rglob("*") if not path.is_dir() or path.is_symlink()]
+    return all(any(path.match(pattern) for pattern in AT_THE_START) for path in files)
+
+
 def run_of(checkpoint: Path) -> Path:
     """The run of a checkpoint; of a file that lies in none, a folder of its name beside it.
 
@@ -147,9 +190,11 @@ def read_checkpoint(
     """
     if not path.is_file():
         problem = "which is a folder" if path.is_dir() else "which is not a file"
-        raise FileNotFoundError(
-            f"{name} must be a checkpoint, got {path}, {problem}: give a file or 'last'"
-        )
+        remedy = "give a file or 'last'"
+        if is_diffusers(path):
+            problem = "which is a folder of diffusers"
+            remedy = f"make one of it by main.py import {path} --output FILE"
+        raise FileNotFoundError(f"{name} must be a checkpoint, got {path}, {problem}: {remedy}")
     checkpoint = read_archive(path, name, keep=keep)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(

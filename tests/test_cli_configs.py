@@ -7,7 +7,7 @@ import yaml
 from tiny import tiny_config, write_config
 
 from ddim_pl.cli import main
-from ddim_pl.cli_configs import DEFAULTS, classes_first
+from ddim_pl.cli_configs import DEFAULTS, AloneParser, CommandParser, classes_first
 
 
 def resolved(arguments, capsys):
@@ -261,3 +261,20 @@ def test_a_command_without_model_takes_a_path_from_the_home_folder(tmp_path, mon
     with pytest.raises(SystemExit) as stop:
         main(["import", "~/nowhere", "--output=~/x.ckpt"])
     assert f"'{tmp_path}/nowhere'" in str(stop.value.code)
+
+
+@pytest.mark.parametrize("kind", [AloneParser, CommandParser])
+@pytest.mark.parametrize("below", [False, True])
+def test_no_parser_takes_a_beginning_for_an_option(kind, below, capsys):
+    parser = whole = kind()
+    parser.add_argument("--num_steps", type=int)
+    if below:
+        whole = kind()
+        whole.add_subcommands().add_subcommand("command", parser)
+    args = ["command"] if below else []
+    assert whole.parse_args([*args, "--num_steps", "3"])
+    with pytest.raises(SystemExit) as stop:
+        whole.parse_args([*args, "--num_step", "3"])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line == "error: unrecognized arguments: --num_step 3: did you mean --num_steps?\n"

@@ -102,6 +102,8 @@ def test_a_variable_that_sets_nothing_is_an_error(monkeypatch, name, hint):
     ("option", "value", "reason"),
     [
         ("TRAINER__MAX_STEPZ", "1", "unrecognized arguments: --trainer.max_stepz"),
+        ("TRAINER__MAX_STEP", "1", "did you mean --trainer.max_steps?"),
+        ("SEED", "1", "did you mean --seed_everything?"),
         ("MODEL__SAMPLER__ETAA", "1", "etaa is no argument of DDIM: did you mean eta?"),
         ("TRAINER__MAX_STEPS", "many", "max_steps must be an integer"),
     ],
@@ -114,6 +116,15 @@ def test_an_error_of_an_option_names_its_variable(monkeypatch, capsys, option, v
     assert stop.value.code == 2
     assert reason in line
     assert line.endswith(f"(set by DDIM_PL_FIT__{option})\n")
+
+
+def test_a_variable_of_a_command_without_model_is_no_beginning_of_an_option(monkeypatch, capsys):
+    monkeypatch.setenv("DDIM_PL_MEASURE__BATCH", "1")
+    with pytest.raises(SystemExit) as stop:
+        main(["measure", "a.npz", "b.npz"])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert "--batch=1: did you mean --batch_size? (set by DDIM_PL_MEASURE__BATCH)" in line
 
 
 def test_the_variables_of_the_project_are_known():

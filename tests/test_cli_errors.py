@@ -36,7 +36,12 @@ BEGIN = ["fit", "--config", str(ROOT / "configs/digits/ddpm.yaml")]
             "cannot be no.such.Thing: known are",
         ),
         (["--data.flip", "true"], "flip is no argument of DigitsDataModule: it has batch_size"),
-        (["--nonsense", "1"], "unrecognized arguments: --nonsense 1"),
+        (["--nonsense", "1"], "unrecognized arguments: --nonsense 1 (--help"),
+        (["--trainer.max_step", "3"], "max_step 3: did you mean --trainer.max_steps?"),
+        (["--trainer.max_stpes=3"], "did you mean --trainer.max_steps?"),
+        (["--trainr.max_steps=3"], "did you mean --trainer.max_steps?"),
+        (["--mode.num_steps", "3"], "did you mean --model.num_steps?"),
+        (["--seed", "3"], "unrecognized arguments: --seed 3: did you mean --seed_everything?"),
     ],
 )
 def test_a_wrong_name_is_answered_by_the_nearest(arguments, message, capsys):
@@ -155,3 +160,18 @@ def test_warnings_of_this_package_are_one_line_and_said_once():
         with pytest.warns(UserWarning, match="seen"):
             warnings.warn("seen", stacklevel=1)
     assert warnings.formatwarning is before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lists"),
+    [
+        (["import", "a"], "(--help lists what there is)"),
+        (["measure", "a"], "(--help lists what there is)"),
+        (["fit", "--nonsense", "1"], "(--help and --print_config list what there is)"),
+    ],
+)
+def test_an_error_names_options_that_the_command_has(arguments, lists, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.strip().endswith(lists)

@@ -1,6 +1,8 @@
 """Damage of any kind to any file is one line that names it, or an honest redo."""
 
+import io
 import json
+import pickle
 import random
 import re
 import warnings
@@ -22,6 +24,7 @@ from ddim_pl.damage import (
     read_archive,
     read_sealed,
     read_tensors,
+    read_weights,
     seal_of,
     sealed,
 )
@@ -31,8 +34,10 @@ from ddim_pl.images import read_png, write_png
 from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.metrics.dinov2 import DINOv2Features
 from ddim_pl.metrics.inception import InceptionFeatures
+from ddim_pl.metrics.statistics import contents_of
 from ddim_pl.runs import read_checkpoint
 from ddim_pl.schedules import LinearSchedule
+from ddim_pl.teachers.reading import read_source
 from ddim_pl.timesteps import linear, load_levels, save_levels
 from ddim_pl.training import DDPM
 from ddim_pl.training.fingerprint import fingerprint, fingerprint_of_file
@@ -288,6 +293,76 @@ def test_a_wrong_file_of_weights_is_a_short_error_that_names_it(tmp_path, make):
     assert "its 'state_dict' is a dict in place of a tensor" in reasons["nested.pth"]
     assert "it holds a Tensor in place of tensors by name" in reasons["tensor.pth"]
     assert "a program of TorchScript" in reasons["program.pt"]
+
+
+def zipped(**members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name.replace("__", "/"), content)
+    return buffer.getvalue()
+
+
+def saved(**settings):
+    buffer = io.BytesIO()
+    torch.save({"a": torch.zeros(100)}, buffer, **settings)
+    return buffer.getvalue()
+
+
+OLD = saved(_use_new_zipfile_serialization=False)
+ALIEN = {
+    "empty": b"",
+    "word": b"hello",
+    "text": b"this is text, several words\n" * 5,
+    "table": b"a,b\n1,2\n",
+    "page": b"<html><body>not found</body></html>",
+    "zeros": bytes(100),
+    "picture": b"\x89PNG\r\n\x1a\n and so on",
+    "zip": zipped(a=b"x"),
+    "zip of a folder": zipped(x__a=b"x", x__b=b"y"),
+    "empty zip": zipped(),
+    "half a zip": zipped(a=b"x" * 100)[:60],
+    "half weights": saved()[:500],
+    "half old weights": OLD[: len(OLD) // 2],
+    "begun old weights": OLD[:40],
+    "half a pickle": pickle.dumps([1, 2, "abc"])[:8],
+}
+READERS = {
+    "x.ckpt": read_archive,
+    "x.pt": read_weights,
+    "x.safetensors": read_tensors,
+    "x.json": read_sealed,
+    "x.pth": lambda path: read_source(str(path)),
+    "x.txt": lambda path: read_source(str(path)),
+    "x.pkl": lambda path: read_source(str(path)),
+    "x.npz": contents_of,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_of_another_kind_is_told_in_words(tmp_path, name):
+    """Not in those of a library, as `KeyError: 101`."""
+    for kind, content in ALIEN.items():
+        (tmp_path / kind).mkdir()
+        path = tmp_path / kind / name
+        path.write_bytes(content)
+        if name == "x.npz" and kind in ("zip", "zip of a folder", "empty zip"):
+            assert contents_of(path) == {}
+            continue
+        with pytest.raises(ValueError, match=re.escape(name)) as error_info:
+            READERS[name](path)
+        message = str(error_info.value).replace(str(path), "")
+        assert not re.search(r"\w*Error\b|enforce|BadZip|\.cc|header|codec|such as", message), kind
+        told = r"\((it|torch\.save|a part of it|'.*' does) .+\)|under 'ema', got none"
+        assert re.search(told, message), message
+
+
+def test_random_bytes_are_told_in_words(tmp_path):
+    generator, file = random.Random(0), tmp_path / "x.pt"
+    for _ in range(300):
+        file.write_bytes(generator.randbytes(generator.randint(1, 30)))
+        with pytest.raises(ValueError, match=r"\((it|torch.save|a part) [^:]+\)$"):
+            read_weights(file)
 
 
 def test_files_of_before_have_no_digest_and_are_read(tmp_path):

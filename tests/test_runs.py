@@ -12,7 +12,7 @@ from tiny import tiny_config, write_config
 
 from ddim_pl.cli import main
 from ddim_pl.locks import alone_in
-from ddim_pl.runs import claim_version, newest_checkpoint
+from ddim_pl.runs import claim_version, newest_checkpoint, read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +51,93 @@ def test_last_does_not_skip_a_newer_run_without_a_checkpoint(tmp_path):
     (begun / "config.yaml").touch()
     with pytest.raises(ValueError, match=r"version_1, which has no checkpoint yet.*version_0"):
         newest_checkpoint(tmp_path)
+
+
+def test_a_folder_of_diffusers_is_to_be_imported(tmp_path):
+    with pytest.raises(FileNotFoundError, match="which is a folder: give a file or 'last'"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "model_index.json").touch()
+    wanted = rf"which is a folder of diffusers: .* main.py import {tmp_path} --output FILE"
+    with pytest.raises(FileNotFoundError, match=wanted):
+        read_checkpoint(tmp_path)
+
+
+FAILING = """
+from lightning import Callback
+
+
+class Fails(Callback):
+    def __init__(self, where: str, leaves: bool = False):
+        self.where, self.leaves = where, leaves
+
+    def fail(self, trainer, where):
+        if where == self.where:
+            if self.leaves:
+                (Path(trainer.log_dir) / "mine.txt").touch()
+            raise ValueError("it fails")
+
+    def setup(self, trainer, pl_module, stage):
+        self.fail(trainer, "setup")
+
+    def on_sanity_check_start(self, trainer, pl_module):
+        self.fail(trainer, "check")
+
+    def on_train_batch_start(self, trainer, *arguments):
+        self.fail(trainer, "batch")
+"""
+
+
+@pytest.fixture
+def failing_fit(tmp_path, monkeypatch):
+    """A fit that fails in a place, or does not; its runs are in `runs/tiny`."""
+    (tmp_path / "failing.py").write_text("from pathlib import Path\n" + FAILING)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    loggers = ["TensorBoardLogger", "CSVLogger"]
+
+    def fit(*more, where="", leaves=False, name="tiny"):
+        config = tiny_config(Path("runs"), max_steps=1, num_sanity_val_steps=1)
+        settings = config["trainer"]["logger"]["init_args"] | {"name": name}
+        config["trainer"]["logger"] = [{"class_path": n, "init_args": settings} for n in loggers]
+        fails = {"class_path": "failing.Fails", "init_args": {"where": where, "leaves": leaves}}
+        saves = config["trainer"]["callbacks"][-1]
+        config["trainer"]["callbacks"] = [fails, saves]
+        given = ["fit", "--config", write_config(config, tmp_path / "config.yaml"), *more]
+        if not where:
+            main(given)
+            return
+        with pytest.raises(SystemExit) as stop:
+            main(given)
+        assert "it fails" in str(stop.value.code)
+
+    return fit
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:The dirpath has changed")
+def test_a_fit_that_fails_before_it_trains_leaves_no_run(failing_fit, tmp_path):
+    runs = tmp_path / "runs"
+    failing_fit(where="setup")
+    assert not runs.exists()
+    runs.mkdir()
+    failing_fit(where="check")
+    assert [*runs.iterdir()] == []  # a folder of the user
+    failing_fit()
+    last = runs / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    before = sorted(runs.rglob("*"))
+    failing_fit(where="setup")
+    assert sorted(runs.rglob("*")) == before
+    failing_fit("--ckpt_path", str(last), where="setup")
+    assert {*before} <= {*runs.rglob("*")}
+    failing_fit("--ckpt_path", str(last), name="other", where="setup")
+    assert [each.name for each in runs.iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize(("where", "leaves"), [("batch", False), ("setup", True)])
+def test_a_fit_that_has_trained_or_left_a_file_keeps_its_run(failing_fit, where, leaves):
+    failing_fit(where=where, leaves=leaves)
+    run = Path("runs/tiny/version_0")
+    assert next(run.glob("events.out.tfevents.*")).is_file()
+    assert (run / "mine.txt").exists() == leaves
 
 
 def test_processes_that_claim_a_version_get_one_each(tmp_path):

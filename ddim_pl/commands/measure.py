@@ -178,10 +178,11 @@ def _count_of(quality: SampleQuality, side: Side, *, real: bool) -> int | None:
 
 
 def _check_counts(quality: SampleQuality, counts: dict[bool, int | None]) -> None:
-    if counts[True] is not None:
-        quality.check_num_real(counts[True], "the number of images of b")
-    if counts[False] is not None:
-        quality.check_num_samples(counts[False], "the number of images of a")
+    num_real, num_samples = counts[True], counts[False]
+    if num_real is not None:
+        quality.check_num_real(num_real, "the number of images of b")
+    if num_samples is not None:
+        quality.check_num_samples(num_samples, "the number of images of a")
 
 
 def _check_side(quality: SampleQuality, side: Side, digest: str) -> None:

@@ -293,6 +293,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     Attributes:
         squaring: How a command that is given image files brings them to the model's size.
+        class_names: Names of the classes by label, after `setup`; empty if they have none.
 
     Raises:
         ValueError: If a number is out of range.
@@ -318,6 +319,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.steps_per_epoch = steps_per_epoch
         self.num_predict = num_predict
         self.squaring = Squaring()
+        self.class_names: tuple[str, ...] = ()
         self._train_set: ImageSet | None = None
         self._val_set: ImageSet | None = None
 
@@ -325,6 +327,11 @@ class ImageDataModule(LightningDataModule, ABC):
     def preparation(self) -> str:
         """What the pixels depend on beside the source, in the name of the data."""
         return ""
+
+    @property
+    def labels_given(self) -> str | None:
+        """The argument, with its value, by which labels are asked for; None where they are not."""
+        return None
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:

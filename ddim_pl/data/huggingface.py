@@ -27,6 +27,9 @@ ON_THE_HUB = r"(?!buckets/)\w[\w.-]*/\w[\w.-]*"
 CARD, SETTINGS = "README.md", ".huggingface.yaml"
 """Where a folder says which files are of which split."""
 
+LABEL_COLUMN = "label"
+"""Where most data sets have their classes."""
+
 BINARY = ("binary", "large_binary")
 
 
@@ -57,13 +60,16 @@ class TableImages:
         """Return the bytes of an image; its path, from the table's folder on, if it has no more.
 
         Raises:
-            ValueError: If the row holds no image.
+            ValueError: If the row holds no image, or a path to where none is.
         """
         name = f"{self.root}, {self._split}, row {index}"
         value = self._images[index][self._column]
         if isinstance(value, dict):
             if value["bytes"] is None and value["path"] is not None:
-                return self.root / value["path"]
+                path = self.root / value["path"]
+                if not path.is_file():
+                    raise ValueError(_only_a_path(name, self._column, path))
+                return path
             value = value["bytes"]
         if not isinstance(value, bytes):
             raise ValueError(
@@ -119,7 +125,7 @@ class HuggingFaceDataModule(FileDataModule):
         split: str = "train",
         val_split: str | None = None,
         image_column: str | None = None,
-        label_column: str | None = "label",
+        label_column: str | None = LABEL_COLUMN,
         download: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -137,6 +143,12 @@ class HuggingFaceDataModule(FileDataModule):
         """Whether there is a `val_split`."""
         return self.val_split is not None
 
+    @property
+    def labels_given(self) -> str | None:
+        """The column of labels, where it is not the default."""
+        column = self.label_column
+        return None if column in (None, LABEL_COLUMN) else f"label_column {column}"
+
     def labelled(self, train: bool, *, report: bool) -> LabelledFiles:
         """The images of `split` or of `val_split`."""
         dataset = self._open(self.split)
@@ -146,12 +158,16 @@ class HuggingFaceDataModule(FileDataModule):
             assert self.val_split is not None
             dataset = self._open(self.val_split)
             labels, _ = self._labels(dataset, classes)
+        root = Path(self.source).expanduser()
+        images = TableImages(root, dataset, column)
+        _ = images[0]  # a path may lead nowhere
         if report:
             found = "no classes" if self.label_column is None else f"{len(classes)} classes"
             rank_zero_info(f"{self.source}, {dataset.split}: {len(dataset)} images, {found}")
-        root = Path(self.source).expanduser()
         name = f"{root.name}-{re.sub(r'[^A-Za-z0-9]+', '-', str(dataset.split))}"
-        return LabelledFiles(TableImages(root, dataset, column), labels, len(classes), name)
+        given = getattr(dataset.features.get(self.label_column), "names", None)
+        names = () if self.label_column is None else tuple(map(str, given or classes))
+        return LabelledFiles(images, labels, len(classes), name, names)
 
     def _open(self, split: str) -> Any:
         """A split of the data set."""
@@ -174,7 +190,7 @@ class HuggingFaceDataModule(FileDataModule):
             )
         place = str(folder) if is_here else self.source
         try:
-            with _asking_the_hub(self.download and not is_here):
+            with _without_bars(), _asking_the_hub(self.download and not is_here):
                 if is_here:
                     builder = datasets.load_dataset_builder(place, self.config)
                     _check_files(folder, builder.config.data_files)
@@ -320,6 +336,30 @@ def _asking_the_hub(allowed: bool) -> Iterator[None]:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Let the library draw no progress bars."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _only_a_path(name: str, column: str, path: Path) -> str:
+    """The message on an image that is not in the table, nor where the table says."""
+    return (
+        f"{name}, must hold the bytes of an image in the column {column}, got a path alone, to "
+        f"{path}, where no file is: write the file with the bytes in it, "
+        'dataset.with_format("arrow").map(datasets.table.embed_table_storage, batched=True)'
+        ".with_format(None).to_parquet(FILE), or put the images there"
+    )
 
 
 def _holds_images(kind: Any) -> bool:

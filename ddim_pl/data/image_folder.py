@@ -8,7 +8,7 @@ import io
 import os
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -227,12 +227,16 @@ class ImageFiles:
 
 
 class LabelledFiles(NamedTuple):
-    """Image files with their classes, int64 (N,), and a name for them in the folder of maps."""
+    """Image files with their classes, int64 (N,), and a name for them in the folder of maps.
+
+    The names of the classes stand by label, if they have some.
+    """
 
     files: ImageSource
     labels: Tensor
     num_classes: int
     name: str
+    class_names: Sequence[str] = ()
 
 
 class ResizedDataModule(ImageDataModule):
@@ -335,6 +339,8 @@ class FileDataModule(ResizedDataModule):
         if not train and not self.validates_apart:
             return self.train_set
         labelled = self.labelled(train, report=True)
+        if train:
+            self.class_names = tuple(labelled.class_names)
         return self._files(labelled).load(labelled.labels, labelled.num_classes)
 
     def _files(self, labelled: LabelledFiles) -> ImageFiles:
@@ -397,6 +403,11 @@ class ImageFolderDataModule(FileDataModule):
         """Whether there is a `val_root`."""
         return self.val_root is not None
 
+    @property
+    def labels_given(self) -> str | None:
+        """The file of labels; subfolders alone may be there for other reasons."""
+        return None if self.label_file is None else f"labels {self.label_file}"
+
     def labelled(self, train: bool, *, report: bool) -> LabelledFiles:
         """The files of `root` or of `val_root`."""
         files = find_images(Path(self.root).expanduser(), report=report)
@@ -416,7 +427,7 @@ class ImageFolderDataModule(FileDataModule):
             else:
                 labels = labels_of(files.root, files, names)
         name = Path(os.path.abspath(files.root)).name
-        return LabelledFiles(files, labels, max(1, len(names)), name)
+        return LabelledFiles(files, labels, max(1, len(names)), name, names)
 
 
 def _picture(path: Path | Encoded, channels: int) -> Image.Image:

@@ -97,7 +97,7 @@ class ImageNetDataModule(FileDataModule):
             files = find_images(self._folder / "val", report=report)
         labels = labels_of(files.root, files, names)
         name = f"imagenet-{'train' if train else 'val'}"
-        return LabelledFiles(files, labels, max(1, len(names)), name)
+        return LabelledFiles(files, labels, max(1, len(names)), name, names)
 
     @property
     def _folder(self) -> Path:

@@ -256,6 +256,11 @@ class ShardDataModule(ResizedDataModule):
         self.classes = num_classes
         self.shuffle_shards = shuffle_shards
 
+    @property
+    def labels_given(self) -> str | None:
+        """The number of classes, without which no labels are read."""
+        return None if self.classes is None else f"num_classes {self.classes}"
+
     def load(self, train: bool) -> ImageSet:
         """Return the images of `root` or of `val_root`, after decoding the first of them."""
         if not train and self.val_root is None:

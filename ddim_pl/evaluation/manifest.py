@@ -85,7 +85,7 @@ def write_manifest(
         "checkpoint": None if ckpt_path is None else str(ckpt_path),
         "fingerprint": fingerprint(model),
         "updates": model.checkpoint_step or None,
-        "weights": f"averaged, ema_decay {model.average.decay}",
+        "weights": _kind_of_weights(model),
         "sampler": str(model.sampler),
         "clip": model.clip if isinstance(model.clip, bool) else str(model.clip),
         "timesteps": model.timesteps if isinstance(model.timesteps, str) else "list",
@@ -106,3 +106,10 @@ def write_manifest(
         "sampling_precision": model.sampling_precision,
     }
     write_text(file, json.dumps(sealed(content), indent=1))
+
+
+def _kind_of_weights(model: DiffusionModule) -> str:
+    """Which weights draw: an imported model's are those that the other program has chosen."""
+    if model.origin and model.origin[-1]["by"] == "import":
+        return "as imported"
+    return f"averaged, ema_decay {model.average.decay}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddim_pl.data.folders import find_images
+from ddim_pl.data.folders import EXTENSIONS, find_images
 from ddim_pl.data.image_folder import decode_whole, size_of
 from ddim_pl.data.image_list import NUM_THREADS, ImageList
 from ddim_pl.metrics.statistics import (
@@ -99,12 +99,17 @@ def open_side(name: str, source: str) -> Side:
     if path.is_dir():
         paths = find_images(path, name=name, report=False)
         return Side(source, len(paths), _size_of_all(paths), paths)
+    wanted = f"{name} must be a folder of images, or an NPZ file of images or statistics"
     if not path.is_file():
-        raise ValueError(
-            f"{name} must be a folder of images, or an NPZ file of images or statistics, got "
-            f"{source!r}, which does not exist"
-        )
+        raise ValueError(f"{wanted}, got {source!r}, which does not exist")
+    if path.suffix.lower() in EXTENSIONS:
+        raise ValueError(f"{wanted}, got the single image {source!r}: give the folder of images")
     found = contents_of(path)
+    if not found:
+        raise ValueError(
+            f"{wanted}, got {source!r}, an archive without arrays: give another; the images of a "
+            "checkpoint are written by main.py sample --npz true"
+        )
     statistics = read_statistics(path) if {MEAN, COVARIANCE} & set(found) else None
     if statistics is not None and IMAGES not in found:
         return Side(source, statistics=statistics)

@@ -180,7 +180,8 @@ def check_image_array(path: Path) -> tuple[int, int, int, int]:
     found = contents_of(path)
     shape, dtype = found.get(IMAGES, ((), np.dtype("V")))
     if len(shape) != 4 or dtype != np.uint8 or shape[3] not in (1, 3) or shape[0] < 1:
-        got = f"{dtype} {shape}" if IMAGES in found else f"only {_names(found)}"
+        other = f"only {_names(found)}" if found else _names(found)
+        got = f"{dtype} {shape}" if IMAGES in found else other
         raise ValueError(
             f"{path} must hold images arr_0, uint8 (N, H, W, 3) or (N, H, W, 1), or statistics mu "
             f"and sigma, got {got}: main.py sample --npz true writes images"
@@ -242,4 +243,4 @@ def _check_moments(path: Path, mean: np.ndarray, covariance: np.ndarray) -> None
 
 
 def _names(found: dict[str, Any]) -> str:
-    return ", ".join(sorted(found)) or "nothing"
+    return ", ".join(sorted(found)) or "no arrays"

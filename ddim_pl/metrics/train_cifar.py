@@ -157,7 +157,9 @@ def accuracy_on(extractor: CIFARFeatures, images: Tensor, labels: Tensor) -> flo
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, save in half precision, and print the held-out accuracy of the saved weights."""
-    parser = argparse.ArgumentParser(description="Train the feature extractor of CIFAR-10.")
+    parser = argparse.ArgumentParser(
+        description="Train the feature extractor of CIFAR-10.", allow_abbrev=False
+    )
     parser.add_argument("root", help="folder of training images, a subfolder for each class")
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="the safetensors file")
     parser.add_argument("--seed", type=int, default=0)

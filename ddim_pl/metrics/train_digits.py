@@ -80,7 +80,9 @@ def heldout_accuracy(extractor: DigitsFeatures) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, save, and print the held-out accuracy of the saved weights."""
-    parser = argparse.ArgumentParser(description="Train the feature extractor of 8x8 digits.")
+    parser = argparse.ArgumentParser(
+        description="Train the feature extractor of 8x8 digits.", allow_abbrev=False
+    )
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="the safetensors file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=NUM_STEPS, help="batches to train on")

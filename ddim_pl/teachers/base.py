@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def read_tensors_of(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles of other forms
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the bytes may say anything
         found = re.search(FORBIDDEN, str(error))
         if found:

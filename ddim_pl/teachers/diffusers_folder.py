@@ -72,6 +72,11 @@ FIXED = {
 """Values of those arguments that `UNet` has too."""
 
 
+def is_diffusers(folder: Path) -> bool:
+    """Whether a folder looks like one of diffusers, whether or not it can be read."""
+    return any((folder / name).is_file() for name in (PIPELINE, CONFIG, f"unet/{CONFIG}"))
+
+
 def read_folder(
     folder: Path, scheduler: Path | None = None, image_size: int | None = None
 ) -> Teacher:

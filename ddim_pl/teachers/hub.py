@@ -36,15 +36,17 @@ def download(name: str) -> Path:
         ) from None
     except Exception as error:  # of the client or of what it connects with
         reason = reason_of(error)
+    remedy = "HF_HUB_OFFLINE=1 says so without a wait; on"
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        reason, remedy = "HF_HUB_OFFLINE is set", "unset it, or on"
     try:
         return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
     except Exception:
         raise ValueError(
-            f"source {name!r} is no folder here and cannot be downloaded ({reason}); "
-            "HF_HUB_OFFLINE=1 says so without a wait. On a machine "
-            f"with a network put its {PIPELINE}, {CONFIG}, {SCHEDULER} and {WEIGHTS[0]} (or "
-            f"{WEIGHTS[1]}) into a folder, laid out as in the repository, and give that "
-            "folder as the source"
+            f"source {name!r} is no folder here and cannot be downloaded ({reason}): {remedy} a "
+            f"machine with a network put its {PIPELINE}, {CONFIG}, {SCHEDULER} and "
+            f"{WEIGHTS[0]} (or {WEIGHTS[1]}) into a folder, laid out as in the repository, and "
+            "give that folder as the source"
         ) from None
 
 

@@ -39,6 +39,7 @@ from ddim_pl.samplers import Sampler
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.schedules import LinearSchedule, NoiseSchedule
 from ddim_pl.timesteps import make_levels
+from ddim_pl.training.classes import compare_classes, record_classes
 from ddim_pl.training.ema import Decay, ExponentialAverage
 from ddim_pl.training.finite import UpdateCheck, check_finite_weights, drop_gradients
 from ddim_pl.training.fused import keep_layout, use_fused_kernels
@@ -413,11 +414,13 @@ class DiffusionModule(L.LightningModule, ABC):
             self.origin = read_origin(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             apply_settings(self, checkpoint)
+            compare_classes(self, checkpoint)
             forget_foreign_files(self.trainer, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the files before, if the weights are spoiled or the last update was not made."""
         checkpoint[KEY] = [*self.origin]
+        record_classes(self, checkpoint)
         self._update_check.finish(self)
         check_finite_weights(checkpoint["state_dict"], "lower the rate or clip the gradients")
 

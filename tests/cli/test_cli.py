@@ -303,6 +303,42 @@ def test_a_network_of_classes_is_not_trained_without_labels(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def images_of_classes(folder):
+    """Images in two subfolders, and the arguments of a fit on them."""
+    for name in ("cat", "dog"):
+        (folder / "images" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(folder / "images" / name / "0.png")
+    config = tiny_config(folder / "runs", max_steps=1, limit_val_batches=0, callbacks=[])
+    config["data"] = {
+        "class_path": "ddim_pl.data.image_folder.ImageFolderDataModule",
+        "init_args": {
+            **{"root": str(folder / "images"), "image_size": 8, "channels": 1},
+            **{"batch_size": 2, "steps_per_epoch": 1},
+        },
+    }
+    return config
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+@pytest.mark.parametrize("num_classes", [None, 2])
+def test_labels_that_a_network_does_not_take_are_warned_of(
+    tmp_path, monkeypatch, recwarn, by_file, num_classes
+):
+    monkeypatch.chdir(tmp_path)
+    config = images_of_classes(tmp_path)
+    if by_file:
+        Path("labels.txt").write_text("cat/0.png 1\ndog/0.png 0\n")
+        config["data"]["init_args"]["labels"] = "labels.txt"
+    config["model"]["init_args"]["network"]["init_args"]["num_classes"] = num_classes
+    main(["fit", "--config", write_config(config, tmp_path / "config.yaml")])
+    said = [str(each.message) for each in recwarn if "no effect" in str(each.message)]
+    expected = (
+        "data.labels labels.txt has no effect: the network has num_classes=null and takes no "
+        "labels; set it to 2 to train on them, or leave the labels out"
+    )
+    assert said == ([expected] if by_file and num_classes is None else [])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,5 +1,7 @@
 """`--help` of a class has a text for each of its arguments."""
 
+import sys
+
 import pytest
 from jsonargparse import ArgumentParser
 from lightning import Callback, LightningDataModule
@@ -45,6 +47,15 @@ def test_the_help_of_a_command_has_no_option_without_effect_on_it(capsys):
     for name in ("--trainer.max_steps", "--trainer.callbacks", "--trainer.logger.help"):
         assert name in texts["fit"]
         assert name not in texts["sample"]
+
+
+@pytest.mark.parametrize("command", ["import", "measure", "sample"])
+def test_the_usage_names_the_program_as_it_was_called(command, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/where/ddim-pl", command, "--help"])
+    with pytest.raises(SystemExit):
+        ddim_pl.cli.main()
+    first = capsys.readouterr().out.split("\n", 1)[0].replace("[options] ", "")
+    assert first.startswith(f"usage: ddim-pl {command} ")
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)

@@ -97,6 +97,8 @@ def test_pickles_of_edm_become_checkpoints(edm, tmp_path, monkeypatch, capsys):
     alone = ["--ckpt_path", str(edm), "--num_images", "2", *QUIET]
     main(["sample", *alone, "--output", "images"])
     assert len([*(tmp_path / "images").rglob("0*.png")]) == 2
+    record = json.loads((tmp_path / "images" / "manifest.json").read_text())
+    assert record["weights"] == "as imported"  # none of our averages
     model = ddim_pl.load(edm)
     assert (model.prediction, model.sigma_data, model.time_input) == ("edm", 0.5, "log_sigma")
     assert model.sampler == ddim_pl.Heun()

@@ -113,6 +113,20 @@ def test_a_folder_of_parquet_is_read_by_its_splits(
     assert data.num_classes == data.val_set.num_classes == num_classes
 
 
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("classes", ("a", "b", "c", "d")),
+        ("names", ("bat", "cat", "cow")),
+        ("numbers", ("0", "1", "2")),
+    ],
+)
+def test_classes_have_names(tmp_path: Path, kind: str, names: tuple[str, ...]) -> None:
+    folder = write(tmp_path / "set", kind)
+    assert module(folder).class_names == names
+    assert module(folder, label_column=None).class_names == ()
+
+
 def test_a_part_of_a_split_is_a_split(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", column="img")
     data = module(folder, split="train[2:5]", val_split="train[5:]", label_column=None)
@@ -227,6 +241,50 @@ def test_a_row_without_an_image_and_a_broken_image_are_named(tmp_path: Path) -> 
         module(write(tmp_path / "a", change=absent))
     with pytest.raises(ValueError, match=r"train, row 6 cannot be read"):
         module(write(tmp_path / "b", change=broken))
+
+
+def test_paths_without_bytes_are_named_before_anything_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `to_parquet` writes them; what the error says embeds them."""
+    import datasets
+
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    monkeypatch.chdir(tmp_path)
+    paths = {"image": ["0.png", "1.png", "2.png"], "label": [0, 1, 0]}
+    dataset = datasets.Dataset.from_dict(paths).cast_column("image", datasets.Image())
+    file = tmp_path / "set" / "train.parquet"
+    file.parent.mkdir()
+    dataset.to_parquet(file)
+    caplog.clear()
+    with pytest.raises(
+        ValueError, match=r"row 0, must hold the bytes .* got a path alone"
+    ) as error:
+        module(file.parent)
+    assert "images, " not in caplog.text
+    code = str(error.value).partition("in it, ")[2].partition(", or put")[0]
+    eval(code, {"dataset": dataset, "datasets": datasets, "FILE": file})
+    assert torch.equal(module(file.parent).train_set.images(torch.arange(3)), stack(range(3)))
+    dataset.to_parquet(file)
+    for number in range(3):
+        (file.parent / f"{number}.png").write_bytes(png(number + 5))
+    assert torch.equal(module(file.parent).train_set.images(torch.arange(3)), stack(range(5, 8)))
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_library_draws_no_bars(
+    tmp_path: Path, library: Any, capfd: pytest.CaptureFixture, shown: bool
+) -> None:
+    (library.enable_progress_bars if shown else library.disable_progress_bars)()
+    folder = write(tmp_path / "set")
+    capfd.readouterr()
+    try:
+        module(folder)
+        assert capfd.readouterr().err == ""
+        assert library.are_progress_bars_disabled() != shown  # as it was
+    finally:
+        library.enable_progress_bars()
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:

@@ -49,6 +49,14 @@ def test_a_reference_batch_has_images_and_statistics(tmp_path):
 def test_bad_sides_are_errors_that_name_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"a must be a folder of images, or an NPZ .*nowhere"):
         open_side("a", str(tmp_path / "nowhere"))
+    write_png(picture(), tmp_path / "one.png")
+    with pytest.raises(ValueError, match=r"^a must .* got the single image .*give the folder"):
+        open_side("a", str(tmp_path / "one.png"))
+    torch.save({}, tmp_path / "x.ckpt")
+    with pytest.raises(
+        ValueError, match=r"^b must .*x.ckpt', an archive without arrays: .*sample"
+    ):
+        open_side("b", str(tmp_path / "x.ckpt"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"^a must hold images, got .*empty' without any"):
         open_side("a", str(tmp_path / "empty"))

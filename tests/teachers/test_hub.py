@@ -76,6 +76,18 @@ def test_without_a_network_the_files_are_named(offline):
     assert "give that folder as the source" in str(error.value)
 
 
+def test_a_client_that_is_offline_is_not_advised_to_be(offline, monkeypatch):
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE=1 says so without a wait"):
+        hub.download("google/some")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ValueError, match=r"downloaded \(HF_HUB_OFFLINE is set\): unset it, or"
+    ) as error:
+        hub.download("google/some")
+    assert "HF_HUB_OFFLINE=1" not in str(error.value)
+    assert "route" not in str(error.value)
+
+
 def test_without_the_client_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"pip install 'ddim_pl\[diffusers\]'"):
