@@ -395,7 +395,7 @@ def test_pairs_are_drawn_with_the_teachers_guidance_or_another(tmp_path):
         assert module.sampling_guidance is None
         folder = tmp_path / str(weight)
         trainer(folder, max_steps=1).fit(module, pairs(folder, num_pairs=10, num_validation=2))
-        assert module.whole_origin()[-1]["teacher_guidance"] == (weight or 2.0)
+        assert module.settings_of_origin()["teacher_guidance"] == (weight or 2.0)
         manifest = json.loads((folder / "pairs" / "manifest.json").read_text())
         assert manifest.get("guidance") == {None: "2", 3.0: "3", 1.0: None}[weight]
         images = load_file(folder / "pairs" / "00000.safetensors")["images"]
