@@ -17,7 +17,8 @@ from ddim_pl.evaluation.measure import resize_of, weights_of
 from ddim_pl.evaluation.sides import Side, open_side
 from ddim_pl.evaluation.tables import write_text
 from ddim_pl.files import check_writable
-from ddim_pl.metrics.inception import InceptionFeatures, otherwise
+from ddim_pl.metrics.inception import InceptionFeatures
+from ddim_pl.metrics.missing import otherwise
 from ddim_pl.metrics.quality import OF_FEATURES, SampleQuality, check_metrics
 
 
