@@ -10,11 +10,12 @@ from ddim_pl.checks import check_at_least
 from ddim_pl.evaluation.measure import MeasureSettings, measure
 from ddim_pl.evaluation.worker import Worker, check_images
 from ddim_pl.lightning_internals import datamodule_of
-from ddim_pl.metrics.inception import InceptionFeatures, otherwise
+from ddim_pl.metrics.inception import InceptionFeatures
+from ddim_pl.metrics.missing import otherwise
 from ddim_pl.training import DiffusionModule
 
 WITHOUT_WEIGHTS = (
-    "give its path as weights_path of InceptionFeatures, the features of FrechetDistance, or "
+    "give its path as weights_path of the features of FrechetDistance, or "
     "leave FrechetDistance out of the callbacks"
 )
 """What a run can do without the weights of Inception."""

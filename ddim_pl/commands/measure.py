@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -16,7 +17,8 @@ from ddim_pl.evaluation.measure import resize_of, weights_of
 from ddim_pl.evaluation.sides import Side, open_side
 from ddim_pl.evaluation.tables import write_text
 from ddim_pl.files import check_writable
-from ddim_pl.metrics.inception import InceptionFeatures, otherwise
+from ddim_pl.metrics.inception import InceptionFeatures
+from ddim_pl.metrics.missing import otherwise
 from ddim_pl.metrics.quality import OF_FEATURES, SampleQuality, check_metrics
 
 
@@ -69,13 +71,13 @@ def measure(
             _check_of_inception(side)
     extractor = make_extractor(features, weights)
     quality = SampleQuality(extractor, metrics, seed=seed)
-    counts = {real: _count_of(quality, side, real=real) for real, side in sides.items()}
-    _check_counts(quality, counts)
+    num_real, num_samples = _checked_counts(quality, sides)
     digest = weights_of(extractor)
     for side in sides.values():
         _check_side(quality, side, digest)
     quality.to(device_of(device))
-    quality.warn_of_few(counts[False], counts[True])
+    quality.warn_of_few(num_samples, num_real)
+    tell_of_gray(quality, *sides.values())
     for real, side in sides.items():
         add_side(quality, side, batch_size, real=real)
     numbers = {name: float(value) for name, value in quality.compute().items()}
@@ -143,6 +145,27 @@ def channels_of(quality: SampleQuality) -> int:
     return 1 if getattr(quality.extractor, "image_shape", (3,))[0] == 1 else 3
 
 
+def becomes_gray(quality: SampleQuality, side: Side) -> bool:
+    """Whether image files with colours are read as gray, for an extractor that takes gray ones."""
+    return side.paths is not None and not side.is_gray and channels_of(quality) == 1
+
+
+def tell_of_gray(quality: SampleQuality, *sides: Side | None) -> None:
+    """Say which sides' images are converted to gray, if any are."""
+    for side in sides:
+        if side is not None and becomes_gray(quality, side):
+            rank_zero_warn(
+                f"the images of {side.source} have three channels and are converted to gray, "
+                f"since the extractor {quality.extractor.name!r} takes gray images"
+            )
+
+
+def _recorded(quality: SampleQuality, side: Side) -> dict[str, Any]:
+    """What a side is and whether its colours were used."""
+    gray = {"converted": "to gray"} if becomes_gray(quality, side) else {}
+    return {**side.record(), **gray}
+
+
 def _check_of_inception(side: Side) -> None:
     """Check statistics, before the weights of Inception are asked for or downloaded."""
     given = side.statistics
@@ -177,12 +200,16 @@ def _count_of(quality: SampleQuality, side: Side, *, real: bool) -> int | None:
     return side.num_images
 
 
-def _check_counts(quality: SampleQuality, counts: dict[bool, int | None]) -> None:
-    num_real, num_samples = counts[True], counts[False]
-    if num_real is not None:
-        quality.check_num_real(num_real, "the number of images of b")
-    if num_samples is not None:
-        quality.check_num_samples(num_samples, "the number of images of a")
+def _checked_counts(
+    quality: SampleQuality, sides: dict[bool, Side]
+) -> tuple[int | None, int | None]:
+    """The numbers of images of b and a."""
+    b, a = (_count_of(quality, sides[real], real=real) for real in (True, False))
+    if b is not None:
+        quality.check_num_real(b, "the number of images of b")
+    if a is not None:
+        quality.check_num_samples(a, "the number of images of a")
+    return b, a
 
 
 def _check_side(quality: SampleQuality, side: Side, digest: str) -> None:
@@ -206,8 +233,8 @@ def _content(
     return {
         **numbers,
         **({"kid_subsets": {"count": subsets[0], "size": subsets[1]}} if subsets else {}),
-        "a": sides[False].record(),
-        "b": sides[True].record(),
+        "a": _recorded(quality, sides[False]),
+        "b": _recorded(quality, sides[True]),
         "extractor": quality.extractor.name,
         "weights": digest,
         "resize": resize_of(quality.extractor) or "none",

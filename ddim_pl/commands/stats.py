@@ -7,7 +7,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ddim_pl.checks import check_at_least
-from ddim_pl.commands.measure import channels_of, device_of, make_extractor
+from ddim_pl.commands.measure import (
+    becomes_gray,
+    channels_of,
+    device_of,
+    make_extractor,
+    tell_of_gray,
+)
 from ddim_pl.data.base import ImageDataModule
 from ddim_pl.evaluation.measure import resize_of, weights_of
 from ddim_pl.evaluation.sides import Side, open_side
@@ -60,6 +66,7 @@ def stats(
     quality.check_shape(shape)
     quality.to(device_of(device))
     quality.warn_of_few(num_real=count)
+    tell_of_gray(quality, side)
     for each in tqdm(batches, total=-(-count // batch_size), desc="features", leave=False):
         quality.update(each, real=True)
     sums = quality.real_sums()
@@ -71,9 +78,16 @@ def stats(
         extractor=quality.extractor.name,
         weights=weights_of(extractor),
         resize=resize_of(quality.extractor) or "none",
-        images=(data.preparation if data is not None else "") or "as they are",
+        images=_preparation(quality, side, data),
     ).write(Path(output))
     print(f"{output}: {len(mean)} features {quality.extractor.name} of {count} images")
+
+
+def _preparation(quality: SampleQuality, side: Side | None, data: ImageDataModule | None) -> str:
+    """What was done with the images before the extractor."""
+    if side is not None and becomes_gray(quality, side):
+        return "converted to gray"
+    return (data.preparation if data is not None else "") or "as they are"
 
 
 def _side_with_images(images: str) -> Side:

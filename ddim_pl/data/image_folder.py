@@ -81,18 +81,33 @@ def decode_whole(path: Path | Encoded, channels: int) -> Tensor:
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
 
 
-def size_of(path: Path | Encoded) -> tuple[int, int]:
-    """Width and height of an image file as `decode_whole` gives it, from its header.
+class Header(NamedTuple):
+    """What the header of an image file says.
+
+    Attributes:
+        width: Of the image as `decode_whole` gives it.
+        height: Likewise.
+        is_gray: Whether it holds gray alone.
+    """
+
+    width: int
+    height: int
+    is_gray: bool
+
+
+def header_of(path: Path | Encoded) -> Header:
+    """What the header of an image file says.
 
     Raises:
         ValueError: As there, as far as header and checksums (PNG) show it.
     """
     with _opened(path) as file:
         width, height = file.size
+        is_gray = file.mode in ("1", "L", "LA")
         # A PNG would be decoded for its EXIF, and hardly has one.
         turned = file.format != "PNG" and file.getexif().get(ORIENTATION, 1) >= 5
         file.verify()
-    return (height, width) if turned else (width, height)
+    return Header(height, width, is_gray) if turned else Header(width, height, is_gray)
 
 
 def check_header(

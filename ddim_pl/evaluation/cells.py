@@ -28,7 +28,7 @@ from ddim_pl.evaluation.tables import markdown, write_csv, write_text
 from ddim_pl.evaluation.worker import Worker, precision_of
 from ddim_pl.guidance import Guidance
 from ddim_pl.images import read_png, write_png
-from ddim_pl.metrics.inception import otherwise
+from ddim_pl.metrics.missing import otherwise
 from ddim_pl.rng import NoiseSource
 from ddim_pl.samplers import Sampler
 from ddim_pl.schedules import NoiseSchedule

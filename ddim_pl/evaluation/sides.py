@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddim_pl.data.folders import EXTENSIONS, find_images
-from ddim_pl.data.image_folder import decode_whole, size_of
+from ddim_pl.data.image_folder import decode_whole, header_of
 from ddim_pl.data.image_list import NUM_THREADS, ImageList
 from ddim_pl.metrics.statistics import (
     COVARIANCE,
@@ -33,6 +33,7 @@ class Side:
         source: The path.
         num_images: Of the images; 0 without.
         size: Height and width of each image; None without images.
+        is_gray: Whether all images are gray.
         paths: The files of a folder; None for an NPZ.
         statistics: Of an NPZ that has them; of guided-diffusion's beside images.
     """
@@ -40,6 +41,7 @@ class Side:
     source: str
     num_images: int = 0
     size: tuple[int, int] | None = None
+    is_gray: bool = True
     paths: ImageList | None = None
     statistics: FeatureStatistics | None = None
 
@@ -74,6 +76,7 @@ class Side:
         found: dict[str, Any] = {"source": self.source}
         if self.size is not None:
             found |= {"num_images": self.num_images, "size": list(self.size)}
+            found["channels"] = 1 if self.is_gray else 3
         if self.statistics is not None:
             given = self.statistics
             found["statistics"] = {
@@ -98,7 +101,8 @@ def open_side(name: str, source: str) -> Side:
     path = Path(source)
     if path.is_dir():
         paths = find_images(path, name=name, report=False)
-        return Side(source, len(paths), _size_of_all(paths), paths)
+        size, is_gray = _size_of_all(paths)
+        return Side(source, len(paths), size, is_gray, paths)
     wanted = f"{name} must be a folder of images, or an NPZ file of images or statistics"
     if not path.is_file():
         raise ValueError(f"{wanted}, got {source!r}, which does not exist")
@@ -113,18 +117,20 @@ def open_side(name: str, source: str) -> Side:
     statistics = read_statistics(path) if {MEAN, COVARIANCE} & set(found) else None
     if statistics is not None and IMAGES not in found:
         return Side(source, statistics=statistics)
-    count, height, width, _ = check_image_array(path)
-    return Side(source, count, (height, width), statistics=statistics)
+    count, height, width, channels = check_image_array(path)
+    return Side(source, count, (height, width), channels == 1, statistics=statistics)
 
 
-def _size_of_all(paths: ImageList) -> tuple[int, int]:
-    """Height and width of all images, which are checked before hours of features."""
+def _size_of_all(paths: ImageList) -> tuple[tuple[int, int], bool]:
+    """Height and width of all images, checked before hours of features; and if all are gray."""
+    is_gray = True
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        first = size_of(paths[0])
-        for path, size in zip(paths, pool.map(size_of, paths), strict=True):
-            if size != first:
+        first = header_of(paths[0])
+        for path, found in zip(paths, pool.map(header_of, paths), strict=True):
+            is_gray = is_gray and found.is_gray
+            if found[:2] != first[:2]:
                 raise ValueError(
                     f"images must have one size, got {first[0]}x{first[1]} pixels in {paths[0]} "
-                    f"and {size[0]}x{size[1]} in {path}: resize them all in one way first"
+                    f"and {found[0]}x{found[1]} in {path}: resize them all in one way first"
                 )
-    return first[1], first[0]
+    return (first.height, first.width), is_gray

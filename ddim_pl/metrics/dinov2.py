@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ddim_pl.checks import check_one_of
 from ddim_pl.damage import DamagedError, read_weights, reason_of
+from ddim_pl.metrics.missing import MissingWeightsError
 from ddim_pl.metrics.resizing import pil_bicubic_rounded
 
 HOME = "https://dl.fbaipublicfiles.com/dinov2"
@@ -235,8 +236,7 @@ def _load(network: VisionTransformer, path: str | None, size: Size) -> None:
         network.load_state_dict({name: each.float() for name, each in state.items()}, assign=True)
     except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError
         reason = str(error) if isinstance(error, DamagedError) else reason_of(error)
-        raise ValueError(
+        raise MissingWeightsError(
             f"the weights of DINOv2's {size} network could not be {given} ({reason}): download "
-            f"{file} from its authors, and put it in {torch.hub.get_dir()}/checkpoints or give "
-            "its path as the weights_path of DINOv2Features (--weights of measure and stats)"
+            f"{file} from its authors, and put it in {torch.hub.get_dir()}/checkpoints"
         ) from error

@@ -15,6 +15,7 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 
 from ddim_pl.checks import check_one_of
 from ddim_pl.damage import DamagedError, read_weights, reason_of
+from ddim_pl.metrics.missing import MissingWeightsError
 from ddim_pl.metrics.resizing import pil_bicubic
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -29,18 +30,6 @@ RESIZES = {
     "clean": "bicubic to 299x299 by PIL in float32, antialiased, as clean-fid; (x - 128) / 128",
 }
 """What each does with pixels from 0 to 255."""
-
-
-class InceptionWeightsError(ValueError):
-    """The weights cannot be downloaded or read.
-
-    Args:
-        what: What is wrong and what helps everywhere; `otherwise` adds what else does.
-    """
-
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{what}, or give its path as weights_path")
-        self.what = what
 
 
 class InceptionFeatures(nn.Module):
@@ -60,7 +49,7 @@ class InceptionFeatures(nn.Module):
             clean-fid ([CleanFID]), slower, on the CPU.
 
     Raises:
-        InceptionWeightsError: If the weights cannot be downloaded or read.
+        MissingWeightsError: If the weights cannot be downloaded or read.
         ValueError: If `resize` is unknown.
     """
 
@@ -82,7 +71,7 @@ class InceptionFeatures(nn.Module):
                     antialias=False,
                 )
         except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError
-            raise InceptionWeightsError(_no_weights(weights_path, error)) from error
+            raise MissingWeightsError(_no_weights(weights_path, error)) from error
         fold(self.network)
         self._order()
 
@@ -148,19 +137,6 @@ def _no_weights(given: str | None, error: Exception) -> str:
         f"the Inception weights could not be {what} ({reason}): download {WEIGHTS} from the "
         f"releases of torch-fidelity, and put it in {torch.hub.get_dir()}/checkpoints"
     )
-
-
-@contextmanager
-def otherwise(remedy: str) -> Iterator[None]:
-    """What who asks for the weights of Inception can do without them, for the error.
-
-    Raises:
-        ValueError: In place of `InceptionWeightsError`.
-    """
-    try:
-        yield
-    except InceptionWeightsError as error:
-        raise ValueError(f"{error.what}, or {remedy}") from error
 
 
 @torch.no_grad()

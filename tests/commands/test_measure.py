@@ -17,7 +17,7 @@ from ddim_pl.cli import main
 from ddim_pl.commands.measure import make_extractor, measure
 from ddim_pl.data.digits import digits_arrays
 from ddim_pl.evaluation.measure import weights_of
-from ddim_pl.images import write_png
+from ddim_pl.images import read_png, write_png
 from ddim_pl.metrics.digits import WEIGHTS, DigitsFeatures
 from ddim_pl.metrics.quality import NUMBERS, SampleQuality
 from ddim_pl.metrics.statistics import FeatureStatistics
@@ -111,6 +111,7 @@ def test_all_metrics_are_those_of_the_images_and_what_they_are_of_is_told(
         "source": str(folders / "real"),
         "num_images": NUM_REAL,
         "size": [8, 8],
+        "channels": 1,
     }
     assert found["extractor"] == "digits"
     assert found["weights"] == weights_of(DigitsFeatures())
@@ -182,6 +183,18 @@ def test_a_single_subset_has_no_deviation(folders, capsys):
     assert "digits_kid" in found
     assert "digits_kid_std" not in found
     assert "kid_subsets" not in measured(folders, "real", "real", capsys)
+
+
+def test_colours_that_an_extractor_does_not_see_are_said(folders, tmp_path, capsys):
+    for path in sorted((folders / "fake").iterdir()):
+        write_png(read_png(path).expand(3, -1, -1), tmp_path / path.name)
+    with pytest.warns(UserWarning, match="have three channels and are converted to gray, since"):
+        found = measured(tmp_path, ".", folders / "real", capsys)
+    assert (found["a"]["channels"], found["a"]["converted"]) == (3, "to gray")
+    assert found["b"]["channels"] == 1
+    assert "converted" not in found["b"]
+    plain = measured(folders, "fake", "real", capsys)
+    assert plain["digits_fd"] == pytest.approx(found["digits_fd"], rel=1e-6)
 
 
 def test_weights_are_given_under_either_name():

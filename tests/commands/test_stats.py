@@ -11,7 +11,7 @@ from ddim_pl.commands.measure import measure
 from ddim_pl.commands.stats import stats
 from ddim_pl.data.digits import DigitsDataModule, digits_arrays
 from ddim_pl.evaluation.measure import weights_of
-from ddim_pl.images import write_png
+from ddim_pl.images import read_png, write_png
 from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.metrics.statistics import read_statistics
 
@@ -106,3 +106,12 @@ def test_the_command_line_takes_a_folder_or_a_data_module(folder, monkeypatch, c
     a, b = read_statistics(folder / "a.npz"), read_statistics(folder / "b.npz")
     torch.testing.assert_close(a.covariance, b.covariance)
     assert b.images.startswith("Squaring(")
+
+
+def test_colours_that_an_extractor_does_not_see_are_said_and_recorded(folder):
+    for path in sorted((folder / "images").iterdir()):
+        write_png(read_png(path).expand(3, -1, -1), path)
+    file = folder / "gray.npz"
+    with pytest.warns(UserWarning, match="have three channels and are converted to gray"):
+        stats(str(file), images=str(folder / "images"), features=DigitsFeatures, device="cpu")
+    assert read_statistics(file).images == "converted to gray"

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from sweeps import sweep
 from tiny import some_ddpm, tiny_ddpm, tiny_unet
 
 from ddim_pl.images import read_png, to_uint8
-from ddim_pl.metrics.inception import InceptionFeatures
 from ddim_pl.metrics.quality import SampleQuality
 from ddim_pl.samplers import DDIM, Ancestral, GammaQuantile
 from ddim_pl.timesteps import make_levels
@@ -182,13 +180,6 @@ def test_etas_replace_that_of_samplers_that_have_one(tmp_path):
 def test_wrong_sweeps_are_errors_before_anything_is_drawn(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         sweep(tmp_path / "out", **arguments)
-    assert not (tmp_path / "out").exists()
-
-
-def test_without_the_weights_of_inception_the_error_names_an_option_of_the_command(tmp_path):
-    missing = partial(InceptionFeatures, str(tmp_path / "nowhere.pth"))
-    with pytest.raises(ValueError, match="/checkpoints, or give other features, such as --feat"):
-        sweep(tmp_path / "out", features=missing)
     assert not (tmp_path / "out").exists()
 
 

@@ -20,7 +20,18 @@ def test_a_folder_gives_its_images_in_order_in_batches(tmp_path):
     batches = list(side.batches(2, 3))
     assert [len(batch) for batch in batches] == [2, 2, 1]
     assert torch.equal(torch.cat(batches), torch.stack(images))
-    assert side.record() == {"source": str(tmp_path), "num_images": 5, "size": [6, 4]}
+    known = {"source": str(tmp_path), "num_images": 5, "size": [6, 4], "channels": 3}
+    assert side.record() == known
+
+
+def test_a_side_is_gray_if_all_its_images_are(tmp_path):
+    write_png(picture(1), tmp_path / "a.png")
+    assert open_side("a", str(tmp_path)).record()["channels"] == 1
+    write_png(picture(3), tmp_path / "b.png")
+    assert open_side("a", str(tmp_path)).record()["channels"] == 3
+    for channels in (1, 3):
+        np.savez(tmp_path / "x.npz", np.zeros((2, 6, 4, channels), np.uint8))
+        assert open_side("a", str(tmp_path / "x.npz")).record()["channels"] == channels
 
 
 def test_grey_images_are_repeated_and_jpegs_are_upright(tmp_path):

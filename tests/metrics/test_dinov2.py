@@ -139,7 +139,7 @@ def test_no_network_is_an_error_that_names_the_file_and_its_place(monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     with pytest.raises(
         ValueError,
-        match=r"dinov2_vitl14_pretrain.pth.* put it in .*checkpoints or give .*weights_path",
+        match=r"dinov2_vitl14_pretrain.pth.* put it in .*checkpoints, or give .*weights_path",
     ):
         DINOv2Features()
 
