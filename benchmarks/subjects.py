@@ -28,7 +28,7 @@ TINY = {"image_size": 8, "channels": 8, "multipliers": [1, 2], "num_blocks": 1}
 TINY |= {"attention": [4], "groups": 4}
 # Settings that change what is computed, not how. All others with a choice of values are measured.
 OF_THE_METHOD = {"prediction", "time_input", "clip", "loss_weight", "loss", "level_sampling"}
-OF_THE_METHOD |= {"scale_shift", "resample", "initialisation"}
+OF_THE_METHOD |= {"scale_shift", "resample", "initialisation", "null_class"}
 
 
 # ---- models of the configs --------------------------------------------------------------------

@@ -22,8 +22,7 @@ DESCRIPTIONS = {
     "levels": "Search the levels at which a checkpoint's DDIM errs least, and write them as a "
     "small JSON.",
     "pairs": "Draw pairs (latent, image) with a teacher, for students that train on them.",
-    "sweep": "Measure every combination of samplers, etas, strategies of levels and numbers of "
-    "steps.",
+    "sweep": "Measure every combination of samplers, etas, levels, numbers of steps and guidance.",
     "compare": "Measure students with their own steps, and their teacher with DDIM at as many and "
     "more.",
     "export": "Write the averaged weights for others: as a checkpoint, for diffusers, or for no "

@@ -116,7 +116,7 @@ WRONG = [
     ),
     ("sample --ckpt_path CK --model.guidance nan", "guidance must be a number or null, got nan"),
     ("sample --ckpt_path CK --model.guidance_interval [0.1,2]", "left out without guidance"),
-    ("sample --ckpt_path CK --model.guidance abc", "model.guidance"),
+    ("sample --ckpt_path CK --model.guidance abc", "guidance must be a number or null, got abc"),
     ("sweep --ckpt_path CK --guidances []", "guidances"),
     ("sweep --ckpt_path CK --guidances [2]", "guidance must be left out for a network without"),
     ("reconstruct --ckpt_path CK --model.guidance 2", "guidance must be left out for reconstruct"),

@@ -87,7 +87,7 @@ def test_the_null_class_of_songunet_is_a_label_of_zeros():
         wide = network.time(t) + network.class_in(one_hot * math.sqrt(3))
         silu = torch.nn.functional.silu
         expected = silu(network.emb_out(silu(network.emb_in(wide))))
-        torch.testing.assert_close(network._embedding(t, label), expected)
+        torch.testing.assert_close(network._embedding(t, label, None), expected)
 
 
 def test_the_null_class_of_diffusers_network_is_its_last():

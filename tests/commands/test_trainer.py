@@ -98,7 +98,7 @@ def test_a_command_without_a_checkpoint_is_an_error(command):
     [
         (
             ["--model.sampler", "Foo"],
-            "sampler cannot be Foo: known are Ancestral, DDIM, DEQ, DPMSolverPP",
+            "sampler cannot be Foo: known are Ancestral, Consistency, DDIM, DEQ, DPMSolverPP",
         ),
         (["--model.timesteps", "foo"], "timesteps must be one of"),
         (["--model.sampler", "Heun", "--model.sampler.eta", "1"], "eta is no argument of Heun"),
