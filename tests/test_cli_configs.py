@@ -217,6 +217,7 @@ def test_an_argument_may_stand_before_its_class(tmp_path, capsys, kind, argument
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_of_an_argument_and_a_mapping_the_later_wins(tmp_path, capsys):
     base = ["fit", "--config", short_config(tmp_path), "--model.sampler.eta", "0.5"]
     mapping = "{class_path: DDIM, init_args: {eta: 0.25}}"

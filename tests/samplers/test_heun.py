@@ -187,6 +187,7 @@ def law_after(churn: float, num_steps: int, **arguments: float) -> tuple[float, 
     return mean.item(), variance.item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("churn", [0.0, 5.0, 20.0])
 def test_churn_keeps_the_law_to_second_order(churn: float) -> None:
     errors = [abs(law_after(churn, steps)[1] / 0.25 - 1) for steps in (50, 100, 200)]

@@ -310,6 +310,7 @@ class Stages(Callback):
         self.seen.append(pl_module.stage)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
 @pytest.mark.parametrize("method", ["distillation", "from noise"])
 def test_a_run_that_stops_goes_on_to_the_bit(method, teacher, tmp_path):

@@ -34,6 +34,7 @@ def test_a_strangers_origin_is_read_as_far_as_it_is_one(found, expected):
     assert read_origin({"ddim_pl_origin": found}) == expected
 
 
+@pytest.mark.slow
 def test_it_is_short_and_fits_a_card(tmp_path):
     model = some_ddpm()
     content = torch.load(save(model, tmp_path / "a.ckpt"), weights_only=True)

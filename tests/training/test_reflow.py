@@ -97,6 +97,7 @@ def test_a_fit_trains_on_the_pairs_and_its_student_takes_any_number_of_steps(
     assert isinstance(teacher_file[1], DDPM)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
 def test_a_stopped_fit_ends_with_the_weights_of_an_unbroken_one(teacher_file, tmp_path):
     whole, half, rest = (straightened(teacher_file) for _ in range(3))
