@@ -107,7 +107,7 @@ def pictures(number: int, claim: Claim, seed: int, out: Path) -> str:
         stage, _, file = place.partition("/")
         name = f"claim-{number:02d}-{index}.png"
         with replacing(out / "figures" / name) as part:
-            shutil.copyfile(out / "work" / f"{stage}-{seed}" / file, part)
+            shutil.copyfile(out / "stages" / f"{stage}-{seed}" / file, part)
         text += f"{caption}, seed {seed}:\n\n![{caption}](figures/{name})\n\n"
     return text
 

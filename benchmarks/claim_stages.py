@@ -312,7 +312,7 @@ class Maker:
 
     def folder(self, name: str) -> Path:
         """Of what a stage writes."""
-        return self.out / "work" / self.named(name)
+        return self.out / "stages" / self.named(name)
 
     def images(self) -> Command:
         """How many images are measured and shown."""

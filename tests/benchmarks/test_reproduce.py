@@ -34,7 +34,7 @@ APPEND = (
 
 def writes(out, name, text, needs=(), goes_on=False, code=APPEND):
     """A stage that appends a text to a file, and finds what is there."""
-    folder = out / "work" / name
+    folder = out / "stages" / name
     command = ("-c", code, str(folder / "file"), text)
     read = (folder / "file").read_text
     return Stage(name, (command,), read, tuple(needs), folder, goes_on)
@@ -71,7 +71,7 @@ def test_two_stages_run_at_a_time(tmp_path):
         "pathlib.Path(sys.argv[1]).write_text('here')\n"
         "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.01)"
     )
-    pair = [tmp_path / "work" / name / "file" for name in ("a", "b")]
+    pair = [tmp_path / "stages" / name / "file" for name in ("a", "b")]
     stages = [
         writes(tmp_path, name, str(other), code=wait)
         for name, other in zip("ab", reversed(pair), strict=True)
@@ -114,7 +114,7 @@ def test_a_fit_goes_on_from_its_last_checkpoint(tmp_path):
 def test_no_stage_begins_after_the_budget(tmp_path):
     stages = [writes(tmp_path, "a", "a")]
     assert run(tmp_path, stages, deadline=time.monotonic()) == ({}, [], [])
-    assert not (tmp_path / "work").exists()
+    assert not (tmp_path / "stages").exists()
     assert run(tmp_path, stages)[0] == {"a": "a"}
 
 
@@ -233,7 +233,7 @@ code = (
     "import os, sys, time; os.makedirs(os.path.dirname(sys.argv[1]));"
     "open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
 )
-stage = Stage("a", (("-c", code, str(folder / "work" / "pid")),), dict, (), folder / "work")
+stage = Stage("a", (("-c", code, str(folder / "stages" / "pid")),), dict, (), folder / "stages")
 def wait(study, seeds, runner, budget, claims):
     runner.run([stage], float("inf"), print)
 reproduce.reproduce = wait
@@ -247,7 +247,7 @@ def test_a_stopped_call_ends_its_processes_and_a_killed_one_leaves_them_the_lock
     call = subprocess.Popen(
         [sys.executable, "-c", SLEEPS, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths}
     )
-    pid = tmp_path / "work" / "pid"
+    pid = tmp_path / "stages" / "pid"
     while not (pid.exists() and pid.read_text()):
         assert call.poll() is None
         time.sleep(0.05)
