@@ -35,10 +35,9 @@ import ddim_pl.networks
 from ddim_pl import signals
 from ddim_pl.cli_checks import (
     check_config,
+    check_drawing,
     check_effects,
-    check_guidance,
     check_module,
-    check_sampling_precision,
     has_effect,
     naming_trainer,
 )
@@ -214,8 +213,7 @@ class DiffusionCLI(LightningCLI):
         if command in COMMANDS:
             check_effects(command, given.named, takes_data=_takes_data(command))
         self._prepare_loggers(config)
-        check_sampling_precision(command, config, given="sampling_precision" in given.of_model)
-        check_guidance(command, config, given="guidance" in given.of_model)
+        check_drawing(command, config, given.of_model)
         self._resolve_checkpoint(config)
 
     def _command_parser(self, command: str) -> CommandParser:

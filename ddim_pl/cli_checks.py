@@ -4,8 +4,8 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import Namespace
@@ -28,8 +28,32 @@ LARGEST_RATE = 1e3
 LEAST = {"check_val_every_n_epoch": 1, "accumulate_grad_batches": 1, "log_every_n_steps": 0}
 """The least values of the trainer's numbers that Lightning does not check itself."""
 
-IN_FULL_PRECISION = ("reconstruct", "invert", "forward")
-"""Commands on which `sampling_precision` has no effect: they encode, or use no network."""
+WITHOUT_DRAWING = ("reconstruct", "invert", "forward")
+"""Commands that draw no images of their own: they encode, or use no network."""
+
+
+class _OfDrawing(NamedTuple):
+    """A setting of how images are drawn.
+
+    Attributes:
+        usual: Its value where it changes nothing.
+        must: What must be done with it where no images are drawn.
+        reason: What such a command does.
+        label: What a value is called.
+    """
+
+    usual: Any
+    must: str
+    reason: str
+    label: str
+
+
+OF_DRAWING = {
+    "sampling_precision": _OfDrawing(
+        32, "be 32", "works with the weights as they are", "sampling_precision {}"
+    ),
+    "guidance": _OfDrawing(None, "be left out", "has no guidance", "{:g}"),
+}
 
 IDLE = {
     "trainer": (
@@ -94,66 +118,40 @@ def check_config(config: Namespace) -> None:
                 )
 
 
-def check_guidance(command: str, config: Namespace, *, given: bool) -> None:
-    """Check that `guidance` has an effect on a command whose user gives it.
+def check_drawing(command: str, config: Namespace, given: Collection[str]) -> None:
+    """Check that what says how images are drawn has an effect on a command whose user gives it.
 
     Says so where a checkpoint's has none.
 
     Args:
         command: The command.
         config: Its arguments.
-        given: Whether the user gives it, so that it is not the checkpoint's.
+        given: Names of the model's arguments that the user gives, so that they are not the
+            checkpoint's.
 
     Raises:
-        ValueError: If it is given and has no effect.
+        ValueError: If one is given and has no effect.
     """
-    guidance = config.model.get("init_args", Namespace()).get("guidance")
-    encodes = _encodes(command, config)
-    if guidance is None or not (encodes or command in IN_FULL_PRECISION):
-        return
-    name = f"{command} between images" if encodes else command
-    if given:
-        raise ValueError(
-            f"guidance must be left out for {name}, which draws no images of its own and has no "
-            f"guidance, got {guidance}: leave it out"
-        )
-    rank_zero_info(f"{name} has no guidance: {guidance:g} of the checkpoint has no effect on it")
-
-
-def _encodes(command: str, config: Namespace) -> bool:
-    """Whether a command that may encode does so."""
-    return command == "interpolate" and bool(config.from_data or config.images)
-
-
-def check_sampling_precision(command: str, config: Namespace, *, given: bool) -> None:
-    """Check that `sampling_precision` has an effect on a command whose user gives it.
-
-    Says so where a checkpoint's has none.
-
-    Args:
-        command: The command.
-        config: Its arguments.
-        given: Whether the user gives it, so that it is not the checkpoint's.
-
-    Raises:
-        ValueError: If it is given and has no effect.
-    """
-    precision = config.model.get("init_args", Namespace()).get("sampling_precision", 32)
-    encodes = _encodes(command, config)
+    encodes = command == "interpolate" and bool(config.from_data or config.images)
     writes_graph = command == "export" and config.format != "checkpoint"
-    if precision == 32 or not (encodes or writes_graph or command in IN_FULL_PRECISION):
-        return
-    name = f"{command} between images" if encodes else command
-    name += f" to {config.format}" if writes_graph else ""
-    if given:
-        raise ValueError(
-            f"sampling_precision must be 32 for {name}, which works with the weights as they are, "
-            f"got {precision!r}: leave it out"
+    what = f"{command} between images" if encodes else command
+    what += f" to {config.format}" if writes_graph else ""
+    draws = not (encodes or command in WITHOUT_DRAWING)
+    arguments = config.model.get("init_args", Namespace())
+    for name, setting in OF_DRAWING.items():
+        value = arguments.get(name, setting.usual)
+        refused_later = writes_graph and name == "guidance"  # by the format, with what to do
+        if value == setting.usual or refused_later or (draws and not writes_graph):
+            continue
+        if name in given:
+            raise ValueError(
+                f"{name} must {setting.must} for {what}, which {setting.reason}, got {value!r}: "
+                "leave it out"
+            )
+        rank_zero_info(
+            f"{what} {setting.reason}: {setting.label.format(value)} of the checkpoint has no "
+            "effect on it"
         )
-    rank_zero_info(
-        f"{name} works with the weights as they are: sampling_precision {precision} of the "
-        "checkpoint has no effect on it"
-    )
 
 
 def has_effect(command: str, name: str, *, takes_data: bool) -> bool:
@@ -172,7 +170,7 @@ def has_effect(command: str, name: str, *, takes_data: bool) -> bool:
         return False
     if option == "callbacks" and command in MEASURING:
         return True
-    # A student's file says how it was distilled; the loss of others is part of a checkpoint.
+    # A checkpoint that is exported holds the weight of its loss.
     return option not in IDLE.get(owner, ()) or (command, option) == ("export", "loss_weight")
 
 

@@ -7,7 +7,6 @@ merge callbacks of one class, and find the checkpoint whose config is the base.
 import argparse
 import importlib
 import re
-from argparse import SUPPRESS
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +57,8 @@ class _Strict(ArgumentParser):
             super().error(message, ex)
         # internal: jsonargparse 4 has no public place for the annotations of arguments.
         types = {each.dest: getattr(each, "_typehint", None) for each in self._actions}
-        shown = [each for each in self._actions if each.help != SUPPRESS]
+        hidden = {id(action) for action in self.not_in_help}
+        shown = [each for each in self._actions if id(each) not in hidden]
         known = [name for each in shown for name in each.option_strings]
         line = parser_message(message, types, known)
         named = [each for each in self.variables if each.lower().rpartition("__")[2] in line]

@@ -219,6 +219,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def reason_of(error: Exception) -> str:
     """What an error says, in one short line."""
+    if isinstance(error, DamagedError):
+        return str(error)
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     for pattern, meaning in KNOWN.items():
         found = re.search(pattern, text)

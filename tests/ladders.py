@@ -41,10 +41,10 @@ def trainer(folder, *callbacks, **arguments):
 LADDER = [(4, 6), (2, 5), (1, 5)]  # after two updates of conversion it ends at update 18
 
 
-def ladder(path, **arguments):
+def ladder(path, kind=ProgressiveDistillation, **arguments):
     # A run that resumes must not owe its result to the global generator.
     seed_everything(arguments.pop("global_seed", 0), verbose=False)
-    return ProgressiveDistillation(
+    return kind(
         **{
             "teacher": path,
             "rounds": LADDER,

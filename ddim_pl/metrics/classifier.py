@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ddim_pl.damage import DamagedError, read_weights, reason_of
+from ddim_pl.damage import read_weights, reason_of
 
 
 class Classifier(nn.Module):
@@ -52,10 +52,9 @@ class ClassifierFeatures(nn.Module):
             plain = {name: value.float() for name, value in state.items()}
             self.classifier.load_state_dict(plain, assign=True)
         except (RuntimeError, ValueError) as error:
-            reason = str(error) if isinstance(error, DamagedError) else reason_of(error)
             raise ValueError(
                 f"weights must be a file of those of {type(self).__name__}, got {weights} "
-                f"({reason}): give another, or leave them out"
+                f"({reason_of(error)}): give another, or leave them out"
             ) from error
         self.num_features = self.classifier.head.in_features
         self.requires_grad_(False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddim_pl.checks import check_one_of
-from ddim_pl.damage import DamagedError, read_weights, reason_of
+from ddim_pl.damage import read_weights, reason_of
 from ddim_pl.metrics.missing import MissingWeightsError
 from ddim_pl.metrics.resizing import pil_bicubic_rounded
 
@@ -235,8 +235,8 @@ def _load(network: VisionTransformer, path: str | None, size: Size) -> None:
         state.pop("mask_token", None)  # for training alone
         network.load_state_dict({name: each.float() for name, each in state.items()}, assign=True)
     except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError
-        reason = str(error) if isinstance(error, DamagedError) else reason_of(error)
         raise MissingWeightsError(
-            f"the weights of DINOv2's {size} network could not be {given} ({reason}): download "
-            f"{file} from its authors, and put it in {torch.hub.get_dir()}/checkpoints"
+            f"the weights of DINOv2's {size} network could not be {given} "
+            f"({reason_of(error)}): download {file} from its authors, and put "
+            f"it in {torch.hub.get_dir()}/checkpoints"
         ) from error

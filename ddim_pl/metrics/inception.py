@@ -14,7 +14,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from ddim_pl.checks import check_one_of
-from ddim_pl.damage import DamagedError, read_weights, reason_of
+from ddim_pl.damage import read_weights, reason_of
 from ddim_pl.metrics.missing import MissingWeightsError
 from ddim_pl.metrics.resizing import pil_bicubic
 
@@ -132,10 +132,10 @@ def _safe(path: str | None) -> Iterator[str | None]:
 
 def _no_weights(given: str | None, error: Exception) -> str:
     what = f"read from {given}" if given else "downloaded"
-    reason = str(error) if isinstance(error, DamagedError) else reason_of(error)
     return (
-        f"the Inception weights could not be {what} ({reason}): download {WEIGHTS} from the "
-        f"releases of torch-fidelity, and put it in {torch.hub.get_dir()}/checkpoints"
+        f"the Inception weights could not be {what} ({reason_of(error)}): "
+        f"download {WEIGHTS} from the releases of torch-fidelity, and put it in "
+        f"{torch.hub.get_dir()}/checkpoints"
     )
 
 

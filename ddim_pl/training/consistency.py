@@ -13,6 +13,7 @@ estimate of x. All of it is written for the states `z` and levels of any schedul
 """
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -163,11 +164,6 @@ class ConsistencyModel(Distillation):
         return len(self.sampling_sigmas)
 
     @property
-    def first_prediction(self) -> PredictionType:
-        """What the teacher predicts."""
-        return self.given_teacher_prediction or self.read_prediction or self.prediction
-
-    @property
     def stage(self) -> int:
         """The present stage, counted from 0; it follows from the number of updates made."""
         if self.stage_updates is None:
@@ -178,11 +174,8 @@ class ConsistencyModel(Distillation):
     def check_teacher(self, teacher: DiffusionModule) -> None:
         """Check that this model can begin from a teacher's weights, and learn from it."""
         super().check_teacher(teacher)
-        if self.method == "distillation" and teacher.prediction != self.first_prediction:
-            raise ValueError(
-                f"teacher {self.teacher_path!r} predicts {teacher.prediction!r}, but is read as "
-                f"{self.first_prediction!r}: set teacher_prediction to the former"
-            )
+        if self.method == "distillation":
+            self.check_first_prediction(teacher)
 
     def check_steps(self, teacher: DiffusionModule) -> None:
         """Check that the teacher of a distillation knows all levels; training needs only a start.
@@ -213,14 +206,8 @@ class ConsistencyModel(Distillation):
     @property
     def teacher_denoiser(self) -> NetworkDenoiser:
         """The teacher of a distillation; its estimates are not clipped."""
-        return NetworkDenoiser(
-            self.teacher,
-            self.schedule,
-            self.first_prediction,
-            False,
-            self.time_input,
-            sigma_data=self.sigma_data,
-        )
+        own = self._denoiser(self.teacher)
+        return replace(own, prediction=self.first_prediction, clip=False)
 
     def loss(self, denoiser: NetworkDenoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Distance of the estimates at two noises of a trajectory, over their difference, `(B,)`.
@@ -284,12 +271,6 @@ class ConsistencyModel(Distillation):
         """Check that the checkpoint to begin with can be read, and that there is one to distil."""
         if self.teacher_path is not None or self.method == "distillation":
             self.read_teacher()
-
-    def on_fit_start(self) -> None:
-        """Begin with the teacher's weights, unless a run resumes from a checkpoint."""
-        # Also if a network is given: a config from a checkpoint names both.
-        if self.teacher_path is not None and self.trainer.ckpt_path is None:
-            self.load_weights_from(self.read_teacher())
 
 
 def _check_stages(q: float, num_stages: int, stage_updates: int | None) -> None:

@@ -17,7 +17,7 @@ from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.training.base import DiffusionModule
 from ddim_pl.training.hyperparameters import filled
 from ddim_pl.training.loading import load
-from ddim_pl.training.origin import KEY, Origin
+from ddim_pl.training.origin import KEY
 
 DEFAULTS = {
     "time_input": "index",
@@ -97,19 +97,21 @@ class Distillation(DiffusionModule):
         return teacher
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record this distillation, behind the teacher's origin."""
-        self.origin = self.origin_now()
+        """Record this distillation."""
+        self.record_origin()
         super().on_save_checkpoint(checkpoint)
 
-    def origin_now(self) -> Origin:
-        """The teacher's origin, and this distillation, without folders of this machine."""
+    def record_origin(self) -> None:
+        """Put this distillation, without folders of this machine, behind the teacher's origin.
+
+        Only in a fit: else the origin is as a checkpoint has it, whatever is given now.
+        """
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
-            return self.origin  # as the checkpoint has it, whatever is given now
+            return
         teacher = None if self.teacher_path is None else Path(self.teacher_path).name
         own = {"by": type(self).__name__, "teacher": teacher, "updates": self.global_step}
         before = self.origin[:-1] if self._is_recorded else self.origin
-        self._is_recorded = True
-        return (*before, own | self.settings_of_origin())
+        self.origin, self._is_recorded = (*before, own | self.settings_of_origin()), True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Know whether the origin has this distillation already."""
@@ -122,6 +124,26 @@ class Distillation(DiffusionModule):
     def settings_of_origin(self) -> dict[str, Any]:
         """What else is to be known of this distillation, as plain data."""
         return {}
+
+    given_teacher_prediction: PredictionType | None = None
+    """What the teacher predicts, where it is said because `network` is given."""
+
+    @property
+    def first_prediction(self) -> PredictionType:
+        """What the teacher predicts."""
+        return self.given_teacher_prediction or self.read_prediction or self.prediction
+
+    def check_first_prediction(self, teacher: DiffusionModule) -> None:
+        """Check that a teacher predicts what it is read as.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if teacher.prediction != self.first_prediction:
+            raise ValueError(
+                f"teacher {self.teacher_path!r} predicts {teacher.prediction!r}, but is read as "
+                f"{self.first_prediction!r}: set teacher_prediction to the former"
+            )
 
     @property
     def teacher_steps(self) -> int:
@@ -190,6 +212,12 @@ class Distillation(DiffusionModule):
         """Take over the averaged weights of a teacher."""
         for network in (self.network, self.average.module):
             copy_weights(teacher.average.module, network)
+
+    def on_fit_start(self) -> None:
+        """Begin with the teacher's weights, unless a run resumes from a checkpoint."""
+        # Also if a network is given: a config from a checkpoint names both.
+        if self.teacher_path is not None and self.trainer.ckpt_path is None:
+            self.load_weights_from(self.read_teacher())
 
 
 def _check_guidance(guidance: float | None) -> None:

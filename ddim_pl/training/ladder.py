@@ -6,6 +6,7 @@ All rounds are one `fit`: the round follows from the number of updates made.
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple, Self
@@ -193,11 +194,6 @@ class Ladder(Distillation):
         self.check_rounds(ladder)
         return tuple(ladder)
 
-    @property
-    def first_prediction(self) -> PredictionType:
-        """What the first teacher predicts."""
-        return self.given_teacher_prediction or self.read_prediction or self.prediction
-
     def load_weights_from(self, teacher: DiffusionModule) -> None:
         """Begin the ladder with a teacher's weights, in the student and in its first teacher."""
         super().load_weights_from(teacher)
@@ -208,11 +204,7 @@ class Ladder(Distillation):
     def check_teacher(self, teacher: DiffusionModule) -> None:
         """Check that the ladder can begin from a teacher."""
         super().check_teacher(teacher)
-        if teacher.prediction != self.first_prediction:
-            raise ValueError(
-                f"teacher {self.teacher_path!r} predicts {teacher.prediction!r}, but is read as "
-                f"{self.first_prediction!r}: set teacher_prediction to the former"
-            )
+        self.check_first_prediction(teacher)
 
     @abstractmethod
     def promote(self) -> None:
@@ -243,7 +235,7 @@ class Ladder(Distillation):
         It knows its levels, and needs neither this class nor the teacher.
         """
         steps = self.student_steps
-        self.origin = self.origin_now()
+        self.record_origin()
         return averaged_checkpoint(self, num_steps=steps, distilled_steps=steps)
 
     def settings_of_origin(self) -> dict[str, Any]:
@@ -268,14 +260,7 @@ class Ladder(Distillation):
         prediction = self.first_prediction if first else self.prediction
         is_full = self.teacher_precision == 32
         network = self.teacher if is_full else self._reduced_teacher.of(self.teacher)
-        return NetworkDenoiser(
-            network,
-            self.schedule,
-            prediction,
-            self.clip_teacher,
-            self.time_input,
-            sigma_data=self.sigma_data,
-        )
+        return replace(self._denoiser(network), prediction=prediction, clip=self.clip_teacher)
 
     def loss(self, denoiser: NetworkDenoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Weighted squared error of the student's x against the target, `(B,)`."""
@@ -335,12 +320,6 @@ class Ladder(Distillation):
         """Check that there is a teacher that the ladder can begin from."""
         if self.teacher_path is not None:
             self.read_teacher()
-
-    def on_fit_start(self) -> None:
-        """Begin with the teacher's weights, unless a run resumes from a checkpoint."""
-        # Also if a network is given: a config from a checkpoint names both.
-        if self.teacher_path is not None and self.trainer.ckpt_path is None:
-            self.load_weights_from(self.read_teacher())
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Begin the next round where the last one's updates are made."""

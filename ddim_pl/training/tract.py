@@ -9,6 +9,7 @@ from t leads where these two do, and where `t' = s` the teacher's own.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,7 @@ from ddim_pl.scales import expand_like
 from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.training.base import DiffusionModule
 from ddim_pl.training.distillation import copy_weights
-from ddim_pl.training.ema import ExponentialAverage
+from ddim_pl.training.ema import Decay, ExponentialAverage
 from ddim_pl.training.ladder import Ladder, Round
 
 KEPT = 1e-3
@@ -60,7 +61,7 @@ class TRACT(Ladder):
         teacher_num_steps: int = 1024,
         self_decay: float = 0.5,
         clip_teacher: bool = True,
-        ema_decay: float | None = None,
+        ema_decay: float | Decay | None = None,
         **kwargs: Any,
     ) -> None:
         check_at_least(1, teacher_num_steps=teacher_num_steps)
@@ -157,14 +158,7 @@ class TRACT(Ladder):
     @property
     def self_denoiser(self) -> NetworkDenoiser:
         """The student by its short average."""
-        return NetworkDenoiser(
-            self.self_teacher.module,
-            self.schedule,
-            self.prediction,
-            self.clip_teacher,
-            self.time_input,
-            sigma_data=self.sigma_data,
-        )
+        return replace(self._denoiser(self.self_teacher.module), clip=self.clip_teacher)
 
     # ---- Lightning ----------------------------------------------------------------------------
 

@@ -1,13 +1,12 @@
 """TRACT: the authors' target, perfect students, phases that go on, resuming."""
 
-import functools
 from itertools import pairwise
 
 import pytest
 import torch
 from exact import ExactGaussian
-from ladders import clone, fit, same
-from lightning import Callback, seed_everything
+from ladders import clone, fit, ladder, same
+from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -23,18 +22,8 @@ PHASES = [(2, 6), (1, 5)]  # from 8 steps, after two updates of conversion
 
 
 def tract(path, **arguments):
-    seed_everything(arguments.pop("global_seed", 0), verbose=False)
-    return TRACT(
-        **{
-            "teacher": path,
-            "rounds": PHASES,
-            "teacher_num_steps": 8,
-            "conversion_updates": 2,
-            "dropout": 0.1,
-            "optimizer": functools.partial(torch.optim.Adam, lr=1e-3),
-            **arguments,
-        }
-    )
+    given = {"rounds": PHASES, "teacher_num_steps": 8, "ema_decay": None, **arguments}
+    return ladder(path, TRACT, **given)
 
 
 class Wave(nn.Module):
