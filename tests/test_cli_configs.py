@@ -217,7 +217,6 @@ def test_an_argument_may_stand_before_its_class(tmp_path, capsys, kind, argument
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_of_an_argument_and_a_mapping_the_later_wins(tmp_path, capsys):
     base = ["fit", "--config", short_config(tmp_path), "--model.sampler.eta", "0.5"]
     mapping = "{class_path: DDIM, init_args: {eta: 0.25}}"
@@ -232,6 +231,7 @@ def test_of_an_argument_and_a_mapping_the_later_wins(tmp_path, capsys):
     assert sampler["init_args"] == {"eta": 0.5, "clip": False}
 
 
+@pytest.mark.slow
 def test_a_path_may_begin_at_the_home_folder_wherever_it_stands(tmp_path, monkeypatch, capsys):
     home, place = tmp_path / "home", tmp_path / "place"
     for folder in (home, place):

@@ -150,7 +150,6 @@ def test_every_average_is_that_of_a_run_which_has_it_alone(run, tmp_path):
         assert same(weights(average.module), weights(alone.average.module))
 
 
-@pytest.mark.slow
 def test_a_resumed_run_has_the_same_averages(run, tmp_path):
     _, half = fit(tmp_path / "first", 4)
     rest, _ = fit(tmp_path / "rest", 8, resume=half)
@@ -158,6 +157,7 @@ def test_a_resumed_run_has_the_same_averages(run, tmp_path):
         assert same(weights(one), weights(other))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_read_with_the_average_that_is_asked_for(run, tmp_path):
     module, path = run
     assert len({fingerprint(load(path, average=index)) for index in range(3)}) == 3

@@ -34,7 +34,6 @@ def test_a_strangers_origin_is_read_as_far_as_it_is_one(found, expected):
     assert read_origin({"ddim_pl_origin": found}) == expected
 
 
-@pytest.mark.slow
 def test_it_is_short_and_fits_a_card(tmp_path):
     model = some_ddpm()
     content = torch.load(save(model, tmp_path / "a.ckpt"), weights_only=True)
@@ -48,6 +47,7 @@ def test_it_is_short_and_fits_a_card(tmp_path):
     assert len(text) < 30_000
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_before_keeps_the_origin_of_its_teacher(teacher, tmp_path):
     content = torch.load(teacher, weights_only=True)
     content["ddim_pl_origin"] = [{"by": "import", "source": "x"}]
