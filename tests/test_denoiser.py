@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import get_args
 
 import pytest
@@ -302,10 +303,19 @@ def test_every_other_prediction_is_finite_without_signal(
     torch.testing.assert_close(x, -z / 2 if kind == "v" else z / 2)
 
 
-@pytest.mark.parametrize("schedule", [LinearSchedule(), CosineLogSNRSchedule(), EDMSchedule()])
-@pytest.mark.parametrize(
-    ("prediction", "clip"),
+GRAPHS = product(
+    [LinearSchedule(), CosineLogSNRSchedule(), EDMSchedule()],
     [("eps", True), ("v", False), ("both", DynamicThreshold()), ("edm", False)],
+)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "clip"),
+    [
+        # Each schedule and each prediction at least once: compiling takes seconds.
+        pytest.param(schedule, *case, marks=[] if place in (0, 5, 10, 11) else [pytest.mark.slow])
+        for place, (schedule, case) in enumerate(GRAPHS)
+    ],
 )
 def test_a_step_and_a_loss_are_one_graph_each(schedule, prediction, clip):
     """Nothing in them depends on a value in a way that a compiler cannot follow."""
