@@ -119,7 +119,7 @@ class Given:
         given = cls(command, [], None, any(map(_shows_only, args)), set())
         for name, value in options(args):
             given.of_model |= _arguments_of_model(name, value)
-            given.named.append(name.removeprefix("--").replace(".init_args", ""))
+            given.named += _named(name, value)
             if name != "--ckpt_path":
                 given.named_paths |= dotted_paths([value, read_config(value)])
             if name in ("-c", "--config"):
@@ -344,6 +344,15 @@ def _groups(args: Sequence[str]) -> list[list[str]]:
             groups.append([])
         groups[-1].append(arg)
     return groups
+
+
+def _named(option: str, value: str) -> list[str]:
+    """What an option names: itself, or each entry of the mapping that it gives."""
+    name = option.removeprefix("--").replace(".init_args", "")
+    is_mapping = name in ("trainer", "model") and (value.startswith("{") or ": " in value)
+    entries = read_config(value) if is_mapping else {}
+    entries |= entries.pop("init_args", None) or {}
+    return [f"{name}.{entry}" for entry in entries if entry != "class_path"] or [name]
 
 
 def _arguments_of_model(option: str, value: str) -> set[str]:

@@ -245,6 +245,14 @@ def test_an_option_without_effect_is_one_line_that_names_its_variable_too(
     monkeypatch.setenv("DDIM_PL_SAMPLE__TRAINER__MAX_STEPS", "3")
     message = error_of(["sample", *given], capsys)
     assert "has no effect (set by DDIM_PL_SAMPLE__TRAINER__MAX_STEPS)" in message
+    monkeypatch.delenv("DDIM_PL_SAMPLE__TRAINER__MAX_STEPS")
+    for mapping, name in [
+        (["--trainer", '{"max_steps":3}'], "trainer.max_steps"),
+        (["--trainer={devices: 1, callbacks: []}"], "trainer.callbacks"),
+        (["--model", "{class_path: DDPM, init_args: {ema_decay: 0.5}}"], "model.ema_decay"),
+    ]:
+        message = error_of(["sample", *given, *mapping], capsys)
+        assert f"{name} must be left out for sample" in message
     assert not list(tmp_path.iterdir())
 
 

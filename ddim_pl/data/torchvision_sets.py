@@ -99,8 +99,18 @@ class PaddedSquaring(Squaring):
     pad: int = 0
 
     def __call__(self, image: Image.Image, image_size: int) -> Image.Image:
-        """Return the square of `image_size` by `image_size` pixels."""
-        return ImageOps.expand(super().__call__(image, image_size - 2 * self.pad), self.pad)
+        """Return the square of `image_size` by `image_size` pixels.
+
+        Raises:
+            ValueError: If the black pixels leave no place for the image.
+        """
+        inner = image_size - 2 * self.pad
+        if inner < 1:
+            raise ValueError(
+                f"pad must be less than half of the {image_size} pixels of an image, got "
+                f"{self.pad}: 2 is usual"
+            )
+        return ImageOps.expand(super().__call__(image, inner), self.pad)
 
 
 class TorchvisionDataModule(ImageDataModule):

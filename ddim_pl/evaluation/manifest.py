@@ -85,7 +85,7 @@ def write_manifest(
         "checkpoint": None if ckpt_path is None else str(ckpt_path),
         "fingerprint": fingerprint(model),
         "updates": model.checkpoint_step or None,
-        "weights": _kind_of_weights(model),
+        "weights": kind_of_weights(model),
         "sampler": str(model.sampler),
         "clip": model.clip if isinstance(model.clip, bool) else str(model.clip),
         "timesteps": model.timesteps if isinstance(model.timesteps, str) else "list",
@@ -108,7 +108,7 @@ def write_manifest(
     write_text(file, json.dumps(sealed(content), indent=1))
 
 
-def _kind_of_weights(model: DiffusionModule) -> str:
+def kind_of_weights(model: DiffusionModule) -> str:
     """Which weights draw: an imported model's are those that the other program has chosen."""
     if model.origin and model.origin[-1]["by"] == "import":
         return "as imported"

@@ -11,7 +11,7 @@ import yaml
 
 import ddim_pl
 from ddim_pl.damage import SEAL, reason_of
-from ddim_pl.evaluation.manifest import GUIDANCE, LONG, WEIGHTS, sampling_of
+from ddim_pl.evaluation.manifest import GUIDANCE, LONG, WEIGHTS, kind_of_weights, sampling_of
 from ddim_pl.evaluation.tables import markdown
 from ddim_pl.evaluation.worker import knows_steps
 from ddim_pl.exports.formats import Export
@@ -186,7 +186,7 @@ def _sampling(model: DiffusionModule) -> dict[str, Any]:
         "prediction": model.prediction,
         "clip": model.sampling_clip,
         "time input": model.time_input,
-        "weights": "averaged, float32",
+        "weights": f"{kind_of_weights(model)}, float32",
         "PyTorch": torch.__version__,
     }
 

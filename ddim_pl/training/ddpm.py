@@ -373,7 +373,8 @@ def averaged_checkpoint(module: DiffusionModule, **changes: Any) -> dict[str, An
     names += ["noise_source", "distilled_steps", "distilled_sampler", "sampling_precision"]
     names += ["guidance", "guidance_interval"]
     names += [name for name in ("loss_weight",) if hasattr(module, name)]
-    arguments = {name: describe(getattr(module, name)) for name in names} | changes
+    arguments = {name: describe(getattr(module, name)) for name in names}
+    arguments |= {"ema_decay": describe(module.average.decay), **changes}
     return {
         "pytorch-lightning_version": L.__version__,
         "epoch": module.current_epoch,

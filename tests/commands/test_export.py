@@ -259,7 +259,7 @@ def test_from_a_pipeline_to_a_pipeline_of_four_steps(tmp_path, monkeypatch):
     ]
     assert (python, option) == ("python", "-c")
     for _, command, *words in ours:
-        quiet = [] if command == "import" else [*QUIET, *NO_DISTANCES]
+        quiet = [*QUIET, *NO_DISTANCES] if command in ("fit", "test") else []
         main([command, *words, *MORE.get(command, []), *quiet])
     (student,) = (tmp_path / "runs").rglob("student-0004-steps.ckpt")
     model = ddim_pl.load(student)

@@ -253,6 +253,8 @@ def test_padding_is_black_and_the_same_for_a_file(
     file = Image.fromarray(pixels("MNIST", "train")[0, 0])
     np.testing.assert_array_equal(np.array(data.squaring(file, 32)), expected[0, 0])
     assert data.preparation == "padded by 2"
+    with pytest.raises(ValueError, match=r"pad must be less than half of the 4 pixels .* got 2"):
+        data.squaring(file, 4)
 
 
 def test_without_scipy_the_error_names_the_command(

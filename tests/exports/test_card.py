@@ -64,6 +64,7 @@ def test_a_card_has_metadata_and_all_that_was_asked_for():
         "| levels | 1000, 750, 500, 250, 0 |",
         "| sampler | DDIM(eta=0.0) |",
         "| prediction | eps |",
+        "| weights | averaged, ema_decay 0.9, float32 |",
         "| test/digits_fd | 0.1235 |",
         "| digits_fd num_samples | 50000 |",
         "class_path: Digits",

@@ -2,6 +2,7 @@
 
     python tests/golden/record.py            # compare with tests/golden/numbers.json
     python tests/golden/record.py --record   # write it anew, where numbers are meant to move
+    python tests/golden/record.py --add      # write those that are new
 
 Fits of every training method, images of every sampler, and the tables of the commands, each as a
 digest of its bits and a few of its numbers. On the machine and torch version that recorded them
@@ -438,7 +439,7 @@ def differences(found: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
             (abs(a - b) / size for a, b in zip(old["some"], new["some"], strict=True)), default=0
         )
         far = max(far, abs(old["norm"] - new["norm"]) / max(old["norm"], 1e-12))
-        if same_machine and old["digest"] != new["digest"]:
+        if same_machine and old["digest"] not in (None, new["digest"]):
             problems.append(f"{name} has other bits (kept numbers differ by {far:.1e})")
         elif not far <= TOLERANCE:
             problems.append(f"{name} differs by {far:.1e} of its largest")
@@ -448,11 +449,21 @@ def differences(found: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Compare, or record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--record", action="store_true")
-    record = parser.parse_args().record
+    parser.add_argument("--record", action="store_true", help="record all of them")
+    parser.add_argument("--add", action="store_true", help="record those that are new")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = collect(Path(folder))
-    if record:
+    if given.add:
+        content = json.loads(NUMBERS.read_text())
+        new = {name: found[name] for name in found.keys() - content["numbers"].keys()}
+        if content["machine"] != machine():  # whose bits are unknown
+            new = {name: {**entry, "digest": None} for name, entry in new.items()}
+        content["numbers"] |= new
+        NUMBERS.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        print(f"{len(new)} added")
+        return
+    if given.record:
         content = {"machine": machine(), "numbers": found}
         NUMBERS.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
         print(f"{len(found)} recorded")

@@ -169,7 +169,9 @@ def test_a_checkpoint_is_read_with_the_average_that_is_asked_for(run, tmp_path):
         assert sampling_of(read).get("ema_decay") == (str(average.decay) if index else None)
         file = tmp_path / "exported.ckpt"
         torch.save(averaged_checkpoint(read), file)
-        assert same(weights(load(file).average.module), weights(average.module))
+        exported = load(file).average
+        assert same(weights(exported.module), weights(average.module))
+        assert exported.decay == average.decay
 
 
 def test_what_a_checkpoint_lacks_is_said(run, tmp_path):
