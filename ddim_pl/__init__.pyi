@@ -61,6 +61,7 @@ from ddim_pl.training import DDPM as DDPM
 from ddim_pl.training import TRACT as TRACT
 from ddim_pl.training import ConsistencyModel as ConsistencyModel
 from ddim_pl.training import DiffusionModule as DiffusionModule
+from ddim_pl.training import GuidanceDistillation as GuidanceDistillation
 from ddim_pl.training import LuhmanDistillation as LuhmanDistillation
 from ddim_pl.training import ProgressiveDistillation as ProgressiveDistillation
 from ddim_pl.training import RectifiedFlow as RectifiedFlow

@@ -7,6 +7,7 @@ input of the network at a level.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, Self
 
@@ -39,11 +40,15 @@ class Denoiser(ABC):
         label: Class labels `(B,)` of the batch, if there are any.
         estimates_noise_of_clean_data: Whether eps is defined at a level without noise, where
             encoding starts.
+        guidance_weight: Weights of guidance, `(B,)` or one of all images, if they are an input.
+        guidance_range: The lowest and the highest of these weights, if they are an input.
     """
 
     schedule: NoiseSchedule
     clip: bool | Clipping = False
     label: Tensor | None = None
+    guidance_weight: Tensor | float | None = None
+    guidance_range: Sequence[float] | None = None
     estimates_noise_of_clean_data: bool = True
 
     @abstractmethod
@@ -53,6 +58,10 @@ class Denoiser(ABC):
     def condition(self, label: Tensor | None) -> Self:
         """The same denoiser for images of these class labels `(B,)`."""
         return replace(self, label=label)  # type: ignore[type-var]
+
+    def as_told(self, other: "Denoiser") -> Self:
+        """The same denoiser for the labels, and weights of guidance, that another one has."""
+        return self.condition(other.label)
 
     def without_clipping(self) -> Self:
         """The same denoiser with `clip=False`, for encoding and gradients."""
@@ -108,6 +117,8 @@ class NetworkDenoiser(Denoiser):
             1, `z / sqrt(alpha_t^2 sigma_data^2 + sigma_t^2)` ([EDM], table 1); with 1 they are fed
             as they are.
         label: Class labels `(B,)` for a network with classes, see `condition`.
+        guidance_weight: Weights of guidance, `(B,)` or one of all images, for a network that
+            takes them as an input, see `guidance_range` of `UNet`; by default 1, which is none.
         augment: Labels `(B, N)` of the changes of the images in training, for a network that takes
             them as `augment`; see `ddim_pl.training.augmentation`.
 
@@ -124,6 +135,7 @@ class NetworkDenoiser(Denoiser):
     label: Tensor | None = None
     sigma_data: float = 1.0
     augment: Tensor | None = None
+    guidance_weight: Tensor | float | None = None
 
     def __post_init__(self) -> None:
         check_one_of(PredictionType, prediction=self.prediction)
@@ -138,6 +150,24 @@ class NetworkDenoiser(Denoiser):
                 f"prediction must be 'v' or 'x' for {self.schedule}, got 'eps': at its last level "
                 "there is no signal, and eps says nothing of the image"
             )
+
+    @property
+    def guidance_range(self) -> Sequence[float] | None:  # type: ignore[override]
+        """The weights of guidance that the network takes as an input, if it does."""
+        return getattr(self.network, "guidance_range", None)
+
+    def as_told(self, other: Denoiser) -> Self:
+        """The same denoiser for the labels, and weights of guidance, that another one has."""
+        return replace(self, label=other.label, guidance_weight=other.guidance_weight)
+
+    def select(self, samples: Tensor) -> Self:
+        """The same denoiser for the samples `(N,)` int64 of its batch."""
+        chosen = super().select(samples)
+        if not isinstance(self.guidance_weight, Tensor):
+            return chosen
+        return replace(
+            chosen, guidance_weight=self.guidance_weight[samples.to(self.guidance_weight.device)]
+        )
 
     @property
     def estimates_noise_of_clean_data(self) -> bool:  # type: ignore[override]
@@ -164,6 +194,9 @@ class NetworkDenoiser(Denoiser):
         fed = self._scaled(z, t).to(weights.dtype)
         labels = () if self.label is None else (self.label,)
         told = {} if self.augment is None else {"augment": self.augment}
+        if self.guidance_range is not None:
+            weight = torch.as_tensor(1.0 if self.guidance_weight is None else self.guidance_weight)
+            told["guidance"] = to_device(weight.float(), z).expand(z.shape[0])
         out = self.network(fed, time, *labels, **told).to(z.dtype)
         return merge_both(self.schedule(t), out) if self.prediction == "both" else out
 

@@ -12,16 +12,20 @@ eps_u`. Imagen, latent diffusion and diffusers have the `w` of here, as has [Int
 
 In an interval of levels alone, guidance neither exaggerates what is decided first, in the noisiest
 states, nor costs an evaluation in the cleanest ones, where it has little effect ([Interval]).
+
+A student that has distilled the guided estimate takes `w` as an input of its network, and makes
+one evaluation ([Distilled]); see `ddim_pl.training.GuidanceDistillation`.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ddim_pl.clipping import Clipping, clipping_of
-from ddim_pl.denoiser import Denoiser
+from ddim_pl.denoiser import Denoiser, NetworkDenoiser
 from ddim_pl.prediction import Prediction, eps_from_x
 from ddim_pl.scales import Scales
 from ddim_pl.schedules import NoiseSchedule
@@ -38,6 +42,8 @@ class Guidance:
         interval: Noise-to-signal ratios `sigma_t / alpha_t`, [EDM]'s sigma, between which to
             guide, the first excluded ([Interval], section 3); elsewhere the estimate is that of
             the class alone. By default at every level.
+        is_input: Whether the weight is an input of the network, which has learned the guided
+            estimates.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -45,6 +51,7 @@ class Guidance:
 
     weight: float
     interval: tuple[float, float] | None = None
+    is_input: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:
@@ -76,7 +83,7 @@ class Guidance:
     @property
     def is_twofold(self) -> bool:
         """Whether it takes the estimates with and without the class, where it applies."""
-        return self.weight not in (0, 1)
+        return not self.is_input and self.weight not in (0, 1)
 
     def applies(self, scales: Scales) -> Tensor:
         """Whether it applies at levels of these scales, boolean of their shape."""
@@ -97,6 +104,7 @@ def guidance_of(
     *,
     null_class: int | None,
     distilled_steps: int | None = None,
+    guidance_range: Sequence[float] | None = None,
 ) -> Guidance | None:
     """The guidance of a model by its arguments; None if it has none.
 
@@ -105,6 +113,7 @@ def guidance_of(
         interval: Of `Guidance`.
         null_class: Label without a class of the model's network, if there is one.
         distilled_steps: Steps that the model was distilled to, if it was.
+        guidance_range: Weights that the model's network takes as an input, if it does.
 
     Raises:
         ValueError: If the model cannot be guided, or an argument is out of range.
@@ -116,6 +125,8 @@ def guidance_of(
                 "both, or both to null"
             )
         return None
+    if guidance_range is not None:
+        return _as_input(weight, interval, guidance_range)
     _check_null_class(weight, null_class)
     if distilled_steps is not None:
         raise ValueError(
@@ -123,6 +134,23 @@ def guidance_of(
             f"{weight}: it has not learned the steps of images without a class"
         )
     return Guidance(weight, interval)
+
+
+def _as_input(
+    weight: float, interval: tuple[float, float] | None, guidance_range: Sequence[float]
+) -> Guidance:
+    low, high = guidance_range
+    if not low <= weight <= high:
+        raise ValueError(
+            f"guidance must lie in [{_exact(low)}, {_exact(high)}], the weights that this model "
+            f"was distilled for, got {weight}"
+        )
+    if interval is not None:
+        raise ValueError(
+            f"guidance_interval must be left out for a model of distilled guidance, got "
+            f"{[*interval]}: it has learned to be guided at every level"
+        )
+    return Guidance(weight, is_input=True)
 
 
 def with_guidance(
@@ -140,6 +168,8 @@ def with_guidance(
     """
     if guidance is None:
         return denoiser
+    if isinstance(denoiser, NetworkDenoiser) and denoiser.guidance_range is not None:
+        return replace(denoiser, guidance_weight=guidance.weight)
     label = _check_null_class(guidance.weight, null_class)
     return Guided(denoiser.without_clipping(), guidance, label, denoiser.clip)
 

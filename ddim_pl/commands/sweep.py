@@ -26,7 +26,7 @@ from ddim_pl.evaluation.worker import (
     on_every_worker,
     warn_of_student,
 )
-from ddim_pl.guidance import Guidance, guidance_of
+from ddim_pl.guidance import Guidance
 from ddim_pl.level_search import candidate_levels
 from ddim_pl.samplers import Sampler
 from ddim_pl.timesteps import has_own_length, load_levels, make_levels, save_levels
@@ -154,10 +154,9 @@ def _ways(
     model: DiffusionModule, samplers: Sequence[Sampler], weights: Sequence[float] | None
 ) -> list[Way]:
     """Every sampler with every guidance."""
-    known = {"null_class": model.null_class, "distilled_steps": model.distilled_steps}
     guided = [model.sampling_guidance]
     if weights is not None:
-        guided = [guidance_of(weight, model.guidance_interval, **known) for weight in weights]
+        guided = [model.guidance_by(weight) for weight in weights]
     return [Way(sampler, guidance) for sampler in samplers for guidance in guided]
 
 

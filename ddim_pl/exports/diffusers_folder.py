@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ddim_pl.exports.scheduler import DDIMSettings
 from ddim_pl.networks.diffusers import DiffusersUNet
-from ddim_pl.networks.unet import UNet, sinusoidal_embedding
+from ddim_pl.networks.sinusoid import sinusoidal_embedding
+from ddim_pl.networks.unet import UNet
 from ddim_pl.networks.unet_names import DIFFUSERS_NAMES, renamed_weights
 from ddim_pl.teachers.diffusers_folder import CONFIG, PIPELINE, SCHEDULER, WEIGHTS
 

@@ -50,6 +50,11 @@ def make_export(model: DiffusionModule, format: Format, label: int | None = None
     Raises:
         ValueError: If it cannot; says why, and what can.
     """
+    if model.denoiser.guidance_range is not None:
+        raise ValueError(
+            f"format must be checkpoint for a model whose network takes the weight of guidance as "
+            f"an input, got {format}: what is written has no such input"
+        )
     if model.sampling_guidance is not None and not model.sampling_guidance.is_plain:
         raise ValueError(
             f"guidance must be null for format {format}, got {model.sampling_guidance}: what is "

@@ -21,12 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddim_pl.checks import check_at_least, check_one_of
+from ddim_pl.networks.guidance_input import (
+    check_guidance,
+    check_guidance_range,
+    guidance_input,
+)
+from ddim_pl.networks.sinusoid import sinusoidal_embedding
 from ddim_pl.networks.unet import (
     GroupNorm,
     SelfAttention,
     check_inputs,
     check_null_class,
-    sinusoidal_embedding,
 )
 
 __all__ = ["SongUNet"]
@@ -95,27 +100,35 @@ class SongUNet(nn.Module):
         embedding_width: int | None = None,
         encoder: Encoder = "standard",
         resample_filter: Sequence[float] = (1, 1),
+        guidance_range: Sequence[float] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
         lists = {name: [*given[name]] for name in ("multipliers", "attention", "resample_filter")}
+        weights = None if guidance_range is None else [float(each) for each in guidance_range]
         super().__init__()
-        self.init_args: dict[str, Any] = {**given, **lists}
+        self.init_args: dict[str, Any] = {**given, **lists, "guidance_range": weights}
         _check_arguments(self.init_args)
         self.image_size: Final = image_size
+        self.guidance_range: Final = weights
         self.in_channels: Final = in_channels
         self.out_channels: Final = in_channels if out_channels is None else out_channels
         self.num_classes: Final = num_classes
         self.null_class: Final = null_class
         self.num_augment_labels: Final = num_augment_labels
         time_width, emb_width = time_width or channels, embedding_width or 4 * channels
-        is_fourier = embedding == "fourier"
-        self.time: nn.Module = FourierEmbedding(time_width) if is_fourier else Sinusoid(time_width)
-        self.class_in = _linear(num_classes, time_width)
-        self.augment_in = _linear(num_augment_labels, time_width, bias=False)
-        self.emb_in = nn.Linear(time_width, emb_width)
-        self.emb_out = nn.Linear(emb_width, emb_width)
+        self._build_embedding(time_width, emb_width)
         self._build(channels, [channels * each for each in multipliers], emb_width)
         self.apply(_initialise)
+        self.guidance_in = guidance_input(self.init_args, time_width, time_width)
+
+    def _build_embedding(self, width: int, emb_width: int) -> None:
+        """Create what embeds the time, the class and the augmentation."""
+        is_fourier = self.init_args["embedding"] == "fourier"
+        self.time: nn.Module = FourierEmbedding(width) if is_fourier else Sinusoid(width)
+        self.class_in = _linear(self.num_classes, width)
+        self.augment_in = _linear(self.num_augment_labels, width, bias=False)
+        self.emb_in = nn.Linear(width, emb_width)
+        self.emb_out = nn.Linear(emb_width, emb_width)
 
     def _build(self, channels: int, widths: list[int], emb_width: int) -> None:
         """Create the two ways and the middle.
@@ -165,6 +178,7 @@ class SongUNet(nn.Module):
         t: Tensor,
         label: Tensor | None = None,
         augment: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Map images, each with its time, to images of the same size.
 
@@ -175,6 +189,7 @@ class SongUNet(nn.Module):
                 None if the network has no classes.
             augment: How the images were changed, (B, num_augment_labels); None, as zeros, for
                 images as they are.
+            guidance: Weights of guidance, (B,); None if the network has no `guidance_range`.
 
         Returns:
             (B, out_channels, image_size, image_size).
@@ -184,7 +199,8 @@ class SongUNet(nn.Module):
         """
         shape = (self.in_channels, self.image_size, self.image_size)
         check_inputs(z, t, label, shape, self.num_classes)
-        emb = self._embedding(t, label, self._told(z, augment))
+        check_guidance(guidance, self.guidance_range, z)
+        emb = self._embedding(t, label, self._told(z, augment), guidance)
         kept, image, joins = [self.conv_in(z)], z, iter(self.joins)
         for block in self.down:
             h = block(kept[-1], emb)
@@ -214,7 +230,13 @@ class SongUNet(nn.Module):
         # Zeros reach the weights too: to DDP all take part.
         return z.new_zeros(shape) if augment is None else augment
 
-    def _embedding(self, t: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
+    def _embedding(
+        self,
+        t: Tensor,
+        label: Tensor | None,
+        augment: Tensor | None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         """What enters the blocks, (B, E)."""
         emb = self.time(t).to(self.emb_in.weight.dtype)
         if self.class_in is not None and label is not None:
@@ -226,6 +248,8 @@ class SongUNet(nn.Module):
             emb = emb + (rows + self.class_in.bias)
         if self.augment_in is not None and augment is not None:
             emb = emb + self.augment_in(augment.to(emb.dtype))
+        if self.guidance_in is not None and guidance is not None:
+            emb = emb + self.guidance_in(guidance)
         return F.silu(self.emb_out(F.silu(self.emb_in(emb))))
 
 
@@ -398,6 +422,7 @@ def _check_arguments(args: dict[str, Any]) -> None:
     counts += ["num_augment_labels"]
     check_at_least(1, **{name: args[name] for name in [*counts, "embedding_width"]})
     check_null_class(args["null_class"], args["num_classes"])
+    check_guidance_range(args["guidance_range"], args["num_classes"])
     check_one_of(Embedding, embedding=args["embedding"])
     check_one_of(Encoder, encoder=args["encoder"])
     if args["channels"] < 4 or args["channels"] % 4:

@@ -22,6 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddim_pl.checks import check_at_least, check_one_of
+from ddim_pl.networks.guidance_input import (
+    check_guidance,
+    check_guidance_range,
+    guidance_input,
+)
+from ddim_pl.networks.sinusoid import sinusoidal_embedding
 
 __all__ = ["UNet"]
 
@@ -60,6 +66,9 @@ class UNet(nn.Module):
         num_classes: Number of classes; None for a network without labels.
         null_class: Whether there is one class more, number `num_classes`, for no label: what
             guidance needs, see `ddim_pl.guidance`.
+        guidance_range: The lowest and the highest weight of guidance that the network takes as an
+            input, 1 among them, see `ddim_pl.training.GuidanceDistillation`, which gives it to its
+            student; None for a network without that input.
         scale_shift: Whether the embedding scales and shifts a block's second norm (FiLM; Salimans
             & Ho) or is added before it (Ho et al.).
         resample: "conv" resamples with a convolution (Ho et al.); "block" within a residual
@@ -104,11 +113,13 @@ class UNet(nn.Module):
         embedding_width: int | None = None,
         initialisation: Initialisation = "xavier",
         patch_size: int = 1,
+        guidance_range: Sequence[float] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
+        weights = None if guidance_range is None else [float(each) for each in guidance_range]
         lists = {"multipliers": list(multipliers), "attention": list(attention)}
         super().__init__()
-        self.init_args: dict[str, Any] = {**given, **lists}
+        self.init_args: dict[str, Any] = {**given, **lists, "guidance_range": weights}
         _check_arguments(self.init_args)
         self.image_size: Final = image_size
         self.in_channels: Final = in_channels
@@ -116,6 +127,7 @@ class UNet(nn.Module):
         self.num_classes: Final = num_classes
         self.null_class: Final = null_class
         self.patch_size: Final = patch_size
+        self.guidance_range: Final = weights
         self._build(channels, multipliers, groups)
 
     def _build(self, channels: int, multipliers: Sequence[int], groups: int) -> None:
@@ -147,6 +159,7 @@ class UNet(nn.Module):
         draw = _DRAWS[self.init_args["initialisation"]]
         if draw is not None:
             self.apply(partial(_initialise, draw=draw))
+        self.guidance_in = guidance_input(self.init_args, channels, emb_width)
 
     def _down_path(
         self, channels: int, levels: list[tuple[int, int]]
@@ -205,7 +218,13 @@ class UNet(nn.Module):
         num_heads = width // args["head_width"] if args["head_width"] else args["num_heads"] or 1
         return SelfAttention(width, num_heads=num_heads, groups=args["groups"])
 
-    def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        label: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         """Map images, each with its time, to images of the same size.
 
         Args:
@@ -213,6 +232,7 @@ class UNet(nn.Module):
             t: Times, (B,), in about [0, 1000].
             label: Classes in 0..num_classes - 1, or num_classes for the null class, (B,) int64;
                 None if the network has no classes.
+            guidance: Weights of guidance, (B,); None if the network has no `guidance_range`.
 
         Returns:
             (B, out_channels, image_size, image_size).
@@ -222,10 +242,13 @@ class UNet(nn.Module):
         """
         shape = (self.in_channels, self.image_size, self.image_size)
         check_inputs(z, t, label, shape, self.num_classes)
+        check_guidance(guidance, self.guidance_range, z)
         emb = sinusoidal_embedding(t, self.time_in.in_features).to(self.time_in.weight.dtype)
         emb = self.time_out(F.silu(self.time_in(emb)))
         if self.class_table is not None:
             emb = emb + self.class_table(label)
+        if self.guidance_in is not None and guidance is not None:
+            emb = emb + self.guidance_in(guidance)
         emb = F.silu(emb)  # once here instead of in every block
 
         if self.patch_size > 1:
@@ -422,30 +445,6 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(h, scale_factor=2))
 
 
-def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
-    """Embed times as `width / 2` sines, then as many cosines ([DDPM], their code).
-
-    The frequencies decrease from 1 to 1/10000. Computed in float32 at least: 999 and 1000 are
-    equal in bfloat16.
-
-    Args:
-        t: Times, (B,).
-        width: Even, at least 4.
-
-    Returns:
-        (B, width), float32 or, for float64 times, float64.
-
-    Example:
-        >>> sinusoidal_embedding(torch.tensor([0.0]), 4)
-        tensor([[0., 0., 1., 1.]])
-    """
-    half = width // 2
-    dtype = torch.promote_types(t.dtype, torch.float32)
-    exponents = torch.arange(half, dtype=dtype, device=t.device) / (half - 1)
-    angles = t.to(dtype)[:, None] * torch.exp(-math.log(10000) * exponents)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
 def _xavier(weight: Tensor) -> None:
     """Draw uniform weights of variance 1 / fan_avg."""
     nn.init.xavier_uniform_(weight)
@@ -516,6 +515,7 @@ def _check_ranges(args: dict[str, Any]) -> None:
     if not 0 <= args["dropout"] < 1:
         raise ValueError(f"dropout must be in [0, 1), got {args['dropout']}: 0 turns it off")
     check_null_class(args["null_class"], args["num_classes"])
+    check_guidance_range(args["guidance_range"], args["num_classes"])
     check_one_of(Resample, resample=args["resample"])
     check_one_of(Initialisation, initialisation=args["initialisation"])
 

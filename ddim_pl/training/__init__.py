@@ -3,6 +3,7 @@
 from ddim_pl.training.base import DiffusionModule
 from ddim_pl.training.consistency import ConsistencyModel
 from ddim_pl.training.ddpm import DDPM
+from ddim_pl.training.guidance_distillation import GuidanceDistillation
 from ddim_pl.training.luhman import LuhmanDistillation
 from ddim_pl.training.progressive import ProgressiveDistillation
 from ddim_pl.training.reflow import RectifiedFlow
@@ -13,6 +14,7 @@ __all__ = [
     "TRACT",
     "ConsistencyModel",
     "DiffusionModule",
+    "GuidanceDistillation",
     "LuhmanDistillation",
     "ProgressiveDistillation",
     "RectifiedFlow",

@@ -250,8 +250,21 @@ class DiffusionModule(L.LightningModule, ABC):
     @property
     def sampling_guidance(self) -> Guidance | None:
         """How images are guided when they are drawn."""
-        known = {"null_class": self.null_class, "distilled_steps": self.distilled_steps}
-        return guidance_of(self.guidance, self.guidance_interval, **known)
+        return self.guidance_by(self.guidance)
+
+    def guidance_by(self, weight: float | None) -> Guidance | None:
+        """How images are guided with this weight, in this model's interval.
+
+        Raises:
+            ValueError: If it cannot be guided so.
+        """
+        return guidance_of(
+            weight,
+            self.guidance_interval,
+            null_class=self.null_class,
+            distilled_steps=self.distilled_steps,
+            guidance_range=self.denoiser.guidance_range,
+        )
 
     @property
     def denoiser(self) -> NetworkDenoiser:

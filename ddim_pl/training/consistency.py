@@ -29,7 +29,12 @@ from ddim_pl.samplers import Consistency
 from ddim_pl.scales import expand_like, unsqueeze_like
 from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.training.base import Batch, DiffusionModule
-from ddim_pl.training.distillation import Distillation, copy_weights, student_network
+from ddim_pl.training.distillation import (
+    Distillation,
+    copy_weights,
+    draw_guidance,
+    student_network,
+)
 from ddim_pl.transitions import ddim_step, q_sample
 
 Method = Literal["training", "distillation"]
@@ -214,7 +219,8 @@ class ConsistencyModel(Distillation):
 
         A distance is the root of the sum of squares over an image.
         """
-        x, denoiser = batch[0], denoiser.without_clipping()
+        x = batch[0]
+        denoiser = draw_guidance(denoiser.without_clipping(), len(x), generators.host)
         s, r = self._draw_noises(len(x), generators.host)
         t, u = self._levels_at(s, r)
         eps = self.noise.draw(x.shape, self.schedule(t), generators.device, x)
@@ -233,7 +239,7 @@ class ConsistencyModel(Distillation):
         if self.method == "training":
             earlier = q_sample(x, eps, end)
         else:
-            teacher = self.teacher_denoiser.condition(denoiser.label)
+            teacher = self.teacher_denoiser.as_told(denoiser)
             earlier = ddim_step(teacher(z, t), start, end)
         # Without noise the function is the identity, and the network, never trained there, is fed
         # some other level.

@@ -273,6 +273,12 @@ class DDPM(DiffusionModule):
                 "num_augment_labels of the network must be None without augmentation, got "
                 f"{self.network.num_augment_labels}: set augment_probability, or leave both out"
             )
+        if self.denoiser.guidance_range is not None:
+            raise ValueError(
+                "guidance_range of the network must be left out for DDPM, got "
+                f"{self.denoiser.guidance_range}: images do not say what is guided; "
+                "GuidanceDistillation learns it from a teacher"
+            )
         if self.null_class is not None and not self.label_dropout:
             raise ValueError(
                 "label_dropout must be positive for a network with a null class, which is trained "

@@ -1,18 +1,27 @@
 """What the distillation methods share: a teacher, what is inherited from it, and dropout."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 
 from ddim_pl.clipping import Clipping
-from ddim_pl.denoiser import TimeInput
+from ddim_pl.denoiser import NetworkDenoiser, TimeInput
 from ddim_pl.noise import Noise
-from ddim_pl.prediction import PredictionType
+from ddim_pl.prediction import (
+    LossWeight,
+    PredictionType,
+    eps_from_x,
+    has_unit_weight,
+    output_error_weight,
+    target,
+)
 from ddim_pl.rng import NoiseSource
+from ddim_pl.scales import expand_like
 from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.training.base import DiffusionModule
 from ddim_pl.training.hyperparameters import filled
@@ -70,13 +79,13 @@ class Distillation(DiffusionModule):
         student |= {"time_input": time_input, "sigma_data": sigma_data, "clip": clip}
         student |= {"image_shape": image_shape, "noise_source": noise_source}
         if read is not None:
-            network = student_network(read, dropout)
+            network = self.network_from(read, dropout)
             found = {name: getattr(read, name) for name in student}
             found["prediction"] = self.prediction_from(read.prediction)
             student = filled(student, found)
         if network is None:
             raise ValueError("teacher must be given: a checkpoint to distil")
-        _check_guidance(kwargs.get("guidance"))
+        _check_guidance(kwargs.get("guidance"), network)
         set_dropout(network, dropout)
         default = DEFAULTS | {"prediction": self.prediction_from("eps")}
         super().__init__(network, **filled(student, default), **kwargs)
@@ -88,8 +97,12 @@ class Distillation(DiffusionModule):
             self.check_teacher(read)
             Distillation.load_weights_from(self, read)  # not an override
 
-    draws_from_teacher = False
-    """Whether the student learns from images that its teacher draws."""
+    learns_guidance = False
+    """Whether the student learns what its teacher does with guidance."""
+
+    def network_from(self, teacher: DiffusionModule, dropout: float) -> nn.Module:
+        """The student's network, made from the teacher's."""
+        return student_network(teacher, dropout)
 
     @staticmethod
     def prediction_from(teacher: PredictionType) -> PredictionType:
@@ -170,11 +183,12 @@ class Distillation(DiffusionModule):
                 was distilled to another number of steps.
         """
         path = self.teacher_path
-        if teacher.sampling_guidance is not None and not self.draws_from_teacher:
+        guidance = teacher.sampling_guidance
+        if guidance is not None and not guidance.is_input and not self.learns_guidance:
             raise ValueError(
-                f"teacher {path!r} has guidance {teacher.sampling_guidance}, which is for drawing "
-                "images and not distilled: give what main.py export --model.guidance null "
-                "--model.guidance_interval null writes"
+                f"teacher {path!r} has guidance {guidance}, which is for drawing images and not "
+                "distilled: distil it first by GuidanceDistillation, or give what main.py export "
+                "--model.guidance null --model.guidance_interval null writes"
             )
         for name in ("image_shape", "schedule", "noise", "time_input", "sigma_data"):
             theirs, ours = getattr(teacher, name), getattr(self, name)
@@ -184,15 +198,30 @@ class Distillation(DiffusionModule):
                     f"leave {name if name != 'image_shape' else 'network'} out to take the "
                     "teacher's"
                 )
-        weights = teacher.average.module, self.network
-        theirs, ours = ({k: v.shape for k, v in each.state_dict().items()} for each in weights)
+        self.check_weights(teacher)
+        self.check_steps(teacher)
+
+    def check_weights(self, teacher: DiffusionModule) -> None:
+        """Check that the student's network has the teacher's weights.
+
+        Raises:
+            ValueError: If it has others.
+        """
+        self.check_shapes(teacher.average.module, self.network)
+
+    def check_shapes(self, *networks: nn.Module) -> None:
+        """Check that the teacher's network and the student's have the same weights.
+
+        Raises:
+            ValueError: If they have not.
+        """
+        theirs, ours = ({k: v.shape for k, v in each.state_dict().items()} for each in networks)
         if theirs != ours:
             different = min(set(theirs.items()) ^ set(ours.items()))[0]
             raise ValueError(
-                f"teacher {path!r} has another network than the student ({different} differs): "
-                "leave network out to take the teacher's"
+                f"teacher {self.teacher_path!r} has another network than the student "
+                f"({different} differs): leave network out to take the teacher's"
             )
-        self.check_steps(teacher)
 
     def check_steps(self, teacher: DiffusionModule) -> None:
         """Check that a teacher knows the steps that it is to take.
@@ -220,12 +249,51 @@ class Distillation(DiffusionModule):
             self.load_weights_from(self.read_teacher())
 
 
-def _check_guidance(guidance: float | None) -> None:
-    if guidance is not None:
+def _check_guidance(guidance: float | None, network: nn.Module) -> None:
+    if guidance is not None and getattr(network, "guidance_range", None) is None:
         raise ValueError(
             f"guidance must be left out for a student, got {guidance}: it has not learned the "
-            "steps of images without a class"
+            "steps of images without a class; distil guidance first, by GuidanceDistillation"
         )
+
+
+def draw_guidance(
+    denoiser: NetworkDenoiser, count: int, generator: torch.Generator
+) -> NetworkDenoiser:
+    """The denoiser with weights of guidance, each equally likely, if its network takes them.
+
+    Args:
+        denoiser: The denoiser of a batch.
+        count: Images of the batch.
+        generator: Source of randomness, on the CPU.
+    """
+    if denoiser.guidance_range is None:
+        return denoiser
+    low, high = denoiser.guidance_range
+    u = torch.rand(count, generator=generator, dtype=torch.float64)
+    return replace(denoiser, guidance_weight=low + (high - low) * u)
+
+
+def output_distance(
+    denoiser: NetworkDenoiser, z: Tensor, t: Tensor, wanted: Tensor, *, weight: LossWeight
+) -> Tensor:
+    """Weighted squared error of a student's x, as one of its network's output, `(B,)`.
+
+    Args:
+        denoiser: The student.
+        z: States, `(B, ...)`.
+        t: Their levels, `(B,)`.
+        wanted: The clean images that it is to estimate, `(B, ...)`.
+        weight: Weight on the squared error of x.
+    """
+    scales, known = denoiser.schedule(t), {"sigma_data": denoiser.sigma_data}
+    eps = eps_from_x(scales, z, wanted)
+    error = denoiser.output(z, t) - target(denoiser.prediction, scales, wanted, eps, **known)
+    errors = error.square().flatten(1).mean(1)
+    if has_unit_weight(denoiser.prediction, weight):
+        return errors
+    weights = output_error_weight(denoiser.prediction, weight, scales, **known)
+    return expand_like(weights, errors) * errors
 
 
 def student_network(teacher: DiffusionModule, dropout: float) -> nn.Module:
@@ -248,6 +316,7 @@ def set_dropout(network: nn.Module, dropout: float) -> None:
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Copy parameters and buffers of one network into another of the same kind."""
-    for name, value in target.state_dict().items():
-        value.copy_(source.state_dict()[name])
+    """Copy the parameters and buffers that two networks share from one into the other."""
+    values, into = source.state_dict(), target.state_dict()
+    for name in values.keys() & into.keys():
+        into[name].copy_(values[name])

@@ -40,6 +40,8 @@ def fingerprint(model: DiffusionModule, state: Mapping[str, Tensor] | None = Non
         text += repr(model.noise)
     if model.sigma_data != 1:
         text += f"sigma_data={model.sigma_data}"
+    if model.denoiser.guidance_range is not None:
+        text += f"guidance_range={model.denoiser.guidance_range}"
     if model.sampling_precision != 32:
         text += f"sampling_precision={model.sampling_precision}"
     return digest_of(average, text)

@@ -23,18 +23,19 @@ from ddim_pl.prediction import (
     LossWeight,
     PredictionType,
     check_loss_weight,
-    eps_from_x,
-    has_unit_weight,
-    output_error_weight,
-    target,
 )
 from ddim_pl.rng import StepGenerators
-from ddim_pl.scales import expand_like
 from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.timesteps import linear
 from ddim_pl.training.base import Batch, DiffusionModule
 from ddim_pl.training.ddpm import averaged_checkpoint
-from ddim_pl.training.distillation import Distillation, copy_weights, student_network
+from ddim_pl.training.distillation import (
+    Distillation,
+    copy_weights,
+    draw_guidance,
+    output_distance,
+    student_network,
+)
 from ddim_pl.training.hyperparameters import NotPlainError, describe
 from ddim_pl.training.reduced import NetworkPrecision, ReducedCopy
 from ddim_pl.transitions import q_sample
@@ -265,7 +266,8 @@ class Ladder(Distillation):
     def loss(self, denoiser: NetworkDenoiser, batch: Batch, generators: StepGenerators) -> Tensor:
         """Weighted squared error of the student's x against the target, `(B,)`."""
         x = batch[0]
-        teacher = self.teacher_denoiser.condition(denoiser.label)
+        denoiser = draw_guidance(denoiser, len(x), generators.host)
+        teacher = self.teacher_denoiser.as_told(denoiser)
         if self.round_index < 0:
             u = torch.rand(len(x), generator=generators.host, dtype=torch.float64)
             t = (1 - u) * self.schedule.num_levels
@@ -275,17 +277,7 @@ class Ladder(Distillation):
         z = q_sample(x, self.noise.draw(x.shape, scales, generators.device, x), scales)
         with torch.no_grad():
             wanted = teacher(z, t).x if self.round_index < 0 else self.target_of(teacher, z, t)
-        eps, sigma_data = eps_from_x(scales, z, wanted), self.sigma_data
-        error = denoiser.output(z, t) - target(
-            self.prediction, scales, wanted, eps, sigma_data=sigma_data
-        )
-        errors = error.square().flatten(1).mean(1)
-        if has_unit_weight(self.prediction, self.loss_weight):
-            return errors
-        weights = output_error_weight(
-            self.prediction, self.loss_weight, scales, sigma_data=sigma_data
-        )
-        return expand_like(weights, errors) * errors
+        return output_distance(denoiser, z, t, wanted, weight=self.loss_weight)
 
     # ---- Lightning ----------------------------------------------------------------------------
 

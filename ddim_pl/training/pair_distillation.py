@@ -52,7 +52,7 @@ class PairDistillation(Distillation):
             argument is out of range.
     """
 
-    draws_from_teacher = True
+    learns_guidance = True
 
     def __init__(
         self,
@@ -76,6 +76,12 @@ class PairDistillation(Distillation):
         super().__init__(network, schedule, **kwargs)
         self.teacher_sampler = teacher_sampler or default_sampler(self.noise)
         self.check_noise(self.teacher_sampler)
+        if self.denoiser.guidance_range is not None:
+            raise ValueError(
+                f"teacher must not take the weight of guidance as an input for "
+                f"{type(self).__name__}, whose pairs have one: give the teacher that it was "
+                "distilled from, and teacher_guidance"
+            )
         self.teacher_precision, self.pair_batch_size = teacher_precision, pair_batch_size
         self.teacher_guidance = teacher_guidance
         if teacher_guidance is None and self.read_guidance is not None:

@@ -151,7 +151,7 @@ class TRACT(Ladder):
         # Where the group ends with this step there is no second one; any level will do.
         middle = torch.where(is_last, (j - 0.5) * most / fine, (j - 1) * most / fine)
         first = teacher(z, t)
-        own = self.self_denoiser.condition(teacher.label)
+        own = self.self_denoiser.as_told(teacher)
         joined = self.noise.two_step_target(first, own, z, t, middle, end)
         return torch.where(expand_like(is_last.double(), joined) > 0, first.x, joined)
 

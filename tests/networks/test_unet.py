@@ -10,7 +10,7 @@ from scipy.stats import kstest, truncnorm, uniform
 from torch import Tensor, nn
 
 from ddim_pl.networks import unet
-from ddim_pl.networks.unet import SelfAttention, Stage, UNet, sinusoidal_embedding
+from ddim_pl.networks.unet import SelfAttention, Stage, UNet
 
 TINY: dict[str, Any] = {
     "image_size": 8,
@@ -245,15 +245,6 @@ def test_output_equals_that_of_diffusers_with_the_same_weights(film: bool, num_h
         actual, expected = ours(z, t, label), theirs(z, t, label).sample
     assert expected.std() > 0.1
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_sinusoid_is_sines_then_cosines_of_falling_frequency() -> None:
-    embedding = sinusoidal_embedding(torch.tensor([0, 250]), 6)
-    angles = 250 * torch.tensor([1.0, 1e-2, 1e-4])
-    expected = torch.stack(
-        [torch.tensor([0.0, 0, 0, 1, 1, 1]), torch.cat([angles.sin(), angles.cos()])]
-    )
-    torch.testing.assert_close(embedding, expected, rtol=0, atol=1e-4)  # float32 angles near 250
 
 
 # Initialisation and training
