@@ -69,7 +69,16 @@ IDLE = {
         *("optimizer", "lr_scheduler", "warmup_steps", "ema_decay", "skip_bad_batches"),
         *("loss", "loss_weight", "min_snr_gamma", "level_sampling", "conversion_updates"),
         *("label_dropout", "more_ema_decays", "augment_probability", "level_mean", "level_std"),
-        *("clip_teacher", "dropout", "teacher", "pair_batch_size", "self_decay", "method", "q"),
+        *(
+            "clip_teacher",
+            "dropout",
+            "teacher",
+            "pair_batch_size",
+            "self_decay",
+            "linear_decay",
+            "method",
+            "q",
+        ),
         "guidance_range",
         *("num_stages", "stage_updates", "mean_log_sigma", "std_log_sigma"),
         *(

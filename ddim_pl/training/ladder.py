@@ -156,6 +156,11 @@ class Ladder(Distillation):
         """Updates of the present round."""
         return self.updates_of(self.round_index)
 
+    def share_left(self, update: int) -> float:
+        """The share of its round's updates that are left before this one."""
+        index = self.round_at(update)
+        return max(0.0, 1 - (update - self.start_of(index)) / self.updates_of(index))
+
     @property
     def round_is_over(self) -> bool:
         """Whether all updates of the present round are made."""

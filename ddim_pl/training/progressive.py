@@ -76,7 +76,6 @@ class ProgressiveDistillation(Ladder):
 
     def rate_at(self, update: int) -> float:
         """Factor of the learning rate, which grows in the warm-up and falls to 0 in each round."""
-        index = self.round_at(update)
-        made = update - self.start_of(index)
+        made = update - self.start_of(self.round_at(update))
         warm = min(1.0, (made + 1) / (self.round_warmup + 1))
-        return warm * max(0.0, 1 - made / self.updates_of(index))
+        return warm * self.share_left(update)

@@ -34,7 +34,8 @@ class TRACT(Ladder):
 
     A phase is a round of the ladder. Student, optimiser and averages go on from one phase to the
     next, and the rate is constant after the warm-up, as in the authors' code; they have Adam with
-    rate 2e-4, gradients clipped to norm 1, and no dropout.
+    rate 2e-4, gradients clipped to norm 1, and no dropout. Phases of some thousand updates gain by
+    a rate that falls.
 
     Args:
         network: By default a copy of the teacher's; given when this module is loaded.
@@ -43,6 +44,7 @@ class TRACT(Ladder):
         teacher_num_steps: Steps of the first teacher, a multiple of the first student's; 1024 in
             the paper.
         self_decay: Decay of the student's average that takes the second step, in [0, 1).
+        linear_decay: Let the rate fall linearly to 0 in each phase.
         clip_teacher: Clip the estimates of both steps to [-1, 1].
         ema_decay: Decay of the average that is evaluated and becomes the next teacher; by default
             `0.001^(1 / updates)` of each phase.
@@ -60,6 +62,7 @@ class TRACT(Ladder):
         rounds: list[tuple[int, int]],
         teacher_num_steps: int = 1024,
         self_decay: float = 0.5,
+        linear_decay: bool = False,
         clip_teacher: bool = True,
         ema_decay: float | Decay | None = None,
         **kwargs: Any,
@@ -68,6 +71,7 @@ class TRACT(Ladder):
         if not 0 <= self_decay < 1:
             raise ValueError(f"self_decay must lie in [0, 1), got {self_decay}: 0.5 is usual")
         self.teacher_num_steps, self.given_ema_decay = teacher_num_steps, ema_decay
+        self.linear_decay = linear_decay
         super().__init__(
             network,
             schedule,
@@ -169,5 +173,6 @@ class TRACT(Ladder):
             self.self_teacher.update_parameters(self.network)
 
     def rate_at(self, update: int) -> float:
-        """Factor of the learning rate, which grows in the warm-up and is constant after it."""
-        return min(1.0, (update + 1) / (self.round_warmup + 1))
+        """Factor of the learning rate, which grows in the warm-up, of the first phase alone."""
+        warm = min(1.0, (update + 1) / (self.round_warmup + 1))
+        return warm * self.share_left(update) if self.linear_decay else warm

@@ -204,6 +204,14 @@ def whole(teacher, tmp_path_factory):
     return module, diary.pages, folder
 
 
+def test_the_rate_may_fall_in_each_phase(teacher):
+    phases = {"rounds": [(4, 4), (1, 2)], "teacher_num_steps": 8, "conversion_updates": 0}
+    falls = tract(teacher, **phases, linear_decay=True, warmup_steps=1)
+    assert [falls.rate_at(n) for n in range(7)] == [0.5, 0.75, 0.5, 0.25, 1.0, 0.5, 0.0]
+    stays = tract(teacher, **phases, warmup_steps=1)
+    assert [stays.rate_at(n) for n in range(7)] == [0.5, *[1.0] * 6]
+
+
 def test_the_student_goes_on_from_one_phase_to_the_next(whole, teacher):
     module, pages, _ = whole
     assert [page["round"] for page in pages] == [-1] * 2 + [0] * 6 + [1] * 5
