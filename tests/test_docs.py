@@ -94,12 +94,14 @@ SMALL_FIT = {
     "--trainer.enable_progress_bar": "false",
 }
 TWO_UPDATES = {"--trainer.max_steps": "2", "--data.batch_size": "8"}
+OF_PAIRS = {
+    **{"--data.num_pairs": "48", "--data.num_validation": "16", "--data.shard_size": "16"},
+    **{"--model.teacher_num_steps": "2", "--trainer.max_steps": "2", "--data.batch_size": "8"},
+}
 SMALL = {
-    "progressive": {"--model.init_args.rounds": "[[2,1],[1,1]]", "--data.batch_size": "8"},
-    "luhman": {
-        **{"--data.num_pairs": "48", "--data.num_validation": "16", "--data.shard_size": "16"},
-        **{"--model.teacher_num_steps": "2", "--trainer.max_steps": "2", "--data.batch_size": "8"},
-    },
+    "progressive": {"--model.init_args.rounds": "[[4,1],[2,1],[1,1]]", "--data.batch_size": "8"},
+    "luhman": OF_PAIRS,
+    "reflow": OF_PAIRS,
     "test": {"--trainer.limit_test_batches": "1", "--trainer.callbacks": "callbacks.ImageWriter"},
     "validate": {"--trainer.limit_val_batches": "1"},
     "predict": {"--data.num_predict": "2"},
@@ -127,7 +129,8 @@ def smaller(words):
         if "digits-consistency" in str(words):  # its sampler is its own
             more = {name: value for name, value in more.items() if name != "--model.sampler"}
     else:
-        method = next((name for name in ("progressive", "luhman") if name in str(words)), None)
+        methods = ("progressive", "luhman", "reflow")
+        method = next((name for name in methods if name in str(words)), None)
         more = SMALL_FIT | (SMALL[method] if method else TWO_UPDATES)
         if "[[1,4000]]" in words:  # its teacher is a student of two steps
             more = {**more, "--model.init_args.rounds": "[[1,1]]"}
