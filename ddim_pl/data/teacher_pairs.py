@@ -271,7 +271,9 @@ class TeacherPairsDataModule(ImageDataModule):
 
     def load(self, train: bool) -> ImageSet:
         """Return the real images."""
-        return self.source.load(train)
+        self.source.setup()
+        self.class_names = self.source.class_names
+        return self.source.train_set if train else self.source.val_set
 
     def open(self, recipe: dict[str, Any], make_latents: Latents = gaussian_latents) -> PairStore:
         """Return the pairs of a teacher, some of which may not exist yet.
