@@ -270,13 +270,21 @@ def write(
         write_csv(out / "times.csv", times)
 
 
-def publish(out: Path, name: str, place: Path) -> None:
-    """Copy the page and its figures to the folder `place`, as `NAME.md` and `NAME/`."""
+def publish(out: Path, place: Path, name: str, *, page: str, figures: str) -> None:
+    """Copy a page and its figures to another place.
+
+    Args:
+        out: Folder that holds both.
+        place: Folder they are copied to, as `NAME.md` and the folder `NAME`.
+        name: Of the page there.
+        page: Of the page here, without `.md`.
+        figures: Name of the folder of its figures.
+    """
     shutil.rmtree(place / name, ignore_errors=True)
-    shutil.copytree(out / "figures", place / name)
-    page = (out / "claims.md").read_text()
+    shutil.copytree(out / figures, place / name)
+    text = (out / f"{page}.md").read_text()
     with replacing(place / f"{name}.md") as part:
-        part.write_text(page.replace("](figures/", f"]({name}/"))
+        part.write_text(text.replace(f"]({figures}/", f"]({name}/"))
 
 
 def seconds_of(text: str) -> float:
@@ -355,7 +363,8 @@ def main(given: Sequence[str] | None = None) -> int:
             status = reproduce(study, seeds, runner, options.budget, options.claims)
             if options.publish:
                 name = "claims" if study.name == "digits" else f"claims-{study.name}"
-                publish(out, name, ROOT / "docs" / "results")
+                place = ROOT / "docs" / "results"
+                publish(out, place, name, page="claims", figures="figures")
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -4,17 +4,14 @@ import argparse
 import contextlib
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
-from concurrent.futures import Future
 from pathlib import Path
 
-import claim_measures
 import pytest
 import reproduce
 import yaml
@@ -23,6 +20,7 @@ from measuring import ROOT
 from reproduce import Runner, alone, publish, seconds_of
 from studies import cifar10
 
+from benchmarks.stages_here import Here, RunnerHere
 from benchmarks.tiny_study import TINY
 from ddim_pl.cli import main
 
@@ -276,44 +274,9 @@ def test_a_page_is_published_with_its_figures(tmp_path):
     (tmp_path / "out" / "claims.md").write_text("![A](figures/a.png)\n")
     (tmp_path / "docs" / "claims").mkdir(parents=True)
     (tmp_path / "docs" / "claims" / "old.png").touch()
-    publish(tmp_path / "out", "claims", tmp_path / "docs")
+    publish(tmp_path / "out", tmp_path / "docs", "claims", page="claims", figures="figures")
     assert (tmp_path / "docs" / "claims.md").read_text() == "![A](claims/a.png)\n"
     assert [file.name for file in (tmp_path / "docs" / "claims").iterdir()] == ["a.png"]
-
-
-class Here:
-    """An executor whose work is done when it is submitted, in the main thread."""
-
-    def __init__(self, jobs):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *arguments):
-        future = Future()
-        future.set_result(function(*arguments))
-        return future
-
-
-class RunnerHere(Runner):
-    """Runs commands in this process, which has everything imported, but for those of one stage."""
-
-    def call(self, command, stage):
-        if stage.name.startswith("eps"):
-            return super().call(command, stage)
-        begin = time.process_time()
-        sys.argv = [*command]
-        if command[0] == "main.py":
-            main([*command[1:]])
-        elif command[0].endswith("claim_measures.py"):
-            claim_measures.main()
-        else:
-            runpy.run_path(command[0], run_name="__main__")
-        return time.process_time() - begin
 
 
 @pytest.mark.slow
