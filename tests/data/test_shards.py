@@ -46,7 +46,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = script.replace('chunk_bytes="64MB", num_workers=4', small)
     (root / "write_shards.py").write_text(script)
     command = [sys.executable, "write_shards.py", "images", "shards"]
-    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=100)
+    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=500)
     return root
 
 
