@@ -205,7 +205,8 @@ def run(study: Study, seeds: Sequence[int], runner: Runner, budget: float) -> in
         print(f"{len(failed)} stages failed: {', '.join(failed)}")
     elif left:
         print(f"The budget is over, {left} stages are left: call the same command to go on")
-    print(f"The page is {runner.out / PAGE}.md")
+    page = runner.out / f"{PAGE}.md"
+    print(f"The page is {page}" if page.is_file() else "No seed is complete: there is no page yet")
     return int(bool(failed))
 
 

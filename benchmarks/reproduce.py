@@ -279,10 +279,18 @@ def publish(out: Path, place: Path, name: str, *, page: str, figures: str) -> No
         name: Of the page there.
         page: Of the page here, without `.md`.
         figures: Name of the folder of its figures.
+
+    Raises:
+        ValueError: If there is no page yet.
     """
+    file = out / f"{page}.md"
+    if not file.is_file():
+        raise ValueError(
+            f"publish must wait until a seed is complete, got no {file}: leave it out"
+        )
+    text = file.read_text()
     shutil.rmtree(place / name, ignore_errors=True)
     shutil.copytree(out / figures, place / name)
-    text = (out / f"{page}.md").read_text()
     with replacing(place / f"{name}.md") as part:
         part.write_text(text.replace(f"]({figures}/", f"]({name}/"))
 

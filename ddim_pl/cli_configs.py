@@ -351,7 +351,8 @@ def _named(option: str, value: str) -> list[str]:
     name = option.removeprefix("--").replace(".init_args", "")
     is_mapping = name in ("trainer", "model") and (value.startswith("{") or ": " in value)
     entries = read_config(value) if is_mapping else {}
-    entries |= entries.pop("init_args", None) or {}
+    arguments = entries.pop("init_args", None)
+    entries |= arguments if isinstance(arguments, dict) else {}
     return [f"{name}.{entry}" for entry in entries if entry != "class_path"] or [name]
 
 

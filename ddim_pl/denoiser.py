@@ -163,7 +163,7 @@ class NetworkDenoiser(Denoiser):
     def select(self, samples: Tensor) -> Self:
         """The same denoiser for the samples `(N,)` int64 of its batch."""
         chosen = super().select(samples)
-        if not isinstance(self.guidance_weight, Tensor):
+        if not isinstance(self.guidance_weight, Tensor) or self.guidance_weight.ndim == 0:
             return chosen
         return replace(
             chosen, guidance_weight=self.guidance_weight[samples.to(self.guidance_weight.device)]

@@ -164,12 +164,18 @@ def with_guidance(
         null_class: Label without a class, if there is one.
 
     Raises:
-        ValueError: If there is guidance, but no such label.
+        ValueError: If there is guidance that the model cannot have, or no such label.
     """
     if guidance is None:
         return denoiser
     if isinstance(denoiser, NetworkDenoiser) and denoiser.guidance_range is not None:
-        return replace(denoiser, guidance_weight=guidance.weight)
+        asked = _as_input(guidance.weight, guidance.interval, denoiser.guidance_range)
+        return replace(denoiser, guidance_weight=asked.weight)
+    if guidance.is_input:
+        raise ValueError(
+            f"guidance must be guidance_by({_exact(guidance.weight)}) of the model that is drawn "
+            "from, got one of a network that takes the weight as an input"
+        )
     label = _check_null_class(guidance.weight, null_class)
     return Guided(denoiser.without_clipping(), guidance, label, denoiser.clip)
 

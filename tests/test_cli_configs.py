@@ -7,7 +7,7 @@ import yaml
 from tiny import tiny_config, write_config
 
 from ddim_pl.cli import main
-from ddim_pl.cli_configs import DEFAULTS, AloneParser, CommandParser, classes_first
+from ddim_pl.cli_configs import DEFAULTS, AloneParser, CommandParser, Given, classes_first
 
 
 def resolved(arguments, capsys):
@@ -262,6 +262,18 @@ def test_a_command_without_model_takes_a_path_from_the_home_folder(tmp_path, mon
     with pytest.raises(SystemExit) as stop:
         main(["import", "~/nowhere", "--output=~/x.ckpt"])
     assert f"'{tmp_path}/nowhere'" in str(stop.value.code)
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        ("{max_steps: 3, devices: 1}", ["model.max_steps", "model.devices"]),
+        ("{class_path: DDPM, init_args: {ema_decay: 0.5}}", ["model.ema_decay"]),
+        *((value, ["model"]) for value in ("{init_args: [1]}", "{init_args: a}", "{", "DDPM")),
+    ],
+)
+def test_a_mapping_names_its_entries_whatever_it_holds(value, names):
+    assert Given.by(["sample", f"--model={value}"], ["sample"]).named == names
 
 
 @pytest.mark.parametrize("kind", [AloneParser, CommandParser])

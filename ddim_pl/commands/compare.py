@@ -9,6 +9,7 @@ from torch import nn
 
 from ddim_pl.evaluation.cells import Cell, Entry, cell_settings, report
 from ddim_pl.evaluation.worker import Worker, check_images, check_inside, on_every_worker
+from ddim_pl.guidance import Guidance
 from ddim_pl.samplers.gamma import default_sampler
 from ddim_pl.timesteps import linear
 from ddim_pl.training import DiffusionModule
@@ -38,7 +39,7 @@ def compare(
     """Measure students with their own steps, and their teacher with DDIM at as many and more.
 
     A teacher of Gamma noise is measured with the deterministic sampler of that noise, one with
-    guidance with that.
+    guidance with that, as are the students that take its weight as an input.
 
     Writes `distillation.csv`, `distillation.md`, the plot `distillation.png` of the distance
     against steps, and `grids.png`, in which each row is one student and each column one latent.
@@ -110,7 +111,7 @@ def _entries(
         worker.trainer.precision_plugin.convert_module(student)
         student.sampling_precision = worker.model.sampling_precision  # one for all in a table
         student.noise_source = model.noise_source  # a column is one latent
-        cell = Cell(student.sampler, "own", student.levels, student.sampling_guidance)
+        cell = Cell(student.sampler, "own", student.levels, _guidance_of(student, model))
         yield _entry(_series(file), worker.with_model(student), cell, fingerprint(student))
 
 
@@ -148,7 +149,19 @@ def _read_steps(file: str, teacher: DiffusionModule) -> int:
             f"students must have images of the teacher's shape {teacher.image_shape}, got "
             f"{file!r} with {student.image_shape}: give a student of this teacher"
         )
+    _guidance_of(student, teacher)  # says what is wrong
     return len(student.levels) - 1
+
+
+def _guidance_of(student: DiffusionModule, teacher: DiffusionModule) -> Guidance | None:
+    """The teacher's, if the student takes its weight as an input; else the student's own.
+
+    Raises:
+        ValueError: If it was not distilled for that weight.
+    """
+    if teacher.guidance is None or student.denoiser.guidance_range is None:
+        return student.sampling_guidance
+    return student.guidance_by(teacher.guidance)
 
 
 def _series(file: str) -> str:

@@ -1,5 +1,6 @@
 """The weight of guidance as an input of a network, for distilled guidance ([Distilled])."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,26 +52,33 @@ def guidance_input(args: dict[str, Any], width: int, out_width: int) -> Guidance
         return GuidanceInput(weights, width, out_width)
 
 
-def check_guidance_range(weights: Sequence[float] | None, num_classes: int | None) -> None:
-    """Check that weights of guidance can be a network's input.
-
-    Args:
-        weights: The lowest and the highest; None for a network without such an input.
-        num_classes: The network's number of classes.
+def read_guidance_range(given: Any) -> list[float]:
+    """The lowest and the highest weight of guidance that are given as a network's input.
 
     Raises:
-        ValueError: If they cannot.
+        ValueError: If they are not two numbers, or 1, which is no guidance, is not among them.
     """
-    if weights is None:
-        return
-    if num_classes is None:
-        raise ValueError(
-            f"guidance_range must be left out for a network without classes, got {[*weights]}"
-        )
-    if len(weights) != 2 or not 0 <= weights[0] <= 1 < weights[1] < float("inf"):
+    try:
+        low, high = map(float, given)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not 0 <= low <= 1 < high < math.inf:
         raise ValueError(
             "guidance_range must be the lowest and the highest weight of guidance, with 1, which "
-            f"is none, among them, got {[*weights]}: such as [1.0, 4.0]"
+            f"is none, among them, got {given}: such as [1.0, 4.0]"
+        )
+    return [low, high]
+
+
+def check_guidance_range(weights: Sequence[float] | None, num_classes: int | None) -> None:
+    """Check that only a network with classes takes the weight of guidance.
+
+    Raises:
+        ValueError: If another does.
+    """
+    if weights is not None and num_classes is None:
+        raise ValueError(
+            f"guidance_range must be left out for a network without classes, got {[*weights]}"
         )
 
 

@@ -25,6 +25,7 @@ from ddim_pl.networks.guidance_input import (
     check_guidance,
     check_guidance_range,
     guidance_input,
+    read_guidance_range,
 )
 from ddim_pl.networks.sinusoid import sinusoidal_embedding
 from ddim_pl.networks.unet import (
@@ -104,7 +105,7 @@ class SongUNet(nn.Module):
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
         lists = {name: [*given[name]] for name in ("multipliers", "attention", "resample_filter")}
-        weights = None if guidance_range is None else [float(each) for each in guidance_range]
+        weights = guidance_range and read_guidance_range(guidance_range)
         super().__init__()
         self.init_args: dict[str, Any] = {**given, **lists, "guidance_range": weights}
         _check_arguments(self.init_args)

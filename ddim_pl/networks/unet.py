@@ -26,6 +26,7 @@ from ddim_pl.networks.guidance_input import (
     check_guidance,
     check_guidance_range,
     guidance_input,
+    read_guidance_range,
 )
 from ddim_pl.networks.sinusoid import sinusoidal_embedding
 
@@ -116,7 +117,7 @@ class UNet(nn.Module):
         guidance_range: Sequence[float] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
-        weights = None if guidance_range is None else [float(each) for each in guidance_range]
+        weights = guidance_range and read_guidance_range(guidance_range)
         lists = {"multipliers": list(multipliers), "attention": list(attention)}
         super().__init__()
         self.init_args: dict[str, Any] = {**given, **lists, "guidance_range": weights}

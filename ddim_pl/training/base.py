@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -422,6 +422,7 @@ class DiffusionModule(L.LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Read the number of updates, unless the weights are spoiled; keep the settings given."""
         check_finite_weights(checkpoint["state_dict"], "give an earlier checkpoint")
+        check_meaning_of_guidance(self.denoiser, checkpoint)
         self.checkpoint_step = checkpoint.get("global_step", 0)
         if KEY in checkpoint:
             self.origin = read_origin(checkpoint)
@@ -595,6 +596,22 @@ class DiffusionModule(L.LightningModule, ABC):
         with contextlib.suppress(NotPlainError):  # a class that no file can name
             plain["_class_path"] = import_path(type(self))
         self.save_hyperparameters({**plain, "_instantiator": INSTANTIATOR}, logger=False)
+
+
+def check_meaning_of_guidance(denoiser: NetworkDenoiser, checkpoint: Mapping[str, Any]) -> None:
+    """Check that a network's input for guidance means what it did: the weights do not tell.
+
+    Raises:
+        ValueError: If the checkpoint's has another range.
+    """
+    found: Any = checkpoint
+    for name in ("hyper_parameters", "network", "init_args", "guidance_range"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    if found is not None and found != denoiser.guidance_range:
+        raise ValueError(
+            f"guidance_range must be {found}, with which the checkpoint's weights were trained, "
+            f"got {denoiser.guidance_range}: leave it out, or begin a new run"
+        )
 
 
 def channels_last(network: nn.Module) -> None:

@@ -150,6 +150,11 @@ class ConsistencyModel(Distillation):
                 "prediction must be 'v', 'both' or 'edm' for a consistency model, got "
                 f"{self.prediction!r}: {reason}"
             )
+        if self.method == "training" and getattr(self.network, "guidance_range", None):
+            raise ValueError(
+                "method must be 'distillation' for a network that takes the weight of guidance as "
+                "an input, got 'training': images do not say what is guided"
+            )
         self.timesteps = _levels_of(self.schedule, self.sampling_sigmas)
         super()._check_and_record()
 

@@ -31,7 +31,7 @@ from ddim_pl.scales import expand_like
 from ddim_pl.schedules import DiscreteSchedule, NoiseSchedule
 from ddim_pl.training.augmentation import NUM_LABELS, Augmentation
 from ddim_pl.training.base import Batch, DiffusionModule, LossKind, make_average
-from ddim_pl.training.ema import Decay, ExponentialAverage, choose_average
+from ddim_pl.training.ema import Decay, ExponentialAverage, HalfLife, choose_average
 from ddim_pl.training.finite import check_finite_weights
 from ddim_pl.training.hyperparameters import INSTANTIATOR, describe, import_path
 from ddim_pl.training.origin import KEY
@@ -380,7 +380,10 @@ def averaged_checkpoint(module: DiffusionModule, **changes: Any) -> dict[str, An
     names += ["guidance", "guidance_interval"]
     names += [name for name in ("loss_weight",) if hasattr(module, name)]
     arguments = {name: describe(getattr(module, name)) for name in names}
-    arguments |= {"ema_decay": describe(module.average.decay), **changes}
+    decay = module.average.decay
+    if type(decay) in (float, int, HalfLife):  # a class of the user's own would be needed to load
+        arguments["ema_decay"] = describe(decay)
+    arguments |= changes
     return {
         "pytorch-lightning_version": L.__version__,
         "epoch": module.current_epoch,

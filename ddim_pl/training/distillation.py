@@ -202,12 +202,18 @@ class Distillation(DiffusionModule):
         self.check_steps(teacher)
 
     def check_weights(self, teacher: DiffusionModule) -> None:
-        """Check that the student's network has the teacher's weights.
+        """Check that the student's network has the teacher's weights, of the same meaning.
 
         Raises:
-            ValueError: If it has others.
+            ValueError: If it has not.
         """
         self.check_shapes(teacher.average.module, self.network)
+        theirs, ours = teacher.denoiser.guidance_range, self.denoiser.guidance_range
+        if theirs != ours:
+            raise ValueError(
+                f"teacher {self.teacher_path!r} has guidance_range {theirs}, but the student's "
+                f"network {ours}: leave network out to take the teacher's"
+            )
 
     def check_shapes(self, *networks: nn.Module) -> None:
         """Check that the teacher's network and the student's have the same weights.
@@ -240,7 +246,7 @@ class Distillation(DiffusionModule):
     def load_weights_from(self, teacher: DiffusionModule) -> None:
         """Take over the averaged weights of a teacher."""
         for network in (self.network, self.average.module):
-            copy_weights(teacher.average.module, network)
+            copy_weights(teacher.average.module, network, only_shared=self.learns_guidance)
 
     def on_fit_start(self) -> None:
         """Begin with the teacher's weights, unless a run resumes from a checkpoint."""
@@ -315,8 +321,15 @@ def set_dropout(network: nn.Module, dropout: float) -> None:
 
 
 @torch.no_grad()
-def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Copy the parameters and buffers that two networks share from one into the other."""
-    values, into = source.state_dict(), target.state_dict()
-    for name in values.keys() & into.keys():
-        into[name].copy_(values[name])
+def copy_weights(source: nn.Module, target: nn.Module, *, only_shared: bool = False) -> None:
+    """Copy parameters and buffers of one network into another of the same kind.
+
+    Args:
+        source: The one.
+        target: The other.
+        only_shared: Leave out what the source does not have.
+    """
+    values = source.state_dict()
+    for name, into in target.state_dict().items():
+        if not only_shared or name in values:
+            into.copy_(values[name])

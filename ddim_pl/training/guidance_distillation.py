@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ddim_pl.denoiser import NetworkDenoiser
+from ddim_pl.networks.guidance_input import read_guidance_range
 from ddim_pl.prediction import LossWeight, check_loss_weight
 from ddim_pl.rng import StepGenerators
 from ddim_pl.scales import unsqueeze_like
@@ -64,13 +65,13 @@ class GuidanceDistillation(Distillation):
         loss_weight: LossWeight | None = None,
         **kwargs: Any,
     ) -> None:
-        self.guidance_range = [float(each) for each in guidance_range]
+        self.guidance_range = read_guidance_range(guidance_range)
         super().__init__(network, schedule, **kwargs)
-        found = getattr(self.network, "guidance_range", None)
+        found = self.denoiser.guidance_range
         if found != self.guidance_range:
             raise ValueError(
-                f"guidance_range must be that of the network, {found}, got {self.guidance_range}: "
-                "leave network out to make it from the teacher's"
+                f"guidance_range must be what the network was made with, {found}, got "
+                f"{self.guidance_range}: leave it out, or begin anew from a teacher"
             )
         if self.null_class is None:
             raise ValueError(_UNGUIDED)
@@ -79,7 +80,7 @@ class GuidanceDistillation(Distillation):
         )
         check_loss_weight(self.prediction, self.loss_weight)
         self.teacher = _with_range(self.network, None).requires_grad_(False).eval()
-        copy_weights(self.network, self.teacher)
+        copy_weights(self.network, self.teacher, only_shared=True)
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -96,8 +97,23 @@ class GuidanceDistillation(Distillation):
             raise ValueError(_UNGUIDED)
         plain = student_network(teacher, dropout)
         student = _with_range(plain, self.guidance_range)
-        copy_weights(plain, student)
+        copy_weights(plain, student, only_shared=True)
         return student
+
+    def check_teacher(self, teacher: DiffusionModule) -> None:
+        """Check that the student can learn the teacher's guided estimates."""
+        super().check_teacher(teacher)
+        if teacher.prediction != self.prediction:
+            raise ValueError(
+                f"prediction must be the teacher's, {teacher.prediction!r}, got "
+                f"{self.prediction!r}: leave it out"
+            )
+        if teacher.guidance_interval is not None:
+            raise ValueError(
+                f"teacher {self.teacher_path!r} has guidance_interval "
+                f"{[*teacher.guidance_interval]}, but its student is guided at every level: give "
+                "what main.py export --model.guidance_interval null writes"
+            )
 
     def check_weights(self, teacher: DiffusionModule) -> None:
         """Check that the teacher's network is the student's without its input more.
@@ -125,8 +141,10 @@ class GuidanceDistillation(Distillation):
             )
 
     def load_weights_from(self, teacher: DiffusionModule) -> None:
-        """Begin with a teacher's weights."""
+        """Begin with a teacher's weights, and no guidance."""
         super().load_weights_from(teacher)
+        for network in (self.network, self.average.module):
+            nn.init.zeros_(network.get_parameter("guidance_in.linear.weight"))
         copy_weights(teacher.average.module, self.teacher)
 
     def settings_of_origin(self) -> dict[str, Any]:
@@ -168,8 +186,7 @@ class GuidanceDistillation(Distillation):
 
     def check_data(self, datamodule: L.LightningDataModule | None) -> None:
         """Check that there is a teacher."""
-        if self.teacher_path is not None:
-            self.read_teacher()
+        self.read_teacher()
 
 
 _UNGUIDED = (
@@ -187,7 +204,7 @@ def _with_range(network: nn.Module, weights: list[float] | None) -> nn.Module:
     arguments = getattr(network, "init_args", {})
     if "guidance_range" not in arguments:
         raise ValueError(
-            f"network must be one that takes the weight of guidance as an input, got "
+            "teacher must have a network that can take the weight of guidance as an input, got "
             f"{type(network).__name__}: UNet and SongUNet can"
         )
     return type(network)(**{**arguments, "guidance_range": weights})

@@ -315,8 +315,7 @@ class Ladder(Distillation):
 
     def check_data(self, datamodule: L.LightningDataModule | None) -> None:
         """Check that there is a teacher that the ladder can begin from."""
-        if self.teacher_path is not None:
-            self.read_teacher()
+        self.read_teacher()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Begin the next round where the last one's updates are made."""

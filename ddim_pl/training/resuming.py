@@ -12,7 +12,14 @@ from lightning.pytorch.utilities import rank_zero_info
 if TYPE_CHECKING:
     from ddim_pl.training.base import DiffusionModule
 
-SETTINGS = ("optimizer", "lr_scheduler", "warmup_steps", "rounds", "conversion_updates")
+SETTINGS = (
+    "optimizer",
+    "lr_scheduler",
+    "warmup_steps",
+    "rounds",
+    "conversion_updates",
+    "linear_decay",
+)
 """Arguments of which optimiser and schedule are made."""
 
 

@@ -274,7 +274,13 @@ def test_a_page_is_published_with_its_figures(tmp_path):
     (tmp_path / "out" / "claims.md").write_text("![A](figures/a.png)\n")
     (tmp_path / "docs" / "claims").mkdir(parents=True)
     (tmp_path / "docs" / "claims" / "old.png").touch()
-    publish(tmp_path / "out", tmp_path / "docs", "claims", page="claims", figures="figures")
+    (tmp_path / "out").rename(tmp_path / "not yet")
+    given = (tmp_path / "out", tmp_path / "docs", "claims")
+    with pytest.raises(ValueError, match="publish must wait until a seed is complete"):
+        publish(*given, page="claims", figures="figures")
+    assert (tmp_path / "docs" / "claims" / "old.png").exists()
+    (tmp_path / "not yet").rename(tmp_path / "out")
+    publish(*given, page="claims", figures="figures")
     assert (tmp_path / "docs" / "claims.md").read_text() == "![A](claims/a.png)\n"
     assert [file.name for file in (tmp_path / "docs" / "claims").iterdir()] == ["a.png"]
 

@@ -11,7 +11,12 @@ from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.images import read_png
 from ddim_pl.metrics.digits import DigitsFeatures
 from ddim_pl.metrics.quality import SampleQuality
-from ddim_pl.training import ConsistencyModel, DiffusionModule, ProgressiveDistillation
+from ddim_pl.training import (
+    ConsistencyModel,
+    DiffusionModule,
+    GuidanceDistillation,
+    ProgressiveDistillation,
+)
 from ddim_pl.training.ddpm import averaged_checkpoint
 
 
@@ -84,6 +89,31 @@ def test_a_consistency_model_has_a_step_for_each_of_its_noises(tmp_path, run):
     assert [(row["model"], row["network evaluations"]) for row in rows] == [
         *(("teacher, DDIM", "2"), ("noises-1", "1"), ("noises-2", "2"))
     ]
+
+
+def test_students_that_take_the_weight_are_guided_as_their_teacher(tmp_path):
+    network = tiny_unet(num_classes=10, null_class=True)
+    teacher = some_ddpm(network=network, guidance=2.0)
+    t = trainer(tmp_path)
+    t.strategy.connect(teacher)
+    t.save_checkpoint(tmp_path / "teacher.ckpt")
+    model = GuidanceDistillation(
+        teacher=str(tmp_path / "teacher.ckpt"), guidance_range=(1, 3), num_steps=2
+    )
+    model.average.module.guidance_in.linear.weight.data += 1
+    torch.save(averaged_checkpoint(model), tmp_path / "student.ckpt")
+    files = [str(tmp_path / "student.ckpt")]
+    rows = compare(tmp_path / "out", teacher, files, num_steps=[2])
+    assert [(row["guidance"], row["network evaluations"]) for row in rows] == [
+        *(("2", "4"), ("2", "2"))
+    ]
+    teacher.guidance = 2.5
+    (_, other) = compare(tmp_path / "other", teacher, files, num_steps=[2])
+    assert other["digits_fd"] != rows[1]["digits_fd"]
+    teacher.guidance = 4.0
+    with pytest.raises(ValueError, match=r"guidance must lie in \[1, 3\], .* got 4\.0"):
+        compare(tmp_path / "none", teacher, files, num_steps=[2])
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_column_is_one_latent_whatever_the_students_draw_from(tmp_path, run, monkeypatch):

@@ -1,5 +1,7 @@
 """The average of the weights."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from ladders import same
@@ -12,7 +14,7 @@ from torch.utils.data import DataLoader
 from ddim_pl.data.digits import DigitsDataModule
 from ddim_pl.evaluation.manifest import sampling_of
 from ddim_pl.training.ddpm import averaged_checkpoint
-from ddim_pl.training.ema import ExponentialAverage, HalfLife
+from ddim_pl.training.ema import Decay, ExponentialAverage, HalfLife
 from ddim_pl.training.fingerprint import fingerprint, fingerprint_of_file
 from ddim_pl.training.hyperparameters import build, describe
 from ddim_pl.training.loading import load
@@ -172,6 +174,22 @@ def test_a_checkpoint_is_read_with_the_average_that_is_asked_for(run, tmp_path):
         exported = load(file).average
         assert same(weights(exported.module), weights(average.module))
         assert exported.decay == average.decay
+
+
+@dataclass(frozen=True)
+class OnesOwn(Decay):
+    """A class that others do not have."""
+
+    def kept(self, updates, images):
+        return 0.5
+
+
+def test_an_export_needs_no_class_of_ones_own(tmp_path):
+    for decay, recorded in [(OnesOwn(), None), (HalfLife(1000), "HalfLife"), (0.5, 0.5)]:
+        arguments = averaged_checkpoint(tiny_ddpm(ema_decay=decay))["hyper_parameters"]
+        found = arguments.get("ema_decay")
+        found = found["class_path"].rpartition(".")[2] if isinstance(found, dict) else found
+        assert found == recorded
 
 
 def test_what_a_checkpoint_lacks_is_said(run, tmp_path):

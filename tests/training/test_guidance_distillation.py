@@ -268,7 +268,90 @@ def test_a_teacher_that_takes_the_weight_or_knows_few_levels_is_refused(student_
         LuhmanDistillation(teacher=student_file)
 
 
-@pytest.mark.parametrize("weights", [(1.0,), (2.0, 4.0), (0.0, 1.0), (-1.0, 2.0), (1.0, 1e999)])
+def test_the_student_predicts_what_its_teacher_does(teacher):
+    with pytest.raises(ValueError, match="prediction must be the teacher's, 'v', got 'x'"):
+        student(teacher, prediction="x")
+
+
+def test_an_interval_of_the_teacher_is_not_dropped(tmp_path):
+    network = tiny_unet(num_classes=3, null_class=True)
+    arguments = {"guidance": 2.0, "guidance_interval": (0.3, 3.0)}
+    path = save(some_ddpm(network=network, **arguments), tmp_path / "interval.ckpt")
+    with pytest.raises(ValueError, match=r"has guidance_interval \[0.3, 3.0\], but its student"):
+        student(path)
+
+
+def test_a_fit_without_a_teacher_is_refused(student_file):
+    network = load(student_file).network
+    arguments = {"prediction": "v", "guidance_range": RANGE, "schedule": CosineLogSNRSchedule()}
+    alone = GuidanceDistillation(network, **arguments)
+    with pytest.raises(ValueError, match="teacher must be given for fit"):
+        alone.check_data(None)
+    bare = ProgressiveDistillation(tiny_unet(), CosineLogSNRSchedule(), rounds=[(1, 1)])
+    with pytest.raises(ValueError, match="teacher must be given for fit"):
+        bare.check_data(None)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+def test_another_range_would_change_what_the_weights_mean(teacher, student_file, tmp_path):
+    fit(student(teacher), tmp_path, ModelCheckpoint(tmp_path, filename="one"), max_steps=1)
+    (file,) = tmp_path.glob("one.ckpt")
+    with pytest.raises(
+        ValueError, match=r"guidance_range must be \[1.0, 4.0\], with which the ch"
+    ):
+        fit(student(teacher, guidance_range=(1, 9)), tmp_path, ckpt_path=file, max_steps=2)
+    with pytest.raises(ValueError, match=r"guidance_range must be what the network was made with"):
+        load(str(file), guidance_range=(1.0, 3.0))
+    other = tiny_unet(num_classes=10, null_class=True, guidance_range=(1, 9))
+    known = {"schedule": CosineLogSNRSchedule(), "time_input": "log_snr", "rounds": [(1, 1)]}
+    module = ProgressiveDistillation(other, teacher=student_file, **known)
+    with pytest.raises(
+        ValueError, match=r"has guidance_range \[1.0, 4.0\], but the student's net"
+    ):
+        module.check_data(None)
+
+
+def test_images_do_not_say_what_is_guided(student_file):
+    with pytest.raises(ValueError, match="method must be 'distillation' for a network that takes"):
+        ConsistencyModel(teacher=student_file)
+
+
+def test_a_new_fit_begins_without_guidance(teacher, student_file, tmp_path):
+    module = student(teacher)
+    disturbed(module)
+    fit(module, tmp_path, max_steps=1, limit_train_batches=0)
+    weight = module.network.guidance_in.linear.weight
+    module.load_weights_from(load(teacher))
+    assert not weight.any()
+    assert not module.average.module.guidance_in.linear.weight.any()
+
+
+def test_a_guidance_of_another_kind_of_model_is_refused(teacher, student_file):
+    model, guided = load(student_file, num_steps=2), load(teacher, num_steps=2)
+    with pytest.raises(ValueError, match=r"guidance must lie in \[1, 4\].*got 9"):
+        model.sample([0], guidance=Guidance(9.0))
+    with pytest.raises(ValueError, match="guidance_interval must be left out"):
+        model.sample([0], guidance=Guidance(3.0, (0.3, 3.0)))
+    with pytest.raises(ValueError, match=r"guidance must be guidance_by\(3\) of the model"):
+        guided.sample([0], guidance=Guidance(3.0, is_input=True))
+
+
+def test_one_weight_of_all_images_may_be_a_tensor(student_file):
+    denoiser = replace(load(student_file).denoiser, label=LABEL, guidance_weight=torch.tensor(2.0))
+    some = denoiser.select(torch.tensor([3, 0]))
+    z, t = images(), torch.full((5,), 300.0)
+    every = denoiser(z, t).x
+    torch.testing.assert_close(some(z[[3, 0]], t[:2]).x, every[[3, 0]], rtol=1e-4, atol=1e-5)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0, 1.5])
+    each = replace(denoiser, guidance_weight=weights)
+    some = each.select(torch.tensor([3, 0]))
+    assert some.guidance_weight.tolist() == [4.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [(1.0,), (2.0, 4.0), (0.0, 1.0), (-1.0, 2.0), (1.0, 1e999), 3.0, None, ("a", "b")],
+)
 def test_a_range_without_1_or_an_end_is_refused(weights, teacher):
     with pytest.raises(ValueError, match=r"guidance_range must be the lowest and the highest"):
         student(teacher, guidance_range=weights)
@@ -280,5 +363,5 @@ def test_a_network_without_classes_or_in_other_hands_has_no_range():
     network = tiny_unet(num_classes=3, null_class=True, guidance_range=RANGE)
     with pytest.raises(ValueError, match="guidance_range of the network must be left out for DDP"):
         DDPM(network, LinearSchedule(), label_dropout=0.1).check_data(None)
-    with pytest.raises(ValueError, match="guidance_range must be that of the network"):
+    with pytest.raises(ValueError, match="guidance_range must be what the network was made"):
         GuidanceDistillation(network, EDMSchedule(), prediction="edm", guidance_range=(1.0, 2.0))

@@ -212,6 +212,17 @@ def test_the_rate_may_fall_in_each_phase(teacher):
     assert [stays.rate_at(n) for n in range(7)] == [0.5, *[1.0] * 6]
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+def test_the_rate_may_begin_to_fall_when_a_run_goes_on(teacher, tmp_path):
+    phases = {"rounds": [(4, 4), (1, 2)], "teacher_num_steps": 8, "conversion_updates": 0}
+    files = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    fit(tract(teacher, **phases), tmp_path, files, max_steps=2)
+    diary = Diary()
+    falls = tract(teacher, **phases, linear_decay=True)
+    fit(falls, tmp_path / "rest", diary, ckpt_path=tmp_path / "step=2.ckpt", max_steps=4)
+    assert [page["rate"] for page in diary.pages] == pytest.approx([5e-4, 2.5e-4])
+
+
 def test_the_student_goes_on_from_one_phase_to_the_next(whole, teacher):
     module, pages, _ = whole
     assert [page["round"] for page in pages] == [-1] * 2 + [0] * 6 + [1] * 5
