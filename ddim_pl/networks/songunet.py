@@ -74,6 +74,8 @@ class SongUNet(nn.Module):
         encoder: "standard" (DDPM++), or "residual" (NCSN++): the image joins at every level.
         resample_filter: Filter along each axis, of even length: (1, 1) is the mean of two pixels
             and nearest neighbours, (1, 3, 3, 1) a tent.
+        guidance_range: The lowest and the highest weight of guidance that the network takes as an
+            input, 1 among them, see `UNet`; None for a network without that input.
 
     Attributes:
         init_args: The constructor's arguments as plain data, for checkpoints.
