@@ -37,6 +37,7 @@ LABEL = torch.tensor([0, 2, 1, 1, 5])
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """A v-teacher on the cosine schedule that knows images without a class."""
+    seed_everything(0, verbose=False)
     module = some_ddpm(
         schedule=CosineLogSNRSchedule(),
         network=tiny_unet(num_classes=10, null_class=True),
