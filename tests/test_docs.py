@@ -99,7 +99,10 @@ OF_PAIRS = {
     **{"--model.teacher_num_steps": "2", "--trainer.max_steps": "2", "--data.batch_size": "8"},
 }
 SMALL = {
-    "progressive": {"--model.init_args.rounds": "[[8,1],[4,1],[2,1],[1,1]]", "--data.batch_size": "8"},
+    "progressive": {
+        "--model.init_args.rounds": "[[8,1],[4,1],[2,1],[1,1]]",
+        "--data.batch_size": "8",
+    },
     "luhman": OF_PAIRS,
     "reflow": OF_PAIRS,
     "test": {"--trainer.limit_test_batches": "1", "--trainer.callbacks": "callbacks.ImageWriter"},
