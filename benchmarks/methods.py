@@ -10,14 +10,12 @@ backward pass counted as two. The page is `OUT/few-steps.md`, with its figures.
 
 Teacher, ladder and student of pairs are those of `reproduce.py`, and are found where it has been
 called with the same `--out`. As there, the command goes on where it was stopped, and `--publish`
-copies the page to `docs/results`. A seed takes about two and a half CPU hours, of which the other
-command shares one.
+copies the page to `docs/results`. A seed takes some two CPU hours, by single fits, of which the
+other command shares one.
 """
 
 import argparse
-import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -29,8 +27,16 @@ from claim_page import commands, draw
 from claim_rules import Panel, ratios, spread
 from claim_stages import QUIET, Command, Maker, Rows, Stage
 from claims_of_training import distances
-from measuring import ROOT
-from reproduce import Results, Runner, alone, kept_conditions, publish, seconds_of
+from reproduce import (
+    RESULTS,
+    Results,
+    Runner,
+    check_options,
+    guarded,
+    kept_conditions,
+    publish,
+    seconds_of,
+)
 from studies import DIGITS, LADDER, Fit, Study
 
 from ddim_pl.evaluation.tables import markdown, write_text
@@ -219,25 +225,15 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs", "reproduce-digits"))
     parser.add_argument("--publish", action="store_true", help="copy the page to docs/results")
     options = parser.parse_args(given)
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    if min(options.seeds) < 0 or len({*options.seeds}) < len(options.seeds):
-        parser.error(f"--seeds must be distinct and at least 0, got {options.seeds}")
-    os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with alone(options.out) as lock:
-            runner = Runner(options.out, options.jobs, lock)
-            status = run(STUDY, options.seeds, runner, options.budget)
-            if options.publish:
-                place = ROOT / "docs" / "results"
-                publish(options.out, place, PAGE, page=PAGE, figures=PAGE)
-    except ValueError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print("stopped: call the same command to go on")
-        return 130
-    return status
+    check_options(parser, options.jobs, options.seeds)
+
+    def work(runner: Runner) -> int:
+        status = run(STUDY, options.seeds, runner, options.budget)
+        if options.publish:
+            publish(options.out, RESULTS, PAGE, page=PAGE, figures=PAGE)
+        return status
+
+    return guarded(parser, options.out, options.jobs, work)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ from ddim_pl.files import replacing
 UNITS = {"s": 1, "m": 60, "h": 3600}
 TERMINATED = (128 + signal.SIGTERM, -signal.SIGTERM)
 Results = dict[str, dict[str, Any]]
+RESULTS = ROOT / "docs" / "results"
 
 
 class Unfinished(Exception):
@@ -324,6 +325,30 @@ def alone(out: Path) -> Iterator[int]:
         yield file.fileno()
 
 
+def check_options(parser: argparse.ArgumentParser, jobs: int, seeds: Sequence[int]) -> None:
+    """Check the numbers that a command line gives."""
+    if jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {jobs}")
+    if min(seeds) < 0 or len({*seeds}) < len(seeds):
+        parser.error(f"--seeds must be distinct and at least 0, got {seeds}")
+
+
+def guarded(
+    parser: argparse.ArgumentParser, out: Path, jobs: int, work: Callable[[Runner], int]
+) -> int:
+    """Work in a folder alone, and say what is wrong or how to go on; the exit status."""
+    os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with alone(out) as lock:
+            return work(Runner(out, jobs, lock))
+    except ValueError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("stopped: call the same command to go on")
+        return 130
+
+
 def study_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Study:
     """The study that the options describe."""
     own = {"--root": options.root, "--images": options.images}
@@ -356,29 +381,19 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of all, by default runs/reproduce-DATA")
     parser.add_argument("--publish", action="store_true", help="copy the page to docs/results")
     options = parser.parse_args(given)
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
     study = study_of(parser, options)
     seeds = options.seeds or list(study.seeds)
-    if min(seeds) < 0 or len({*seeds}) < len(seeds):
-        parser.error(f"--seeds must be distinct and at least 0, got {seeds}")
-    os.chdir(ROOT)
+    check_options(parser, options.jobs, seeds)
     out = options.out or Path("runs", f"reproduce-{options.data}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with alone(out) as lock:
-            runner = Runner(out, options.jobs, lock)
-            status = reproduce(study, seeds, runner, options.budget, options.claims)
-            if options.publish:
-                name = "claims" if study.name == "digits" else f"claims-{study.name}"
-                place = ROOT / "docs" / "results"
-                publish(out, place, name, page="claims", figures="figures")
-    except ValueError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print("stopped: call the same command to go on")
-        return 130
-    return status
+
+    def work(runner: Runner) -> int:
+        status = reproduce(study, seeds, runner, options.budget, options.claims)
+        if options.publish:
+            name = "claims" if study.name == "digits" else f"claims-{study.name}"
+            publish(out, RESULTS, name, page="claims", figures="figures")
+        return status
+
+    return guarded(parser, out, options.jobs, work)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import Tensor
 from ddim_pl.clipping import Clipping, clipping_of
 from ddim_pl.denoiser import Denoiser, NetworkDenoiser
 from ddim_pl.prediction import Prediction, eps_from_x
-from ddim_pl.scales import Scales
+from ddim_pl.scales import Scales, expand_like
 from ddim_pl.schedules import NoiseSchedule
 
 __all__ = ["Guidance", "Guided", "guidance_of", "with_guidance"]
@@ -189,6 +189,19 @@ def _check_null_class(weight: float, null_class: int | None) -> int:
     return null_class
 
 
+def guided(with_class: Tensor, without: Tensor, weight: Tensor | float) -> Tensor:
+    """The guided estimate, `(B, ...)`, of x, eps or v.
+
+    Args:
+        with_class: Estimates of the class, `(B, ...)`.
+        without: Estimates without one.
+        weight: The `w` above, of all images or `(B,)`.
+    """
+    if isinstance(weight, Tensor):
+        weight = expand_like(weight, with_class)
+    return without + weight * (with_class - without)
+
+
 @dataclass(frozen=True)
 class Guided(Denoiser):
     """A denoiser with guidance: one network call of twice the batch where that applies.
@@ -262,4 +275,4 @@ class Guided(Denoiser):
         count = len(both) - len(again)
         with_class = both[:count]
         without = with_class.index_copy(0, again.to(both.device), both[count:])
-        return without + self.guidance.weight * (with_class - without)
+        return guided(with_class, without, self.guidance.weight)

@@ -107,7 +107,7 @@ class SongUNet(nn.Module):
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
         lists = {name: [*given[name]] for name in ("multipliers", "attention", "resample_filter")}
-        weights = guidance_range and read_guidance_range(guidance_range)
+        weights = None if guidance_range is None else read_guidance_range(guidance_range)
         super().__init__()
         self.init_args: dict[str, Any] = {**given, **lists, "guidance_range": weights}
         _check_arguments(self.init_args)

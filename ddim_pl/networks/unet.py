@@ -117,7 +117,7 @@ class UNet(nn.Module):
         guidance_range: Sequence[float] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
-        weights = guidance_range and read_guidance_range(guidance_range)
+        weights = None if guidance_range is None else read_guidance_range(guidance_range)
         lists = {"multipliers": list(multipliers), "attention": list(attention)}
         super().__init__()
         self.init_args: dict[str, Any] = {**given, **lists, "guidance_range": weights}

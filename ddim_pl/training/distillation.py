@@ -100,6 +100,9 @@ class Distillation(DiffusionModule):
     learns_guidance = False
     """Whether the student learns what its teacher does with guidance."""
 
+    has_more_weights = False
+    """Whether the student's network has weights that its teacher's lacks."""
+
     def network_from(self, teacher: DiffusionModule, dropout: float) -> nn.Module:
         """The student's network, made from the teacher's."""
         return student_network(teacher, dropout)
@@ -246,7 +249,7 @@ class Distillation(DiffusionModule):
     def load_weights_from(self, teacher: DiffusionModule) -> None:
         """Take over the averaged weights of a teacher."""
         for network in (self.network, self.average.module):
-            copy_weights(teacher.average.module, network, only_shared=self.learns_guidance)
+            copy_weights(teacher.average.module, network, only_shared=self.has_more_weights)
 
     def on_fit_start(self) -> None:
         """Begin with the teacher's weights, unless a run resumes from a checkpoint."""

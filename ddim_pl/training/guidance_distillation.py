@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ddim_pl.denoiser import NetworkDenoiser
+from ddim_pl.guidance import guided
 from ddim_pl.networks.guidance_input import read_guidance_range
 from ddim_pl.prediction import LossWeight, check_loss_weight
 from ddim_pl.rng import StepGenerators
-from ddim_pl.scales import unsqueeze_like
 from ddim_pl.schedules import NoiseSchedule
 from ddim_pl.training.base import Batch, DiffusionModule
 from ddim_pl.training.ddpm import draw_levels
@@ -55,6 +55,7 @@ class GuidanceDistillation(Distillation):
     """
 
     learns_guidance = True
+    has_more_weights = True
 
     def __init__(
         self,
@@ -173,8 +174,7 @@ class GuidanceDistillation(Distillation):
         teacher = replace(self._denoiser(self.teacher), clip=False)
         both = teacher.condition(torch.cat([label, torch.full_like(label, self.null_class)]))
         with_class, without = both(torch.cat([z, z]), torch.cat([t, t])).x.chunk(2)
-        w = unsqueeze_like(torch.as_tensor(weight).to(z.device, z.dtype), z)
-        return without + w * (with_class - without)
+        return guided(with_class, without, torch.as_tensor(weight))
 
     # ---- Lightning ----------------------------------------------------------------------------
 

@@ -48,5 +48,7 @@ def test_a_weight_must_be_given_where_it_is_an_input(make):
         network(z, t, label)
     with pytest.raises(ValueError, match=r"guidance must have shape \(2,\), got \(1,\)"):
         network(z, t, label, guidance=torch.ones(1))
+    with pytest.raises(ValueError, match="guidance_range must be the lowest and the highest"):
+        make(guidance_range=[])
     with pytest.raises(ValueError, match="got weights and guidance_range=None"):
         make()(z, t, label, guidance=torch.ones(2))

@@ -351,7 +351,7 @@ def test_one_weight_of_all_images_may_be_a_tensor(student_file):
 
 @pytest.mark.parametrize(
     "weights",
-    [(1.0,), (2.0, 4.0), (0.0, 1.0), (-1.0, 2.0), (1.0, 1e999), 3.0, None, ("a", "b")],
+    [(1.0,), (2.0, 4.0), (0.0, 1.0), (-1.0, 2.0), (1.0, 1e999), 3.0, None, ("a", "b"), ()],
 )
 def test_a_range_without_1_or_an_end_is_refused(weights, teacher):
     with pytest.raises(ValueError, match=r"guidance_range must be the lowest and the highest"):
