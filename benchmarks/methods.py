@@ -177,7 +177,10 @@ def over(
 
 def line(study: Study, name: str, title: str, found: Mapping[int, Sequence[float]]) -> Any:
     """A method in the table of distances."""
-    cells = {f"{s} steps": spread(found[s]) if s in found else "" for s in sorted(STEPS[1:])}
+    cells = {
+        f"{s} step" + "s" * (s > 1): spread(found[s]) if s in found else ""
+        for s in sorted(STEPS[1:])
+    }
     return {"method": title, **cells, "passes": f"{study.passes[name]:,}"}
 
 
